@@ -1,0 +1,124 @@
+"""
+Bits per byte of a trained run: parallel, as in training (per pass, and merged: every position scored by the last pass
+that computed it), and decoding, with the exact recurrence, token by token through the KV cache.
+
+    python eval_core.py                                # the newest run, on the data it was trained on
+    python eval_core.py --checkpoint runs/d4_shared --split val --decode-rows 64
+"""
+
+import json
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from interleave import Schedule, pass_losses
+from model import KVCache, take
+from prepare_data import ArgumentParser, UserError, open_data, run_main, tokenizer_sha256, write_atomic
+from sample import find_checkpoint, load_checkpoint, load_model, pick_device
+
+
+def first_rows(shards, T, n):
+    """The first n rows (fewer if there are fewer) of T+1 tokens, T apart, of a list of token arrays: (rows, T+1) int64."""
+    rows = []
+    for shard in shards:
+        count = min((len(shard) - 1) // T, n - len(rows))
+        rows += [np.asarray(shard[r * T:r * T + T + 1]).astype(np.int64) for r in range(count)]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, T + 1, dtype=torch.int64)
+
+@torch.no_grad()
+def decoding_losses(model, idx, targets, use_memory=True):
+    """Losses (B, T) in nats with the exact recurrence: idx, targets (B, T), one position after the other."""
+    kv = KVCache(model.config, *idx.shape, idx.device, model.compute_dtype or model.wte.weight.dtype)
+    memory, losses = None, []
+    for t in range(idx.size(1)):
+        hidden, source = model(idx[:, t:t + 1], range(t, t + 1), kv, memory)
+        memory = source if use_memory and model.config.lrt != "none" else None
+        losses.append(model.token_loss(hidden, targets[:, t:t + 1]))
+    return torch.cat(losses, dim=1)
+
+@torch.no_grad()
+def evaluate_bpb(model, rows, token_bytes, schedule, batch_size, decode=False, progress=None):
+    """
+    Bits per byte of rows (N, T+1) int64, token_bytes (V,) bytes of each token. Returns
+    - bpb: a dict of floats: `pass 0` (initialization), `pass 1`, .. (for schedules of a few passes), each over the
+      positions it computed; `merged`; with decode also `decode` (exact recurrence) and, for an LRT, `no memory`
+      (the same model decoding with memory zero);
+    - by_position: bits by position, float64 (T,), of everything but the passes, and `bytes` (T,), how many were predicted.
+    BPB = nats / (ln 2 * bytes); targets of zero bytes (BOS) do not count. Under torchrun the ranks share the rows.
+    """
+    device, T = model.wte.weight.device, rows.size(1) - 1
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    passes = schedule.passes(T) if schedule.kind in ("interleaved", "refine") else []
+    whole = ["merged"] + ["decode"] * decode + ["no memory"] * (decode and model.config.lrt != "none")
+    names = [f"pass {i}" for i in range(len(passes))] + whole
+    nats, n_bytes = torch.zeros(len(names), T, dtype=torch.float64), torch.zeros(1, T, dtype=torch.float64)
+    token_bytes, mine = torch.as_tensor(token_bytes, dtype=torch.float64), rows[rank::world]
+    for start in tqdm(range(0, len(mine), batch_size), desc=progress, disable=True if rank or not progress else None, leave=False):
+        batch = mine[start:start + batch_size]
+        idx, targets = batch[:, :-1].to(device), batch[:, 1:].to(device)
+        losses, _, merged = pass_losses(model, idx, targets, schedule)
+        scored = [*losses[:len(passes)], merged]
+        if decode:
+            scored += [decoding_losses(model, idx, targets, use_memory) for use_memory in (True, False)[:len(whole) - 1]]
+        counted = token_bytes[batch[:, 1:]]
+        n_bytes += counted.sum(0)
+        nats += (torch.stack(scored).cpu().double() * (counted > 0)).sum(1)
+    if world > 1:
+        total = torch.cat([nats, n_bytes]).to(device)
+        dist.all_reduce(total)
+        nats, n_bytes = total[:-1].cpu(), total[-1:].cpu()
+    bits = nats / math.log(2)
+    where = dict(zip(names, passes)) | {name: range(T) for name in whole}
+    bpb = {name: (bits[i].sum() / take(n_bytes, positions).sum()).item() for i, (name, positions) in enumerate(where.items())}
+    return bpb, {name: bits[names.index(name)].numpy() for name in whole} | {"bytes": n_bytes[0].numpy()}
+
+def main():
+    parser = ArgumentParser(description="Bits per byte of a trained run: parallel as in training, and decoding with the exact recurrence.")
+    parser.add_argument("--checkpoint", metavar="PATH", help="run folder or checkpoint file (default: the newest in runs/)")
+    parser.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
+    parser.add_argument("--split", choices=["train", "val", "both"], default="both", help="which text to score")
+    parser.add_argument("--rows", type=int, default=256, help="rows of the context's length scored in parallel, per split")
+    parser.add_argument("--decode-rows", type=int, default=32, help="rows of them decoded token by token, 0: none")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows at a time")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file, too")
+    parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
+    args = parser.parse_args()
+    for name, least in (("rows", 1), ("decode_rows", 0), ("batch_size", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    path = find_checkpoint(args.checkpoint)
+    checkpoint = load_checkpoint(path)
+    data = open_data(args.data or checkpoint["args"]["data"])
+    if tokenizer_sha256(path.parent) != tokenizer_sha256(data.folder):
+        raise UserError(f"{path.parent} was trained with another tokenizer than that of {data.folder}: "
+                        "give the run's own data with --data")
+    model, schedule = load_model(checkpoint, pick_device(args.device)), Schedule(**checkpoint["schedule"])
+    T = model.config.sequence_len
+    print(f"{path}, step {checkpoint['step']}, lrt={model.config.lrt}, {schedule.kind}, rows of {T} tokens")
+    results = {"checkpoint": str(path), "step": checkpoint["step"]}
+    for split in ("train", "val") if args.split == "both" else (args.split,):
+        rows = first_rows(getattr(data, split), T, args.rows)
+        if not len(rows):
+            raise UserError(f"{data.folder} has no {split} shard of more than {T} tokens, one row")
+        bpb, at = evaluate_bpb(model, rows, data.token_bytes, schedule, args.batch_size, progress=split)
+        print(f"\n{split}, {len(rows)} rows in parallel: " + ", ".join(f"{name} {x:.4f}" for name, x in bpb.items()))
+        results[split] = {"rows": len(rows), "bpb": bpb}
+        if args.decode_rows:
+            rows = rows[:args.decode_rows]
+            bpb, at = evaluate_bpb(model, rows, data.token_bytes, schedule, args.batch_size, decode=True, progress=f"{split}, decoding")
+            results[split] |= {"decode_rows": len(rows), "decode_bpb": bpb}
+            print(f"{split}, {len(rows)} rows decoded:     " + ", ".join(f"{name} {x:.4f}" for name, x in bpb.items()))
+        edges = [0] + [T >> i for i in range(7, -1, -1) if T >> i]  # doubling: BPB falls with the logarithm of the position
+        columns = [name for name in at if name != "bytes"]
+        print(f"{'positions':>16} " + "".join(f"{name:>11}" for name in columns))
+        for lo, hi in zip(edges, edges[1:]):
+            print(f"{f'{lo} .. {hi - 1}':>16} " + "".join(f"{at[name][lo:hi].sum() / at['bytes'][lo:hi].sum():11.4f}" for name in columns))
+        results[split]["by_position"] = {name: [round(float(v), 4) for v in x] for name, x in at.items()}
+    if args.json:
+        write_atomic(args.json, lambda f: f.write(json.dumps(results, indent=1).encode()))
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,150 @@
+"""
+Interleaved parallel training and its relatives: every schedule is a list of position sets (ranges), and run() runs any
+of them against the model's one forward. A new schedule is one more function that returns a list.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import KVBuffer, put, take
+
+
+# -----------------------------------------------------------------------------
+# Schedules for a sequence of T tokens (design.md section 3)
+
+def plain(T):
+    """The baseline's one pass, which is also LRT's initialization pass: all positions, memory zero."""
+    return [range(T)]
+
+def interleaved(T, subsets=2):
+    """Initialize, then refine S disjoint subsets, p mod S = 0, 1, .. S-1, each with the newest memory; the paper's way."""
+    return [range(T)] + [range(i, T, subsets) for i in range(min(subsets, T))]
+
+def refine(T, refinements=3):
+    """Initialize, then K passes over everything. With K >= T-1 the last pass is the exact recurrence."""
+    return [range(T)] * (1 + refinements)
+
+def chunked(T, chunk=64):
+    """Contiguous chunks, left to right: memory only crosses a chunk's border; the paper's weak baseline."""
+    return [range(start, min(start + chunk, T)) for start in range(0, T, chunk)]
+
+def sequential(T):
+    """Token by token: the exact recurrence, differentiable. Slow; the reference for everything else."""
+    return [range(t, t + 1) for t in range(T)]
+
+@dataclass
+class Schedule:
+    """A schedule and its options, as train.py's flags give them and as a checkpoint keeps them."""
+    kind: str = "interleaved"  # plain | interleaved | refine | chunked | sequential
+    subsets: int = 2  # interleaved: S
+    refinements: int = 3  # refine: K
+    chunk: int = 64  # chunked: tokens a chunk
+    kv_refresh: bool = False  # interleaved: after each pass, renew the memory term in the keys and values yet to be visited
+    detach: bool = False  # no gradient from a pass into the ones before it
+    loss_weights: list | None = None  # one weight a pass; None: the plain mean, equation (4)
+
+    def __post_init__(self):
+        """Raises ValueError for a schedule that cannot be run."""
+        if self.kind not in ("plain", "interleaved", "refine", "chunked", "sequential"):
+            raise ValueError(f"schedule {self.kind!r} is none of plain, interleaved, refine, chunked, sequential")
+        for name in ("subsets", "refinements", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.kv_refresh and self.kind != "interleaved":
+            raise ValueError(f"kv_refresh goes with the interleaved schedule, not with {self.kind}")
+        if self.loss_weights is not None and (min(self.loss_weights) < 0 or sum(self.loss_weights) <= 0):
+            raise ValueError("loss weights must not be negative, and not all zero")
+
+    def passes(self, T):
+        """The list of ranges for T tokens. Raises ValueError if loss_weights are not as many."""
+        if self.kind == "interleaved":
+            passes = interleaved(T, self.subsets)
+        elif self.kind == "refine":
+            passes = refine(T, self.refinements)
+        elif self.kind == "chunked":
+            passes = chunked(T, self.chunk)
+        else:
+            passes = sequential(T) if self.kind == "sequential" else plain(T)
+        if self.loss_weights is not None and len(self.loss_weights) != len(passes):
+            raise ValueError(f"{len(self.loss_weights)} loss weights for {len(passes)} passes")
+        return passes
+
+
+# -----------------------------------------------------------------------------
+# Running them
+
+def previous(memory, positions):
+    """
+    Equation (5): m_{p-1} for every p in positions, (B, P, D), from memory (B, n, D) of positions 0 .. n-1; zero before
+    the first token and where nothing has been computed yet (within a chunk).
+    """
+    start, stop, step = positions.start, positions.stop, positions.step
+    first = start if start > 0 else step
+    found = memory[:, first - 1:stop - 1:step]
+    before = int(start == 0)
+    return F.pad(found, (0, 0, before, len(positions) - before - found.size(1)))
+
+def run(model, idx, passes, kv_refresh=False, detach=False):
+    """
+    Run a schedule on tokens idx (B, T): for each pass yields its positions, its hidden states (B, P, D), and the newest
+    memory of all positions computed so far (B, n, D). Gradients flow from later passes into earlier ones through the
+    keys, values and memory, unless detach.
+    """
+    kv_refresh = kv_refresh and model.config.kv_memory  # without projected memory there is nothing to renew
+    kv = KVBuffer(model.config.n_layer, keep_local=kv_refresh)
+    memory = None
+    use_memory = model.config.lrt != "none"
+    for i, positions in enumerate(passes):
+        recurrent = previous(memory, positions) if use_memory and memory is not None else None
+        hidden, source = model(take(idx, positions), positions, kv, recurrent)
+        memory = put(memory, positions, source)
+        yield positions, hidden, memory
+        if detach:
+            kv.detach()
+            memory = memory.detach()
+        if kv_refresh:
+            for later in passes[i + 1:]:
+                model.refresh(later, kv, previous(memory, later))
+
+class TrainStep(nn.Module):
+    """All passes of a training step as one module, for DDP and torch.compile to wrap."""
+
+    def __init__(self, model, schedule):
+        super().__init__()
+        self.model, self.schedule = model, schedule
+
+    def forward(self, idx, targets):
+        """
+        idx, targets (B, T) int64 -> the training loss, equation (4): the mean (or weighted mean) over the passes of the
+        mean cross-entropy over the positions each computed; and those means (passes,), detached. Nats.
+        """
+        schedule = self.schedule
+        passes = schedule.passes(idx.size(1))
+        losses = torch.stack([self.model.token_loss(hidden, take(targets, positions)).mean() for positions, hidden, _
+                              in run(self.model, idx, passes, schedule.kv_refresh, schedule.detach)])
+        if schedule.loss_weights is None:
+            return losses.mean(), losses.detach()
+        weights = losses.new_tensor(schedule.loss_weights)
+        return (losses * weights).sum() / weights.sum(), losses.detach()
+
+@torch.no_grad()
+def pass_losses(model, idx, targets, schedule):
+    """
+    Losses of every pass and token for evaluation, idx and targets (B, T) int64: losses (passes, B, T) in nats, zero
+    where a pass did not compute; mask (passes, T) bool, True where it did; merged (B, T): each position scored by the
+    last pass that computed it.
+    """
+    passes = schedule.passes(idx.size(1))
+    losses = torch.zeros(len(passes), *idx.shape, device=idx.device, dtype=torch.promote_types(
+        model.compute_dtype or model.wte.weight.dtype, torch.float32))
+    mask = torch.zeros(len(passes), idx.size(1), dtype=torch.bool, device=idx.device)
+    merged = torch.zeros_like(losses[0])
+    for i, (positions, hidden, _) in enumerate(run(model, idx, passes, schedule.kv_refresh)):
+        loss = model.token_loss(hidden, take(targets, positions))
+        take(losses[i], positions).copy_(loss)
+        take(merged, positions).copy_(loss)
+        take(mask[i], positions, dim=0).fill_(True)
+    return losses, mask, merged

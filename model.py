@@ -1,0 +1,383 @@
+"""
+The Latent Recurrent Transformer (LRT, arXiv 2605.26797) on a nanochat-style GPT backbone, all of it in this file.
+
+A plain GPT computes a high-level hidden state for every token and throws it away. Here the hidden state of token
+t-1 (taken after `source_layer`, and called its memory m_{t-1}) is handed to token t in two ways:
+- residual injection: every layer adds c_l * m_{t-1} to its input;
+- KV projection: every layer adds gated projections of m_{t-1} to the key and the value of position t.
+
+There is ONE forward. It computes the positions it is given, writes their fresh keys and values into a store, and
+attends to what the store then holds. Training passes, subsets, decoding steps and prefill differ only in the
+positions and in the store (KVBuffer: autograd flows through it; KVCache: preallocated, written in place).
+Position sets are plain Python ranges: range(T) is a full pass, range(i, T, S) a subset, range(t, t + 1) a decoding
+step. Which sets run in which order is interleave.py.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6  # query heads
+    n_kv_head: int = 6  # key/value heads: n_head / n_kv_head query heads share one
+    n_embd: int = 768
+    window_pattern: str = "SSSL"  # tiled over the layers: L sees everything, S half the context; the last layer is L
+    value_embeds: str = "all"  # none | alternate (every other layer, the last one included) | all
+    lrt: str = "none"  # none: plain GPT | shared: one memory projection for all layers | layerwise: one a layer
+    source_layer: int | None = None  # 0-based: memory is read after this block; None: upper-middle, 3/4 of the way up
+    inject: str = "both"  # how memory enters: kv | residual | both
+
+    def __post_init__(self):
+        """Raises ValueError, in one line, for a model that cannot be built."""
+        def check(ok, message):
+            if not ok:
+                raise ValueError(message)
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        check(self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        check(self.n_embd // self.n_head % 2 == 0, f"head size {self.n_embd // self.n_head} is odd: rotary needs pairs")
+        check(self.n_head % self.n_kv_head == 0, f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
+        check(self.window_pattern and set(self.window_pattern) <= set("SL"),
+              f"window_pattern {self.window_pattern!r} must be made of the letters S and L")
+        for name, allowed in (("value_embeds", ("none", "alternate", "all")), ("lrt", ("none", "shared", "layerwise")),
+                              ("inject", ("kv", "residual", "both"))):
+            check(getattr(self, name) in allowed, f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
+        if self.source_layer is None:  # the paper finds an upper-middle layer strongest
+            self.source_layer = max(round(0.75 * self.n_layer) - 1, 0)
+        check(0 <= self.source_layer < self.n_layer,
+              f"source_layer {self.source_layer} is out of range: {self.n_layer} layers are numbered 0 to {self.n_layer - 1}")
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_memory(self):
+        """Is memory projected into keys and values?"""
+        return self.lrt != "none" and self.inject != "residual"
+
+    @property
+    def residual_memory(self):
+        """Is memory added to the residual stream?"""
+        return self.lrt != "none" and self.inject != "kv"
+
+    def window(self, layer):
+        """How many positions back a query of `layer` sees beside its own; sequence_len: everything."""
+        letter = "L" if layer == self.n_layer - 1 else self.window_pattern[layer % len(self.window_pattern)]
+        return self.sequence_len if letter == "L" else self.sequence_len // 2
+
+    def has_value_embed(self, layer):
+        return self.value_embeds == "all" or (self.value_embeds == "alternate" and (self.n_layer - 1 - layer) % 2 == 0)
+
+
+# -----------------------------------------------------------------------------
+# Small parts
+
+def norm(x):
+    """RMSNorm over the last axis, no parameters."""
+    return F.rms_norm(x, (x.size(-1),))
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (B, P, heads, d) with tables (P, 1, d/2), on halves (a, b) of a head; keeps x's dtype."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
+
+def take(x, positions, dim=1):
+    """The slice of x at a range of positions: a view."""
+    index = (slice(None),) * dim + (slice(positions.start, positions.stop, positions.step),)
+    return x[index]
+
+def put(old, positions, new, dim=1):
+    """
+    `old` (or None: nothing yet) with `new` written at a range of positions along dim, as a new tensor that autograd
+    flows through. Writing just behind the end appends.
+    """
+    length = 0 if old is None else old.size(dim)
+    if positions.start == 0 and positions.step == 1 and len(positions) >= length:
+        return new  # everything is overwritten
+    if positions.start == length and positions.step == 1:
+        return torch.cat([old, new], dim=dim)
+    return old.slice_scatter(new, dim, positions.start, positions.stop, positions.step)
+
+def visible(positions, window, device):
+    """
+    The attention mask of queries at `positions` over keys 0 .. positions[-1], True where p - window <= key <= p, as
+    (mask (P, keys) bool or None, is_causal, first key): the leanest form that SDPA takes.
+    """
+    last = positions[-1]
+    if len(positions) == 1:  # a decoding step sees all the keys it is handed
+        return None, False, max(last - window, 0)
+    if positions == range(last + 1) and window >= last:
+        return None, True, 0
+    first = max(positions[0] - window, 0)
+    q = torch.arange(positions.start, positions.stop, positions.step, device=device)[:, None]
+    k = torch.arange(first, last + 1, device=device)[None, :]
+    return (k <= q) & (k >= q - window), False, first
+
+class Linear(nn.Linear):
+    """No bias; the fp32 master weight is used in the dtype of the activations."""
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+# -----------------------------------------------------------------------------
+# The two forms of the key/value store. write() takes fresh keys and values (B, n_kv_head, P, d) of one layer and
+# returns all that the layer now holds, (B, n_kv_head, n, d) for positions 0 .. n-1.
+
+class KVBuffer:
+    """Functional store for training: every write makes a new tensor, and gradients flow through all of them."""
+
+    def __init__(self, n_layer, keep_local=False):
+        """keep_local: also keep what the first pass computed without memory in each layer, for GPT.refresh."""
+        self.k, self.v = [None] * n_layer, [None] * n_layer
+        self.local = [None] * n_layer if keep_local else None
+
+    def write(self, layer, positions, k, v):
+        self.k[layer] = put(self.k[layer], positions, k, dim=2)
+        self.v[layer] = put(self.v[layer], positions, v, dim=2)
+        return self.k[layer], self.v[layer]
+
+    def detach(self):
+        """Cut the gradient between what was written so far and what will read it."""
+        self.k = [k.detach() for k in self.k]
+        self.v = [v.detach() for v in self.v]
+        if self.local is not None:
+            self.local = [[x.detach() for x in local] for local in self.local]
+
+class KVCache:
+    """Preallocated store for inference, written in place: the standard cache, (n_layer, B, n_kv_head, length, d)."""
+
+    def __init__(self, config, batch_size, length, device, dtype):
+        shape = (config.n_layer, batch_size, config.n_kv_head, length, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.local = None
+
+    def write(self, layer, positions, k, v):
+        take(self.k[layer], positions, dim=2).copy_(k)
+        take(self.v[layer], positions, dim=2).copy_(v)
+        return self.k[layer], self.v[layer]
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+class Attention(nn.Module):
+
+    def __init__(self, config, layer):
+        super().__init__()
+        D, self.layer, self.head_dim = config.n_embd, layer, config.head_dim
+        self.n_head, self.n_kv_head, self.kv_memory = config.n_head, config.n_kv_head, config.kv_memory
+        self.c_q = Linear(D, D)
+        self.c_k = Linear(D, self.n_kv_head * self.head_dim)
+        self.c_v = Linear(D, self.n_kv_head * self.head_dim)
+        self.c_proj = Linear(D, D)
+        # one gate a key/value head for each source of keys and values: local and memory (LRT), token (value embedding)
+        n_gates = 2 * config.kv_memory + config.has_value_embed(layer)
+        self.gate = Linear(D, n_gates * self.n_kv_head) if n_gates else None
+
+    def local_kv(self, u, value_embed):
+        """
+        Equation (2) of design.md without its memory term, before rotation: u (B, P, D), value_embed (B, P, G*d) or
+        None -> k, v (B, P, G, d) and the memory's gate g_mem (B, P, G, 1), None without KV memory.
+        """
+        heads = u.shape[:2] + (self.n_kv_head, self.head_dim)
+        k, v, g_mem = self.c_k(u).view(heads), self.c_v(u).view(heads), None
+        if self.gate is not None:
+            gates = 2 * torch.sigmoid(self.gate(u)).unsqueeze(-1)
+            if self.kv_memory:
+                g_loc, g_mem, gates = gates[:, :, :self.n_kv_head], gates[:, :, self.n_kv_head:2 * self.n_kv_head], \
+                    gates[:, :, 2 * self.n_kv_head:]
+                k, v = g_loc * k, g_loc * v
+            if value_embed is not None:
+                v = v + gates * value_embed.view(heads)
+        return k, v, g_mem
+
+    def finish_kv(self, k, v, g_mem, memory_kv, rotary):
+        """Add the memory term, rotate and norm: the keys and values to be stored, (B, G, P, d)."""
+        if memory_kv is not None:
+            k = k + g_mem * memory_kv[0].view(k.shape)
+            v = v + g_mem * memory_kv[1].view(v.shape)
+        return norm(rotate(k, *rotary)).transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, u, value_embed, memory_kv, rotary, positions, mask, kv):
+        B, P, D = u.shape
+        local = self.local_kv(u, value_embed)
+        if kv.local is not None and kv.local[self.layer] is None:
+            kv.local[self.layer] = local
+        k, v = kv.write(self.layer, positions, *self.finish_kv(*local, memory_kv, rotary))
+        mask, is_causal, first = mask
+        k, v = k[:, :, first:positions[-1] + 1], v[:, :, first:positions[-1] + 1]
+        q = norm(rotate(self.c_q(u).view(B, P, self.n_head, self.head_dim), *rotary)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
+                                           enable_gqa=self.n_head != self.n_kv_head)
+        return self.c_proj(y.transpose(1, 2).reshape(B, P, D))
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+class Block(nn.Module):
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, h, *attn_args):
+        h = h + self.attn(norm(h), *attn_args)
+        return h + self.mlp(norm(h))
+
+class GPT(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = None  # dtype of the activations; None: that of the weights
+        D, L, V, kv_dim = config.n_embd, config.n_layer, config.vocab_size, config.n_kv_head * config.head_dim
+        self.wte = nn.Embedding(V, D)
+        self.value_embeds = nn.ModuleDict({str(l): nn.Embedding(V, kv_dim) for l in range(L) if config.has_value_embed(l)})
+        self.h = nn.ModuleList(Block(config, l) for l in range(L))
+        self.lm_head = Linear(D, V)
+        # equation (1): h = a*h + b*x0 + c*m before every layer
+        self.resid_lambdas = nn.Parameter(torch.ones(L))
+        self.x0_lambdas = nn.Parameter(torch.full((L,), 0.1))
+        self.mem_lambdas = nn.Parameter(torch.full((L,), 0.1)) if config.residual_memory else None
+        # Rk and Rv of equation (2): one pair in all (shared) or one a layer (layerwise)
+        n_pairs = {"none": 0, "shared": 1, "layerwise": L}[config.lrt] * config.kv_memory
+        self.mem_k = nn.ModuleList(Linear(D, kv_dim) for _ in range(n_pairs))
+        self.mem_v = nn.ModuleList(Linear(D, kv_dim) for _ in range(n_pairs))
+        frequencies = 10000.0 ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+        angles = torch.outer(torch.arange(config.sequence_len, dtype=torch.float32), frequencies)[:, None]
+        self.register_buffer("cos", angles.cos(), persistent=False)  # (sequence_len, 1, head_dim / 2)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """design.md section 2, Init: the output projections and the gates start at zero, so every block is the identity."""
+        bound = math.sqrt(3 / self.config.n_embd)  # uniform with standard deviation 1/sqrt(D)
+        for name, module in self.named_modules():
+            if isinstance(module, (Linear, nn.Embedding)):
+                if name.endswith(("c_proj", "gate")):
+                    nn.init.zeros_(module.weight)
+                else:
+                    nn.init.uniform_(module.weight, -bound, bound)
+        nn.init.normal_(self.wte.weight, std=1.0)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+
+    def memory_kv(self, memory):
+        """Rk and Rv applied to memory (B, P, D) once a pass, for all layers: a list of n_layer pairs (B, P, G*d)."""
+        if memory is None or not self.config.kv_memory:
+            return [None] * self.config.n_layer
+        pairs = [(k(memory), v(memory)) for k, v in zip(self.mem_k, self.mem_v)]
+        return pairs if len(pairs) == self.config.n_layer else pairs * self.config.n_layer
+
+    def forward(self, idx, positions, kv, memory=None):
+        """
+        The one forward (design.md sections 2 and 3).
+        idx (B, P) int64: the tokens at `positions`, a range of length P within the context.
+        kv: KVBuffer or KVCache. Keys and values of `positions` are written; the queries see all positions up to their
+        own, so the store must hold those, from earlier calls or from this one.
+        memory (B, P, D): m_{t-1} for every t in positions; None: zero, and its projections are not computed.
+        Returns hidden (B, P, D), the normed output of the last layer, to be passed to logits() or token_loss(), and
+        source (B, P, D), the memory m_t of every position. Raises ValueError beyond the context.
+        """
+        config = self.config
+        if positions[-1] >= config.sequence_len:
+            raise ValueError(f"position {positions[-1]} is beyond the context of {config.sequence_len} tokens")
+        rotary = take(self.cos, positions, dim=0), take(self.sin, positions, dim=0)
+        masks = {w: visible(positions, w, idx.device) for w in {config.window(l) for l in range(config.n_layer)}}
+        memory_kv = self.memory_kv(memory)
+        x0 = h = norm(self.wte(idx).to(self.compute_dtype or self.wte.weight.dtype))
+        for l, block in enumerate(self.h):
+            h = self.resid_lambdas[l] * h + self.x0_lambdas[l] * x0
+            if memory is not None and config.residual_memory:
+                h = h + self.mem_lambdas[l] * memory
+            value_embed = self.value_embeds[str(l)](idx).to(h.dtype) if config.has_value_embed(l) else None
+            h = block(h, value_embed, memory_kv[l], rotary, positions, masks[config.window(l)], kv)
+            if l == config.source_layer:
+                source = norm(h)
+        return norm(h), source
+
+    def refresh(self, positions, kv, memory):
+        """
+        KV refresh (design.md section 4): rewrite the keys and values at `positions` with a new memory (B, P, D), the
+        local parts and gates staying those of the first pass over all positions (kv made with keep_local=True).
+        """
+        rotary = take(self.cos, positions, dim=0), take(self.sin, positions, dim=0)
+        for l, (block, memory_kv) in enumerate(zip(self.h, self.memory_kv(memory))):
+            local = [take(x, positions) for x in kv.local[l]]
+            kv.write(l, positions, *block.attn.finish_kv(*local, memory_kv, rotary))
+
+    def logits(self, hidden):
+        """hidden (B, P, D) -> logits (B, P, vocab_size) in float32 (or wider), softly capped at +-15; equation (3)."""
+        logits = self.lm_head(hidden)
+        return 15 * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / 15)
+
+    def token_loss(self, hidden, targets):
+        """Cross-entropy in nats of every position: hidden (B, P, D), targets (B, P) int64 -> (B, P); targets -1 give 0."""
+        loss = F.cross_entropy(self.logits(hidden).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+        return loss.view(targets.shape)
+
+    # -------------------------------------------------------------------------
+    # Counting
+
+    def parameter_groups(self):
+        """The parameters by role: a dict of lists; every parameter is in exactly one."""
+        groups = {
+            "embedding": list(self.wte.parameters()),
+            "value embeddings": list(self.value_embeds.parameters()),
+            "head": list(self.lm_head.parameters()),
+            "matrices": [p for n, p in self.h.named_parameters() if "gate" not in n],
+            "gates": [p for n, p in self.h.named_parameters() if "gate" in n],
+            "memory projections": list(self.mem_k.parameters()) + list(self.mem_v.parameters()),
+            "residual scalars": [self.resid_lambdas],
+            "x0 scalars": [self.x0_lambdas],
+            "memory scalars": [self.mem_lambdas] if self.mem_lambdas is not None else [],
+        }
+        assert sum(map(len, groups.values())) == len(list(self.parameters()))
+        return groups
+
+    def parameter_counts(self):
+        """Number of parameters by group, plus `total` and `scaling`: the matrices and head that tokens a parameter count."""
+        counts = {name: sum(p.numel() for p in params) for name, params in self.parameter_groups().items()}
+        total = sum(counts.values())
+        scaling = counts["matrices"] + counts["gates"] + counts["memory projections"] + counts["head"]
+        return counts | {"total": total, "scaling": scaling}
+
+    def flops_per_token(self, passes=None, T=None):
+        """
+        Training FLOPs (forward and backward) per token of a sequence of T tokens (default: the context) on which the
+        schedule `passes` (list of ranges; default: one full pass) runs. A matrix entry costs 6 FLOPs a position, and
+        attention 12 * width * keys in the window (PaLM, arXiv 2204.02311, appendix B, causality not counted off).
+        The head is counted in every pass; memory projections from the first pass that has memory on.
+        """
+        T = T or self.config.sequence_len
+        passes = passes or [range(T)]
+        counts = self.parameter_counts()
+        plain = counts["matrices"] + counts["gates"] + counts["head"]
+        keys = sum(min(self.config.window(l) + 1, T) for l in range(self.config.n_layer))
+        total = 0
+        for i, positions in enumerate(passes):
+            total += len(positions) * (6 * plain + 12 * self.config.n_embd * keys)
+            if i > 0:  # the first pass has memory zero
+                total += len(positions) * 6 * counts["memory projections"]
+        return total / T

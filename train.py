@@ -1,0 +1,438 @@
+"""
+Train a Latent Recurrent Transformer, or the plain GPT under it. --depth is the one dial.
+
+    python train.py --depth 4 --lrt shared                                                one process: GPU, Mac or CPU
+    torchrun --standalone --nproc_per_node=8 train.py --depth=20 --lrt=shared             one node of 8 GPUs
+    python train.py --resume runs/d4_shared                                               go on with a run
+"""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from argparse import BooleanOptionalAction, Namespace
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+from eval_core import evaluate_bpb, first_rows
+from interleave import Schedule, TrainStep, plain
+from model import GPT, GPTConfig
+from prepare_data import ArgumentParser, UserError, open_data, run_main, tokenizer_sha256, write_atomic
+from sample import compute_dtype, find_checkpoint, generate, load_checkpoint, pick_device, stream
+
+# peak dense bf16 FLOP/s, for MFU (vendors' data sheets)
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
+              "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+
+def make_parser():
+    parser = ArgumentParser(description="Train a Latent Recurrent Transformer. --depth is the one dial; the rest follows from it.")
+    g = parser.add_argument_group("run")
+    g.add_argument("--data", default="data", help="folder that prepare_data.py made")
+    g.add_argument("--name", metavar="NAME", help="the run's folder is OUT/NAME (default: d<depth>_<lrt>, numbered if it exists)")
+    g.add_argument("--out", default="runs", help="where run folders go")
+    g.add_argument("--resume", metavar="PATH", help="run folder or checkpoint to go on with; its flags apply, those given here on top")
+    g.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the data")
+    g.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
+    g.add_argument("--compile", action=BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    g = parser.add_argument_group("model")
+    g.add_argument("--depth", type=int, default=20, help="number of layers; width = depth * aspect ratio, up to whole heads")
+    g.add_argument("--aspect-ratio", type=int, default=64, help="width per layer")
+    g.add_argument("--head-dim", type=int, default=128, help="head size")
+    g.add_argument("--n-kv-head", type=int, help="key/value heads, for grouped-query attention (default: as many as query heads)")
+    g.add_argument("--max-seq-len", type=int, default=2048, help="context, and tokens a row")
+    g.add_argument("--window-pattern", default="SSSL", help="tiled over layers: L full attention, S half the context; the last layer is always L")
+    g.add_argument("--value-embeds", choices=["none", "alternate", "all"], default="all", help="which layers have a value embedding")
+    g = parser.add_argument_group("latent recurrence")
+    g.add_argument("--lrt", choices=["none", "shared", "layerwise"], default="shared", help="none: plain GPT; shared: one memory projection for all layers; layerwise: one a layer")
+    g.add_argument("--source-layer", type=int, help="memory is read after this layer, 0-based (default: 3/4 of the way up)")
+    g.add_argument("--inject", choices=["kv", "residual", "both"], default="both", help="how memory enters a layer")
+    g.add_argument("--schedule", choices=["interleaved", "refine", "chunked", "sequential"], default="interleaved", help="the passes of a training step, see interleave.py")
+    g.add_argument("--subsets", type=int, default=2, help="interleaved: S; a step costs about two plain passes for any S")
+    g.add_argument("--kv-refresh", action="store_true", help="interleaved: renew the memory in keys and values not yet visited, after each pass")
+    g.add_argument("--refinements", type=int, default=3, help="refine: K full passes after the first; a step costs 1 + K passes")
+    g.add_argument("--chunk", type=int, default=64, help="chunked: tokens a chunk")
+    g.add_argument("--detach", action="store_true", help="no gradient from a pass into the ones before it")
+    g.add_argument("--loss-weights", type=float, nargs="+", metavar="W", help="one weight a pass (default: the plain mean)")
+    g = parser.add_argument_group("horizon", "the first one given counts")
+    g.add_argument("--num-iterations", type=int, help="optimizer steps")
+    g.add_argument("--target-flops", type=float, help="as many steps as this many training FLOPs buy")
+    g.add_argument("--target-param-data-ratio", type=float, default=10, help="tokens per parameter of the matrices and the head")
+    g = parser.add_argument_group("optimization", "matrices: Muon; embeddings, head and scalars: AdamW, all scaled with batch size and width")
+    g.add_argument("--total-batch-size", type=int, help="tokens a step (default: from the horizon, 524288 at depth 12)")
+    g.add_argument("--device-batch-size", type=int, help="rows a forward and device; lower it when memory runs out (default: the largest of 16, 8, .. that divides)")
+    g.add_argument("--matrix-lr", type=float, default=0.02, help="Muon")
+    g.add_argument("--embedding-lr", type=float, default=0.3, help="embedding and value embeddings")
+    g.add_argument("--head-lr", type=float, default=0.004, help="output head")
+    g.add_argument("--scalar-lr", type=float, default=0.5, help="x0 and memory scalars; the residual scalars get a hundredth")
+    g.add_argument("--weight-decay", type=float, default=0.2, help="of the matrices, at depth 12, falling to 0 over the run")
+    g.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm, 0: no clipping")
+    g.add_argument("--warmup-steps", type=int, default=0, help="steps of linear warm-up")
+    g.add_argument("--warmdown-ratio", type=float, default=0.5, help="share of the run over which the learning rates fall linearly")
+    g.add_argument("--final-lr-frac", type=float, default=0.0, help="where they end, as a share of where they were")
+    g = parser.add_argument_group("evaluation and saving", "in steps; 0: only at the end")
+    g.add_argument("--eval-every", type=int, default=250, help="validation BPB")
+    g.add_argument("--eval-tokens", type=int, default=2**20, help="tokens scored in parallel")
+    g.add_argument("--decode-tokens", type=int, default=2**15, help="tokens decoded one by one with the exact recurrence, 0: none")
+    g.add_argument("--save-every", type=int, default=1000, help="checkpoint")
+    g.add_argument("--keep", type=int, default=2, help="how many checkpoints stay")
+    g.add_argument("--log-every", type=int, default=10, help="console line; log.jsonl has every step")
+    return parser
+
+# what may change from a run to its continuation; anything else would make it another run
+MAY_CHANGE = {"resume", "data", "device", "compile", "device_batch_size", "eval_every", "eval_tokens", "decode_tokens",
+              "save_every", "keep", "log_every", "out", "name"}
+
+def parse_args():
+    """The flags, and the checkpoint to go on with or None. A resumed run's own flags stand in for the defaults."""
+    parser = make_parser()
+    args = parser.parse_args()
+    checkpoint = None
+    if args.resume is not None:
+        path = find_checkpoint(args.resume)
+        checkpoint = load_checkpoint(path)
+        args = parser.parse_args(namespace=Namespace(**checkpoint["args"]))  # argparse leaves what is there, unless given
+        changed = [k for k, v in checkpoint["args"].items() if k not in MAY_CHANGE and v != getattr(args, k)]
+        if changed:
+            raise UserError(f"{path} was trained with " + ", ".join(f"--{k.replace('_', '-')} {checkpoint['args'][k]}" for k in changed)
+                            + ": resume without that flag, or start another run")
+        args.name, args.out = path.parent.name, str(path.parent.parent)
+    for name, least in (("seed", 0), ("num_iterations", 1), ("target_flops", 1), ("total_batch_size", 1), ("device_batch_size", 1),
+                        ("aspect_ratio", 1), ("head_dim", 1), ("grad_clip", 0), ("warmup_steps", 0), ("eval_every", 0),
+                        ("eval_tokens", 1), ("decode_tokens", 0), ("save_every", 0), ("keep", 1), ("log_every", 1)):
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if not args.target_param_data_ratio > 0:
+        raise UserError(f"--target-param-data-ratio must be positive, not {args.target_param_data_ratio}")
+    if not 0 <= args.warmdown_ratio <= 1:
+        raise UserError(f"--warmdown-ratio must be between 0 and 1, not {args.warmdown_ratio}")
+    return args, checkpoint
+
+
+# -----------------------------------------------------------------------------
+# From the dial to a model, a schedule and its optimizers
+
+def make_config(args, depth, vocab_size):
+    """The model at this depth. Raises UserError for one that cannot be built."""
+    n_head = -(-depth * args.aspect_ratio // args.head_dim)
+    try:
+        return GPTConfig(sequence_len=args.max_seq_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head,
+                         n_kv_head=n_head if args.n_kv_head is None else args.n_kv_head, n_embd=n_head * args.head_dim,
+                         window_pattern=args.window_pattern, value_embeds=args.value_embeds, lrt=args.lrt,
+                         source_layer=args.source_layer, inject=args.inject)
+    except ValueError as e:
+        raise UserError(e)
+
+def make_schedule(args):
+    """The schedule of a training step, checked against the sequence length. Raises UserError."""
+    try:
+        schedule = Schedule("plain" if args.lrt == "none" else args.schedule, args.subsets, args.refinements, args.chunk,
+                            args.kv_refresh, args.detach, args.loss_weights)
+        schedule.passes(args.max_seq_len)
+    except ValueError as e:
+        raise UserError(e)
+    if schedule.kind == "chunked" and args.chunk >= args.max_seq_len:
+        raise UserError(f"--chunk {args.chunk} covers the whole context of {args.max_seq_len}: memory would never reach a token")
+    return schedule
+
+def make_optimizers(model, args, batch_scale):
+    """
+    Muon for the matrices and memory projections, AdamW for everything else (design.md section 8). Learning rates grow
+    with the square root of the batch; those of AdamW's matrices shrink with the square root of the width. Every
+    group keeps its `initial_lr`; set_schedule() makes the current lr of it.
+    """
+    groups = model.parameter_groups()
+    width_scale = (model.config.n_embd / 768) ** -0.5
+    adamw = torch.optim.AdamW([
+        dict(params=groups["embedding"] + groups["value embeddings"], lr=args.embedding_lr * width_scale),
+        dict(params=groups["head"], lr=args.head_lr * width_scale),
+        dict(params=groups["gates"], lr=args.matrix_lr),  # too thin for Muon
+        dict(params=groups["residual scalars"], lr=args.scalar_lr * 0.01),
+        dict(params=groups["x0 scalars"], lr=args.scalar_lr, betas=(0.96, 0.95)),
+        dict(params=groups["memory scalars"], lr=args.scalar_lr),
+    ], betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+    muon = torch.optim.Muon(groups["matrices"] + groups["memory projections"], lr=args.matrix_lr, momentum=0.95,
+                            weight_decay=args.weight_decay * (12 / model.config.n_layer) ** 2)
+    for optimizer in (adamw, muon):
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"] * batch_scale
+            group["initial_weight_decay"] = group["weight_decay"]
+    return adamw, muon
+
+def set_schedule(optimizers, step, num_iterations, args):
+    """Learning rates, momentum and weight decay of this step, in place; returns the learning rates' multiplier."""
+    warmdown = args.warmdown_ratio * num_iterations
+    up = min((step + 1) / (args.warmup_steps + 1), 1.0)
+    left = min((num_iterations - step) / warmdown, 1.0) if warmdown else 1.0
+    multiplier = up * (left + (1 - left) * args.final_lr_frac)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+            group["weight_decay"] = group["initial_weight_decay"] * (1 - step / num_iterations)
+            if "momentum" in group:
+                group["momentum"] = 0.85 + 0.10 * min(step / 300, 1.0)
+    return multiplier
+
+
+# -----------------------------------------------------------------------------
+# Data: rows of T+1 tokens, T apart, in an order that only the seed decides
+
+class Rows:
+    """
+    The training rows, numbered 0, 1, 2, .. without end. An epoch goes through the shards in a random order, and
+    through the rows of each in a random order; both depend on seed and epoch alone. So a step's rows are the same for
+    any number of processes, and a row number is all that a resumed run needs.
+    """
+
+    def __init__(self, shards, T, seed):
+        self.shards, self.T, self.seed = shards, T, seed
+        self.counts = np.array([max(len(shard) - 1, 0) // T for shard in shards])
+        self.per_epoch = int(self.counts.sum())
+        self.orders = {}
+
+    def order(self, epoch, shard=-1):
+        """The order of an epoch's shards, or of the rows within one of them."""
+        if (epoch, shard) not in self.orders:
+            if shard >= 0:  # only the current shard's is kept: some million rows each
+                self.orders = {key: value for key, value in self.orders.items() if key[1] < 0}
+            n = self.counts[shard] if shard >= 0 else len(self.shards)
+            self.orders[epoch, shard] = np.random.default_rng((self.seed, epoch, shard + 1)).permutation(n)
+        return self.orders[epoch, shard]
+
+    def __getitem__(self, n):
+        """Row n: (T+1,) int64."""
+        epoch, n = divmod(n, self.per_epoch)
+        for shard in self.order(epoch):
+            if n < self.counts[shard]:
+                start = self.order(epoch, shard)[n] * self.T
+                return self.shards[shard][start:start + self.T + 1].astype(np.int64)
+            n -= self.counts[shard]
+
+    def batch(self, first, count, device):
+        """Rows first .. first+count-1 as inputs and targets, each (count, T) int64, on their way to the device."""
+        rows = torch.from_numpy(np.stack([self[n] for n in range(first, first + count)]))
+        if device.type == "cuda":
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        rows = rows.to(device)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+# -----------------------------------------------------------------------------
+# The run
+
+def new_run_folder(args):
+    """Make the run's folder, numbered if it exists and no name was asked for. Raises UserError if the name is taken."""
+    name = args.name or f"d{args.depth}_{args.lrt}"
+    for i in range(1, 10000):
+        folder = Path(args.out) / (name if i == 1 else f"{name}_{i}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if args.name:
+                raise UserError(f"{folder} exists: go on with it by --resume {folder}, or give another --name")
+        except OSError as e:
+            raise UserError(f"cannot make {folder}: {e.strerror}")
+
+def main():
+    args, checkpoint = parse_args()
+
+    # device and processes
+    ddp = "RANK" in os.environ
+    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if ddp:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    master = rank == 0
+    say = tqdm.write if master else lambda *_: None
+
+    # data, model, schedule
+    data = open_data(args.data, verify=master)  # one process reads every byte, the others trust it
+    if checkpoint and checkpoint["tokenizer_sha256"] != tokenizer_sha256(data.folder):
+        raise UserError(f"{data.folder} has another tokenizer than {args.resume} was trained with: give that run's --data")
+    config, schedule = make_config(args, args.depth, data.meta["vocab_size"]), make_schedule(args)
+    T, rows = args.max_seq_len, Rows(data.train, args.max_seq_len, args.seed)
+    passes = schedule.passes(T)
+    torch.manual_seed(args.seed)
+    with torch.device(device):
+        model = GPT(config)
+    model.compute_dtype = compute_dtype(device)
+    counts = model.parameter_counts()
+    flops_per_token, plain_flops = model.flops_per_token(passes), model.flops_per_token(plain(T))
+
+    # horizon and batch
+    total_batch = args.total_batch_size
+    if total_batch is None:  # nanochat's rule: tokens^0.383, from 2^19 at depth 12 (Power Lines, arXiv 2505.13738)
+        with torch.device("meta"):
+            depth_12 = GPT(GPTConfig(vocab_size=config.vocab_size, lrt=args.lrt)).parameter_counts()["scaling"]
+        total_batch = 2 ** round(math.log2(2**19 * (counts["scaling"] / depth_12) ** 0.383))
+        total_batch = max(total_batch // (world * T), 1) * world * T
+    if total_batch % (world * T):
+        raise UserError(f"--total-batch-size {total_batch} is not divisible by {world} processes * {T} tokens a row = {world * T}")
+    rows_per_step, rows_per_rank = total_batch // T, total_batch // T // world
+    device_batch = args.device_batch_size or max(b for b in (16, 8, 4, 2, 1) if rows_per_rank % b == 0)
+    if rows_per_rank % device_batch:
+        raise UserError(f"--device-batch-size {device_batch} does not divide the {rows_per_rank} rows a step of each process "
+                        f"(--total-batch-size {total_batch} / {world} processes / {T} tokens)")
+    if rows.per_epoch < rows_per_step:
+        raise UserError(f"{data.folder} has {rows.per_epoch} training rows of {T} tokens, less than one batch of {rows_per_step}: "
+                        "lower --total-batch-size or --max-seq-len, or prepare more text")
+    if args.num_iterations:
+        num_iterations = args.num_iterations
+    elif args.target_flops:
+        num_iterations = max(round(args.target_flops / (flops_per_token * total_batch)), 1)
+    else:
+        num_iterations = max(round(args.target_param_data_ratio * counts["scaling"] / total_batch), 1)
+
+    # optimizers and what DDP and torch.compile wrap: all passes of a step are one forward
+    optimizers = make_optimizers(model, args, batch_scale=math.sqrt(total_batch / 2**19))
+    train_step = TrainStep(model, schedule)
+    if args.compile if args.compile is not None else device.type == "cuda":
+        train_step = torch.compile(train_step, dynamic=False)
+    if ddp:
+        train_step = DDP(train_step, device_ids=[local_rank] if device.type == "cuda" else None)
+
+    # a new run, or the state of an old one
+    step, seconds = 0, 0.0
+    if checkpoint:
+        folder, step, seconds = Path(args.out) / args.name, checkpoint["step"], checkpoint["seconds"]
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        del checkpoint
+    else:
+        folder = new_run_folder(args) if master else None
+    if ddp:  # the master's folder is everybody's
+        told = [folder]
+        dist.broadcast_object_list(told)
+        folder = told[0]
+    start, evaluated, log = step, -1, None
+    if master:
+        if start:  # the log of what is about to be done again is dropped
+            lines = [json.loads(line) for line in open(folder / "log.jsonl")]
+            lines = [x for x in lines if x["step"] < start or (x["step"] == start and x["kind"] == "eval")]
+            evaluated = max([x["step"] for x in lines if x["kind"] == "eval"], default=-1)
+            write_atomic(folder / "log.jsonl", lambda f: f.writelines((json.dumps(x) + "\n").encode() for x in lines))
+        for name in ("tokenizer.tiktoken", "tokenizer.json"):
+            write_atomic(folder / name, lambda f: f.write((data.folder / name).read_bytes()))
+        log = open(folder / "log.jsonl", "a", buffering=1)  # a line at a time
+
+    say(f"{folder}: {counts['total']:,} parameters (" + ", ".join(f"{k} {v:,}" for k, v in counts.items() if v and k not in ("total", "scaling")) + ")")
+    say(f"{world} x {device}, {str(model.compute_dtype)[6:]} | depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, lrt {config.lrt}"
+        + (f", memory from layer {config.source_layer}, {schedule.kind}, {len(passes)} passes" if config.lrt != "none" else ""))
+    say(f"{num_iterations} steps of {total_batch:,} tokens ({rows_per_step} rows of {T}; {device_batch} at a time, {rows_per_rank // device_batch} times, on {world}) = "
+        f"{num_iterations * total_batch:,} tokens, {num_iterations * total_batch / counts['scaling']:.1f} a parameter, {num_iterations * rows_per_step / rows.per_epoch:.2f} epochs")
+    say(f"{num_iterations * total_batch * flops_per_token:.2e} FLOPs, {flops_per_token / plain_flops:.2f} times those of plain passes over the same tokens")
+    peak = next((f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+
+    def save():
+        """The checkpoint of this step, and only the newest few kept."""
+        path = folder / f"ckpt_{step:07d}.pt"
+        state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step, seconds=seconds,
+                     rows_seen=step * rows_per_step, config=dataclasses.asdict(config), schedule=dataclasses.asdict(schedule),
+                     args=vars(args), tokenizer_sha256=tokenizer_sha256(data.folder), torch_rng=torch.get_rng_state())
+        if master:
+            write_atomic(path, lambda f: torch.save(state, f))
+            for old in sorted(folder.glob("ckpt_*.pt"))[:-args.keep]:
+                old.unlink()
+        say(f"saved {path}")
+
+    def evaluate():
+        """Validation BPB in parallel and, on fewer rows, decoding; console and log."""
+        bpb, _ = evaluate_bpb(model, val_rows, data.token_bytes, schedule, device_batch, progress="validation")
+        decoded, _ = evaluate_bpb(model, val_rows[:args.decode_tokens // T], data.token_bytes, schedule, device_batch, decode=True,
+                                  progress="decoding") if args.decode_tokens >= T else ({}, None)
+        say(f"step {step:05d} | val bpb: " + ", ".join(f"{k} {v:.4f}" for k, v in bpb.items())
+            + (f" | on {args.decode_tokens // T} rows: merged {decoded['merged']:.4f}, decode {decoded['decode']:.4f}" if decoded else "")
+            + (f", no memory {decoded['no memory']:.4f}" if "no memory" in decoded else ""))
+        if master:
+            log.write(json.dumps(dict(kind="eval", step=step, tokens=step * total_batch, bpb=bpb, decode_rows=decoded)) + "\n")
+
+    val_rows = first_rows(data.val, T, max(args.eval_tokens // T, 1))
+    if not len(val_rows):
+        raise UserError(f"{data.folder} has no validation shard of more than {T} tokens, one row: lower --max-seq-len or prepare more text")
+    stop = []  # asked to stop: finish the step, save, end
+    def ask_to_stop(*_):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(True)
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, ask_to_stop)
+    bar = tqdm(total=num_iterations, initial=step, unit="step", disable=None if master else True, dynamic_ncols=True)
+    smooth = None
+    while True:
+        last = step == num_iterations
+        if step > evaluated and (last or (args.eval_every and step % args.eval_every == 0)):
+            evaluate()
+        if step > start and (last or stop or (args.save_every and step % args.save_every == 0)):
+            save()
+        if last or stop:
+            break
+
+        # one step: gradients of all rows, then the optimizers
+        t0 = time.perf_counter()
+        multiplier = set_schedule(optimizers, step, num_iterations, args)
+        micro_steps, losses = rows_per_rank // device_batch, 0
+        for i in range(micro_steps):
+            idx, targets = rows.batch(step * rows_per_step + (i * world + rank) * device_batch, device_batch, device)
+            with train_step.no_sync() if ddp and i < micro_steps - 1 else nullcontext():  # gradients meet once a step
+                loss, pass_means = train_step(idx, targets)
+                (loss / micro_steps).backward()
+            losses = losses + torch.cat([loss.detach().view(1), pass_means]) / micro_steps
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        state = torch.cat([losses, norm.view(1), losses.new_tensor([float(bool(stop))])])
+        if ddp:  # every process must see the same, a request to stop above all
+            dist.all_reduce(state)
+            state /= world
+        *losses, norm, stopping = state.tolist()
+        stop += [True] * (stopping > 0 and not stop)
+        if not (math.isfinite(losses[0]) and math.isfinite(norm)):
+            kept = sorted(folder.glob("ckpt_*.pt"))
+            raise UserError(f"step {step}: the loss is {losses[0]}, the gradient's norm {norm}; stopped before the weights changed; "
+                            + (f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet")
+                            + ": lower --matrix-lr, --embedding-lr or --scalar-lr")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        dt = time.perf_counter() - t0
+        seconds += dt
+        smooth = losses[0] if smooth is None else 0.9 * smooth + 0.1 * losses[0]
+        rate = total_batch / dt
+        if master:
+            log.write(json.dumps(dict(kind="train", step=step, loss=losses[0], passes=losses[1:] if len(passes) <= 16 else None,
+                                      norm=norm, lrm=multiplier, dt=dt)) + "\n")
+            if step % args.log_every == 0 or step == num_iterations - 1:
+                mfu = f" | mfu: {100 * flops_per_token * rate / (peak * world):.1f}%" if peak else ""
+                eta = seconds / (step + 1) * (num_iterations - step - 1)
+                say(f"step {step:05d}/{num_iterations:05d} ({100 * step / num_iterations:.1f}%) | loss: {smooth:.4f} | norm: {norm:.2f} | lrm: {multiplier:.2f} | "
+                    f"dt: {1000 * dt:.0f}ms | tok/sec: {rate:,.0f}{mfu} | epoch: {step * rows_per_step / rows.per_epoch:.2f} | "
+                    f"total time: {seconds / 60:.1f}m | eta: {eta / 60:.1f}m")
+        step += 1
+        bar.update()
+    bar.close()
+
+    if not last:
+        say(f"stopped at step {step}; go on with: python train.py --resume {folder}")
+    elif master:
+        bos = data.tokenizer.encode_single_token("<|bos|>")
+        text = "".join(stream(data.tokenizer, generate(model, [bos], 128, temperature=0.8, top_k=50)))
+        say(f"a sample, memory carried from token to token:\n{text}\nmore with: python sample.py --checkpoint {folder}")
+    if ddp:
+        dist.barrier()
+        dist.destroy_process_group()
+
+if __name__ == "__main__":
+    run_main(main)
