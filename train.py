@@ -258,21 +258,18 @@ def main():
     master = rank == 0
     say = tqdm.write if master else lambda *_: None
 
-    # data, model, schedule
+    # data, schedule, plan
     data = open_data(args.data, verify=master)  # one process reads every byte, the others trust it
     if checkpoint and checkpoint["tokenizer_sha256"] != tokenizer_sha256(data.folder):
         raise UserError(f"{data.folder} has another tokenizer than {args.resume} was trained with: give that run's --data")
     config, schedule = make_config(args, args.depth, data.meta["vocab_size"]), make_schedule(args)
     T, rows = args.max_seq_len, Rows(data.train, args.max_seq_len, args.seed)
     passes = schedule.passes(T)
-    torch.manual_seed(args.seed)
-    with torch.device(device):
+    with torch.device("meta"):  # shapes without storage, to plan with
         model = GPT(config)
-    model.compute_dtype = compute_dtype(device)
     counts = model.parameter_counts()
     flops_per_token, plain_flops = model.flops_per_token(passes), model.flops_per_token(plain(T))
 
-    # horizon and batch
     total_batch = args.total_batch_size
     if total_batch is None:  # nanochat's rule: tokens^0.383, from 2^19 at depth 12 (Power Lines, arXiv 2505.13738)
         with torch.device("meta"):
@@ -289,6 +286,9 @@ def main():
     if rows.per_epoch < rows_per_step:
         raise UserError(f"{data.folder} has {rows.per_epoch} training rows of {T} tokens, less than one batch of {rows_per_step}: "
                         "lower --total-batch-size or --max-seq-len, or prepare more text")
+    val_rows = first_rows(data.val, T, max(args.eval_tokens // T, 1))
+    if not len(val_rows):
+        raise UserError(f"{data.folder} has no validation shard of more than {T} tokens, one row: lower --max-seq-len or prepare more text")
     if args.num_iterations:
         num_iterations = args.num_iterations
     elif args.target_flops:
@@ -296,7 +296,11 @@ def main():
     else:
         num_iterations = max(round(args.target_param_data_ratio * counts["scaling"] / total_batch), 1)
 
-    # optimizers and what DDP and torch.compile wrap: all passes of a step are one forward
+    # the model, its optimizers, and what DDP and torch.compile wrap: all passes of a step are one forward
+    torch.manual_seed(args.seed)
+    with torch.device(device):
+        model = GPT(config)
+    model.compute_dtype = compute_dtype(device)
     optimizers = make_optimizers(model, args, batch_scale=math.sqrt(total_batch / 2**19))
     train_step = TrainStep(model, schedule)
     if args.compile if args.compile is not None else device.type == "cuda":
@@ -349,20 +353,25 @@ def main():
                 old.unlink()
         say(f"saved {path}")
 
+    def not_finite(what):
+        kept = sorted(folder.glob("ckpt_*.pt"))
+        return UserError(f"step {step}: {what}; stopped before anything was saved; " + (
+            f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet")
+            + ": lower --matrix-lr, --embedding-lr, --head-lr or --scalar-lr")
+
     def evaluate():
-        """Validation BPB in parallel and, on fewer rows, decoding; console and log."""
+        """Validation BPB in parallel and, on fewer rows, decoding; console and log. Raises UserError if not finite."""
         bpb, _ = evaluate_bpb(model, val_rows, data.token_bytes, schedule, device_batch, progress="validation")
         decoded, _ = evaluate_bpb(model, val_rows[:args.decode_tokens // T], data.token_bytes, schedule, device_batch, decode=True,
                                   progress="decoding") if args.decode_tokens >= T else ({}, None)
         say(f"step {step:05d} | val bpb: " + ", ".join(f"{k} {v:.4f}" for k, v in bpb.items())
             + (f" | on {args.decode_tokens // T} rows: merged {decoded['merged']:.4f}, decode {decoded['decode']:.4f}" if decoded else "")
             + (f", no memory {decoded['no memory']:.4f}" if "no memory" in decoded else ""))
+        if not math.isfinite(bpb["merged"]):
+            raise not_finite(f"the validation BPB is {bpb['merged']}")
         if master:
             log.write(json.dumps(dict(kind="eval", step=step, tokens=step * total_batch, bpb=bpb, decode_rows=decoded)) + "\n")
 
-    val_rows = first_rows(data.val, T, max(args.eval_tokens // T, 1))
-    if not len(val_rows):
-        raise UserError(f"{data.folder} has no validation shard of more than {T} tokens, one row: lower --max-seq-len or prepare more text")
     stop = []  # asked to stop: finish the step, save, end
     def ask_to_stop(*_):
         if stop:
@@ -399,10 +408,7 @@ def main():
         *losses, norm, stopping = state.tolist()
         stop += [True] * (stopping > 0 and not stop)
         if not (math.isfinite(losses[0]) and math.isfinite(norm)):
-            kept = sorted(folder.glob("ckpt_*.pt"))
-            raise UserError(f"step {step}: the loss is {losses[0]}, the gradient's norm {norm}; stopped before the weights changed; "
-                            + (f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet")
-                            + ": lower --matrix-lr, --embedding-lr or --scalar-lr")
+            raise not_finite(f"the loss is {losses[0]}, the gradient's norm {norm}")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,392 @@
+"""
+The scripts as a user meets them: real command lines on a tiny corpus, resuming, two processes, bad input.
+cli() runs a script in this process where starting another would only cost time; shell() starts a real one.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare_data
+import sample
+
+HERE = Path(__file__).parent
+TINY = ["--depth", "2", "--aspect-ratio", "16", "--head-dim", "16", "--max-seq-len", "32", "--window-pattern", "SL"]
+SMALL = TINY + ["--total-batch-size", "512", "--eval-tokens", "2048", "--decode-tokens", "512", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Prepared data: a few modules of the standard library, vocabulary 512."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = [Path(importlib.import_module(name).__file__).read_text("utf-8")
+             for name in ("argparse", "ast", "calendar", "configparser", "csv", "datetime", "difflib", "dis", "doctest", "enum")]
+    with open(folder / "text.jsonl", "w") as f:
+        for text in texts * 3:
+            f.write(json.dumps({"text": text}) + "\n")
+    done = shell("prepare_data.py", folder / "text.jsonl", "--vocab-size", 512, "--out", folder / "data")
+    assert done.returncode == 0, done.stderr
+    return folder / "data"
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+def shell(script, *args, **env):
+    command = [sys.executable, HERE / script, *args] if script.endswith(".py") else [script, *args]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+
+def cli(script, *args):
+    """Run a script's main() here: (exit code, stdout, stderr)."""
+    import contextlib
+    import io
+    out, err = io.StringIO(), io.StringIO()
+    argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = [script, *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            prepare_data.run_main(importlib.import_module(script.removesuffix(".py")).main)
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.argv = argv
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    return code, out.getvalue(), err.getvalue()
+
+def log(folder, kind="train"):
+    return [x for x in map(json.loads, open(Path(folder) / "log.jsonl")) if x["kind"] == kind]
+
+def assert_refused(result, *words):
+    """Exit code 2 and one line on stderr that has these words."""
+    code, _, err = result
+    assert code == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err, err
+
+
+# -----------------------------------------------------------------------------
+# The main job
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory):
+    """A folder with one trained shared LRT in runs/."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = shell("train.py", "--data", data, "--out", folder / "runs", "--lrt", "shared", *SMALL, "--num-iterations", 150,
+                 "--eval-every", 50, "--save-every", 100)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+def test_training_end_to_end(trained):
+    folder, out = trained
+    run = folder / "runs/d2_shared"
+    losses = [x["loss"] for x in log(run)]
+    assert len(losses) == 150 and losses[0] > 6 and sum(losses[-10:]) / 10 < 4.5
+    evals = log(run, "eval")
+    assert [x["step"] for x in evals] == [0, 50, 100, 150]
+    bpb = [x["bpb"]["merged"] for x in evals]
+    assert bpb == sorted(bpb, reverse=True)
+    last = evals[-1]["decode_rows"]
+    assert abs(last["decode"] - last["merged"]) < 0.02
+    assert last["no memory"] > last["decode"]  # the memory is used
+    assert [p.name for p in sorted(run.glob("ckpt*"))] == ["ckpt_0000100.pt", "ckpt_0000150.pt"]
+    assert not list(run.glob("*.tmp"))
+    for words in ("parameters", "memory from layer 1, interleaved, 3 passes", "tok/sec", "eta", "a sample, memory carried"):
+        assert words in out
+
+def test_sampling(trained, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    first = shell("sample.py", "--prompt", "def ", "--max-new-tokens", 30, "--seed", 3)
+    assert first.returncode == 0 and first.stdout.startswith("def ") and "memory on" in first.stderr
+    code, again, _ = cli("sample.py", "--checkpoint", "runs/d2_shared", "--prompt", "def ", "--max-new-tokens", 30, "--seed", 3, "--device", "cpu")
+    assert code == 0 and again == first.stdout
+    _, two, _ = cli("sample.py", "--prompt", "def ", "--max-new-tokens", 30, "--seed", 2, "--num-samples", 2)
+    assert again.strip() in two  # seeds 2 and 3
+    _, other, _ = cli("sample.py", "--prompt", "def ", "--max-new-tokens", 30, "--seed", 4)
+    _, without, _ = cli("sample.py", "--prompt", "def ", "--max-new-tokens", 30, "--seed", 3, "--no-memory")
+    assert len({again, other, without}) == 3
+    greedy = [cli("sample.py", "--prompt", "def ", "--max-new-tokens", 12, "--temperature", 0, "--seed", s)[1] for s in (1, 2)]
+    assert greedy[0] == greedy[1]
+    assert cli("sample.py", "--max-new-tokens", 3, "--top-k", 99999)[0] == 0  # above the vocabulary: all of it
+    assert cli("sample.py", "--max-new-tokens", 500)[0] == 0  # ends where the context ends
+    special = cli("sample.py", "--prompt", "<|bos|>", "--max-new-tokens", 1)
+    assert special[0] == 0 and special[1].startswith("<|bos|>")  # text, no control token
+
+def test_generate_is_the_exact_recurrence(trained):
+    """Greedy tokens equal the argmax of the sequential schedule over the finished text; a longer run only adds to it."""
+    from interleave import run, sequential
+    model = sample.load_model(sample.load_checkpoint(sample.find_checkpoint(trained[0] / "runs/d2_shared")), "cpu")
+    prompt = [511, 40, 41, 42]
+    out = list(sample.generate(model, prompt, 100, temperature=0))
+    assert len(out) == model.config.sequence_len - len(prompt) + 1
+    text = torch.tensor([prompt + out[:-1]])
+    with torch.no_grad():
+        hidden = torch.cat([h for _, h, _ in run(model, text, sequential(text.size(1)))], 1)
+    assert model.logits(hidden)[0, len(prompt) - 1:].argmax(-1).tolist() == out
+    assert list(sample.generate(model, prompt, 5, temperature=0)) == out[:5]
+    with pytest.raises(ValueError, match="the context is 1 to 32"):
+        list(sample.generate(model, [], 5))
+
+def test_streaming_keeps_characters_whole(trained):
+    tokenizer = prepare_data.load_tokenizer(trained[0] / "runs/d2_shared")
+    text = "naïve 漢字 🙂 done"
+    pieces = list(sample.stream(tokenizer, tokenizer.encode_ordinary(text) + [511] + tokenizer.encode_ordinary("unseen")))
+    assert "".join(pieces) == text and not any("\ufffd" in p for p in pieces)
+    assert "".join(sample.stream(tokenizer, tokenizer.encode_ordinary("漢")[:1])) == "\ufffd"  # a cut character is shown as such
+
+def test_eval_core(trained, here):
+    code, out, err = cli("eval_core.py", "--checkpoint", trained[0] / "runs/d2_shared", "--rows", 8, "--decode-rows", 4, "--json", "bpb.json")
+    assert code == 0, err
+    result = json.loads((here / "bpb.json").read_text())
+    for split in ("train", "val"):
+        bpb, decoded = result[split]["bpb"], result[split]["decode_bpb"]
+        assert set(bpb) == {"pass 0", "pass 1", "pass 2", "merged"} and set(decoded) == set(bpb) | {"decode", "no memory"}
+        assert decoded["no memory"] == pytest.approx(decoded["pass 0"], rel=1e-5)  # both have memory zero everywhere
+        bits, n = (np.array(result[split]["by_position"][k]) for k in ("decode", "bytes"))
+        assert bits.sum() / n.sum() == pytest.approx(decoded["decode"], abs=1e-4) and len(bits) == 32
+    assert "positions" in out and "16 .. 31" in out
+
+def test_bpb_is_nats_over_bytes():
+    """A model that knows nothing: ln(V) nats a token; BOS targets do not count."""
+    from eval_core import evaluate_bpb
+    from interleave import Schedule
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(sequence_len=8, vocab_size=16, n_layer=1, n_head=1, n_kv_head=1, n_embd=8, lrt="shared"))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    rows = torch.randint(0, 16, (5, 9))
+    n_bytes = torch.arange(16) % 4  # tokens 0, 4, 8, 12 have none
+    targets = rows[:, 1:]
+    expected = 4 * (n_bytes[targets] > 0).sum() / n_bytes[targets].sum()  # log2(16) bits each
+    for batch_size in (1, 2, 5):
+        bpb, _ = evaluate_bpb(model, rows, n_bytes, Schedule(), batch_size, decode=True)
+        assert bpb["merged"] == pytest.approx(expected.item(), rel=1e-6) == bpb["decode"]
+
+@pytest.mark.parametrize("flags", [
+    "--lrt none", "--lrt layerwise --n-kv-head 1 --value-embeds alternate", "--subsets 3 --kv-refresh --inject kv", "--schedule refine --refinements 2 --detach --loss-weights 1 1 2",
+    "--schedule chunked --chunk 7 --inject residual", "--schedule sequential --value-embeds none --source-layer 0",
+    "--subsets 1 --device-batch-size 4 --grad-clip 0 --warmup-steps 2 --final-lr-frac 0.1", "--subsets 99 --max-seq-len 31 --total-batch-size 496",
+])
+def test_every_variant_and_schedule_trains(flags, data, here):
+    code, out, err = cli("train.py", "--data", data, *SMALL, "--num-iterations", 3, "--eval-tokens", 256, "--decode-tokens", 64, "--name", "x", *flags.split())
+    assert code == 0, err
+    assert log("runs/x", "eval")[-1]["bpb"]["merged"] < log("runs/x", "eval")[0]["bpb"]["merged"]
+    assert cli("sample.py", "--max-new-tokens", 3)[0] == 0
+
+def test_horizon_and_automatic_batch(data, here):
+    for flags, words in ((["--target-param-data-ratio", "0.2"], "0.2 a parameter"), (["--target-flops", "1e9"], "FLOPs")):
+        code, out, err = cli("train.py", "--data", data, *SMALL, *flags, "--eval-tokens", 64, "--decode-tokens", 0)
+        assert code == 0 and words in out, err
+    assert 0.8e9 < float(out.split(" FLOPs")[0].splitlines()[-1]) < 1.2e9  # whole steps
+    assert sorted(p.name for p in (here / "runs").iterdir()) == ["d2_shared", "d2_shared_2"]  # nothing is overwritten
+
+def test_compiled_step_is_one_graph_and_the_same(data):
+    """What --compile does on CUDA, here without a code generator: no graph break, no recompilation, the same numbers."""
+    from interleave import Schedule, TrainStep
+    from model import GPT, GPTConfig
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    config = dict(sequence_len=16, vocab_size=32, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, window_pattern="SL")
+    for lrt, schedule in (("none", Schedule("plain")), ("shared", Schedule()), ("layerwise", Schedule(subsets=3, kv_refresh=True))):
+        torch.manual_seed(0)
+        step = TrainStep(GPT(GPTConfig(**config, lrt=lrt)), schedule)
+        counter = CompileCounter()
+        compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=False)
+        for seed in range(3):
+            idx = torch.randint(32, (2, 16), generator=torch.Generator().manual_seed(seed))
+            torch.testing.assert_close(compiled(idx, idx)[0], step(idx, idx)[0])
+        assert counter.frame_count == 1
+
+
+# -----------------------------------------------------------------------------
+# Two processes, and interruptions
+
+def test_two_processes_train_like_one(data, here):
+    for n in (1, 2):
+        done = shell(str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={n}", HERE / "train.py", "--data", data, *SMALL,
+                     "--name", f"on{n}", "--num-iterations", 20, "--eval-every", 0, "--device-batch-size", 4)
+        assert done.returncode == 0, done.stderr
+    one, two = log("runs/on1"), log("runs/on2")
+    assert len(one) == 20 and max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two)) < 1e-4
+    a, b = (log(f"runs/on{n}", "eval")[-1] for n in (1, 2))
+    for where in ("bpb", "decode_rows"):
+        assert a[where] == pytest.approx(b[where], abs=1e-4)
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(data, here):
+    """SIGTERM at some step: it ends with 0 and says how to go on; then losses and weights are those of one long run, bit for bit."""
+    flags = ["--data", data, *SMALL, "--num-iterations", 60, "--eval-every", 20]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    assert shell("train.py", *flags, "--name", "whole").returncode == 0
+    process = subprocess.Popen(list(map(str, [sys.executable, HERE / "train.py", *flags, "--name", "cut"])), stdout=subprocess.PIPE, text=True, env=env)
+    for line in process.stdout:
+        if line.startswith("step 00010/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0 and "go on with: python train.py --resume runs/cut" in rest
+    assert 10 < len(log("runs/cut")) < 60
+    done = shell("train.py", "--resume", "runs/cut")
+    assert done.returncode == 0, done.stderr
+    assert [x["loss"] for x in log("runs/cut")] == [x["loss"] for x in log("runs/whole")]
+    assert log("runs/cut", "eval") == log("runs/whole", "eval")
+    a, b = (sample.load_checkpoint(sample.find_checkpoint(f"runs/{name}")) for name in ("whole", "cut"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(data, here):
+    flags = ["--data", data, *SMALL, "--num-iterations", 40, "--eval-every", 20, "--save-every", 5]
+    process = subprocess.Popen(list(map(str, [sys.executable, HERE / "train.py", *flags, "--name", "cut"])), stdout=subprocess.PIPE,
+                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("saved"):
+            break
+    process.kill()
+    process.wait()
+    done = shell("train.py", "--resume", "runs/cut")
+    assert done.returncode == 0, done.stderr
+    assert shell("train.py", *flags, "--name", "whole").returncode == 0
+    assert [x["loss"] for x in log("runs/cut")] == [x["loss"] for x in log("runs/whole")]
+    code, out, _ = cli("train.py", "--resume", "runs/cut")  # a finished run has nothing left to do
+    assert code == 0 and len(log("runs/cut")) == 40
+
+def test_rows_cover_an_epoch_once_in_any_split(data):
+    from train import Rows
+    shards = [np.arange(i * 1000, i * 1000 + n, dtype=np.uint16) for i, n in enumerate((5, 103, 64, 8, 200))]
+    rows = Rows(shards, 8, seed=1)
+    assert rows.per_epoch == 0 + 12 + 7 + 0 + 24
+    seen = [[tuple(rows[e * rows.per_epoch + n]) for n in range(rows.per_epoch)] for e in range(2)]
+    assert set(seen[0]) == set(seen[1]) and len(set(seen[0])) == rows.per_epoch and seen[0] != seen[1]
+    assert all(len(r) == 9 and r[0] % 1000 % 8 == 0 and list(r) == list(range(r[0], r[0] + 9)) for r in seen[0])
+    again = Rows(shards, 8, seed=1)
+    assert [tuple(again[n]) for n in reversed(range(rows.per_epoch))] == seen[0][::-1]  # any row, in any order
+    idx, targets = rows.batch(3, 2, torch.device("cpu"))
+    assert idx.tolist() == [list(r[:-1]) for r in seen[0][3:5]] and targets.tolist() == [list(r[1:]) for r in seen[0][3:5]]
+
+
+# -----------------------------------------------------------------------------
+# Bad input: one clear line, exit code 2, nothing half-written
+
+@pytest.mark.parametrize("flags, words", [
+    ("--depth 0", ["n_layer must be at least 1"]),
+    ("--subsets 0", ["subsets must be at least 1"]),
+    ("--source-layer 2", ["source_layer 2 is out of range", "0 to 1"]),
+    ("--source-layer -1", ["source_layer -1 is out of range"]),
+    ("--total-batch-size 500", ["--total-batch-size 500", "not divisible", "32 tokens a row"]),
+    ("--total-batch-size 512 --device-batch-size 3", ["--device-batch-size 3", "16 rows"]),
+    ("--total-batch-size 33554432", ["training rows of 32 tokens", "less than one batch of 1048576"]),
+    ("--max-seq-len 131072 --total-batch-size 131072", ["no validation shard of more than 131072 tokens", "one row"]),
+    ("--schedule chunked --chunk 32", ["--chunk 32 covers the whole context"]),
+    ("--schedule chunked --kv-refresh", ["kv_refresh goes with the interleaved schedule"]),
+    ("--loss-weights 1 2", ["2 loss weights for 3 passes"]),
+    ("--loss-weights -1 1 1", ["must not be negative"]),
+    ("--n-kv-head 3", ["not divisible by n_kv_head 3"]),
+    ("--window-pattern XL", ["letters S and L"]),
+    ("--num-iterations 0", ["--num-iterations must be at least 1"]),
+    ("--head-dim 0", ["--head-dim must be at least 1"]),
+    ("--target-param-data-ratio 0", ["--target-param-data-ratio must be positive"]),
+    ("--warmdown-ratio 2", ["between 0 and 1"]),
+    ("--lrt both", ["invalid choice: 'both'"]),
+    ("--depth x", ["invalid int value"]),
+    ("--unknown", ["unrecognized arguments"]),
+    ("--device tpu", ["device 'tpu' cannot be used here"]),
+    ("--data nowhere", ["no prepared data in nowhere", "prepare_data.py"]),
+    ("--resume nowhere", ["no such run or checkpoint: nowhere"]),
+])
+def test_bad_flags(flags, words, data, here):
+    assert_refused(cli("train.py", "--data", data, *SMALL, "--num-iterations", 2, *flags.split()), *words)
+    assert not (here / "runs").exists()
+
+def test_no_data_and_no_run(here):
+    """A newcomer's first mistakes, in real processes."""
+    for script, words in (("train.py", ["no prepared data in data", "prepare_data.py"]), ("sample.py", ["no run in runs/", "train.py"]),
+                          ("eval_core.py", ["no run in runs/"])):
+        done = shell(script)
+        assert_refused((done.returncode, done.stdout, done.stderr), *words)
+    assert list(here.iterdir()) == []
+
+def test_damaged_data(data, here):
+    def damaged(change):
+        shutil.rmtree("data", ignore_errors=True)
+        shutil.copytree(data, "data")
+        change(Path("data"))
+        return cli("train.py", *SMALL, "--num-iterations", 2)
+    def flip(path):
+        raw = bytearray(path.read_bytes())
+        raw[-5] ^= 1
+        path.write_bytes(raw)
+    def truncate(path):
+        path.write_bytes(path.read_bytes()[:-100])
+    assert_refused(damaged(lambda d: truncate(d / "train_00000.npy")), "train_00000.npy", "prepare_data.py")
+    assert_refused(damaged(lambda d: flip(d / "train_00000.npy")), "train_00000.npy", "sha256")
+    assert_refused(damaged(lambda d: flip(d / "tokenizer.tiktoken")), "tokenizer")
+    assert_refused(damaged(lambda d: (d / "val_00000.npy").unlink()), "val_00000.npy")
+    assert_refused(damaged(lambda d: (d / "meta.json").write_text("{")), "meta.json")
+    assert not (here / "runs").exists()
+
+def test_damaged_checkpoints(trained, data, here):
+    def with_checkpoint(change):
+        shutil.rmtree("run", ignore_errors=True)
+        shutil.copytree(trained[0] / "runs/d2_shared", "run")
+        change(sample.find_checkpoint("run"))
+        return [cli("sample.py", "--checkpoint", "run"), cli("eval_core.py", "--checkpoint", "run"), cli("train.py", "--resume", "run")]
+    def edit(path, **changes):
+        state = torch.load(path, weights_only=True)
+        torch.save(state | changes, path)
+    for size in (0, 100, 100000):
+        for result in with_checkpoint(lambda p: p.write_bytes(p.read_bytes()[:size])):
+            assert_refused(result, "ckpt_0000150.pt is damaged")
+    for result in with_checkpoint(lambda p: torch.save({"weights": torch.zeros(3)}, p)):
+        assert_refused(result, "is damaged or no checkpoint of nanolrt")
+    config = sample.load_checkpoint(sample.find_checkpoint(trained[0] / "runs/d2_shared"))["config"]
+    for result in with_checkpoint(lambda p: edit(p, config=config | {"n_embd": 48, "n_head": 3, "n_kv_head": 3}))[:2]:
+        assert_refused(result, "not of its own configuration")
+    (here / "empty").mkdir()
+    assert_refused(cli("sample.py", "--checkpoint", "empty"), "no checkpoint in empty")
+    assert_refused(cli("sample.py", "--checkpoint", "nowhere"), "no such run or checkpoint: nowhere")
+
+def test_a_checkpoint_runs_no_code(here):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("pwned",)
+    (here / "run").mkdir()
+    torch.save({"model": Evil(), "step": 1}, "run/ckpt_0000001.pt")
+    assert_refused(cli("sample.py", "--checkpoint", "run"), "is damaged or no checkpoint")
+    assert not (here / "pwned").exists()
+
+def test_a_run_is_not_resumed_as_another(trained, data, here):
+    shutil.copytree(trained[0] / "runs/d2_shared", "run")
+    assert_refused(cli("train.py", "--resume", "run", "--depth", 3), "was trained with --depth 2")
+    assert_refused(cli("train.py", "--resume", "run", "--lrt", "none", "--seed", 1), "--lrt shared", "--seed 0")
+    assert_refused(cli("train.py", "--data", data, *SMALL, "--out", ".", "--name", "run"), "run exists", "--resume run")
+    (here / "text.txt").write_text(Path(json.__file__).read_text() * 3)
+    assert cli("prepare_data.py", "text.txt", "--vocab-size", 300, "--out", "other")[0] == 0
+    assert_refused(cli("train.py", "--resume", "run", "--data", "other"), "another tokenizer")
+    assert_refused(cli("eval_core.py", "--checkpoint", "run", "--data", "other"), "another tokenizer")
+
+def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(data, here):
+    result = cli("train.py", "--data", data, *SMALL, "--num-iterations", 40, "--save-every", 1, "--eval-every", 0, "--embedding-lr", "1e38", "--name", "x")
+    assert_refused(result, "the last good checkpoint is runs/x/ckpt_", "--matrix-lr")
+    assert all(np.isfinite(x["loss"]) for x in log("runs/x"))
+    last = int(sorted(p.stem for p in Path("runs/x").glob("ckpt_*.pt"))[-1].split("_")[1])
+    assert last == len(log("runs/x"))  # the weights that the last finite step left
+
+def test_bad_sampling_flags(trained, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    assert_refused(cli("sample.py", "--temperature", "-1"), "--temperature must be at least 0")
+    assert_refused(cli("sample.py", "--temperature", "nan"), "--temperature must be at least 0")
+    assert_refused(cli("sample.py", "--max-new-tokens", "0"), "--max-new-tokens must be at least 1")
+    assert_refused(cli("sample.py", "--num-samples", "0"), "--num-samples must be at least 1")
+    assert_refused(cli("sample.py", "--prompt", "word " * 100), "the prompt has", "the context 32")
+    assert_refused(cli("eval_core.py", "--rows", "0"), "--rows must be at least 1")
