@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from interleave import Schedule, pass_losses
 from model import KVCache, take
-from prepare_data import ArgumentParser, UserError, open_data, run_main, tokenizer_sha256, write_atomic
+from prepare_data import ArgumentParser, UserError, at_least, open_data, run_main, tokenizer_sha256, write_atomic
 from sample import find_checkpoint, load_checkpoint, load_model, pick_device
 
 
@@ -86,9 +86,7 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="write the results to this file, too")
     parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
     args = parser.parse_args()
-    for name, least in (("rows", 1), ("decode_rows", 0), ("batch_size", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    at_least(args, rows=1, decode_rows=0, batch_size=1)
     path = find_checkpoint(args.checkpoint)
     checkpoint = load_checkpoint(path)
     data = open_data(args.data or checkpoint["args"]["data"])

@@ -66,6 +66,13 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
 
+def at_least(args, **least):
+    """UserError for a flag whose number is below its least value (None, not given, passes; nan does not)."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+
 def run_main(main):
     """Call main(). A UserError becomes `error: <message>` on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
@@ -593,8 +600,7 @@ def parse_args():
         raise UserError(f"--vocab-size is for a trained tokenizer, {args.tokenizer} has its own: leave one of the two out")
     if args.vocab_size is not None and args.vocab_size <= 257:
         raise UserError(f"--vocab-size {args.vocab_size} is too small: 256 bytes and {BOS} take 257, use 258 or more")
-    if args.shard_tokens < 1:
-        raise UserError("--shard-tokens must be at least 1")
+    at_least(args, shard_tokens=1)
     if "fineweb-edu" in args.source and len(args.source) > 1:
         raise UserError("fineweb-edu cannot be mixed with other sources: prepare it into its own --out")
     if "fineweb-edu" not in args.source and args.num_shards is not None:
@@ -616,8 +622,8 @@ def main():
     settings = {"source": " ".join(args.source), "tokenizer": args.tokenizer}
     if args.tokenizer == "bpe":
         settings["vocab_size"] = vocab_size
-    if fineweb:
-        settings |= {"num_shards": args.num_shards, "base_url": args.base_url}
+    if fineweb:  # not --num-shards: more can be added later
+        settings |= {"base_url": args.base_url}
     else:
         try:
             settings |= {"shard_tokens": args.shard_tokens, "source_sha256": sha256_file(*files)}
@@ -627,10 +633,13 @@ def main():
     with locked(out):
         check_settings(out, settings)
         try:
-            summary(open_data(out, verify=False), "already complete")
-            return
+            data = open_data(out, verify=False)
+            if not fineweb or len(data.train) >= args.num_shards:
+                summary(data, "already complete")
+                return
         except UserError:
-            discard_damaged(out)
+            pass  # unfinished or damaged
+        discard_damaged(out)
 
         # streams: (split, index of its first shard, function giving its documents, tokens a shard)
         if fineweb:

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig, KVCache
-from prepare_data import ArgumentParser, UserError, load_tokenizer, run_main
+from prepare_data import ArgumentParser, UserError, at_least, load_tokenizer, run_main
 
 
 # -----------------------------------------------------------------------------
@@ -133,9 +133,7 @@ def main():
     parser.add_argument("--no-memory", action="store_true", help="keep the memory at zero, to see what it is worth")
     parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
     args = parser.parse_args()
-    for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if not getattr(args, name) >= least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    at_least(args, num_samples=1, max_new_tokens=1, temperature=0, top_k=0)
     path = find_checkpoint(args.checkpoint)
     checkpoint = load_checkpoint(path)
     tokenizer = load_tokenizer(path.parent)

@@ -649,6 +649,18 @@ def test_fineweb(server, tmp_path):
     assert contents(tmp_path / "out") == before and len(server.log) == requests
     assert (tmp_path / "out" / "train_00001.npy").stat().st_mtime_ns == kept
 
+def test_fineweb_can_be_extended(server, tmp_path):
+    def args(n):
+        return "fineweb-edu", "--num-shards", n, "--base-url", server.url, "--vocab-size", "400", "--out", tmp_path / "out"
+    ok(prepare_here(*args("1")))
+    before = contents(tmp_path / "out")
+    ok(prepare_here(*args("2")))
+    after = contents(tmp_path / "out")
+    assert len(open_data(tmp_path / "out").train) == 2
+    assert all(after[name] == before[name] for name in before if name != "meta.json")
+    ok(prepare_here(*args("1")))  # more than enough is there
+    assert contents(tmp_path / "out") == after
+
 def test_fineweb_without_validation_text(server, tmp_path):
     server.files["/shard_01822.parquet"] = write_parquet(tmp_path / "blank.parquet", [None, " "]).read_bytes()
     fails(prepare_here("fineweb-edu", "--num-shards", "1", "--base-url", server.url, "--vocab-size", "300", "--out", tmp_path / "out"),

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from eval_core import evaluate_bpb, first_rows
 from interleave import Schedule, TrainStep, plain
 from model import GPT, GPTConfig
-from prepare_data import ArgumentParser, UserError, open_data, run_main, tokenizer_sha256, write_atomic
+from prepare_data import ArgumentParser, UserError, at_least, open_data, run_main, tokenizer_sha256, write_atomic
 from sample import compute_dtype, find_checkpoint, generate, load_checkpoint, pick_device, stream
 
 # peak dense bf16 FLOP/s, for MFU (vendors' data sheets)
@@ -104,12 +104,8 @@ def parse_args():
             raise UserError(f"{path} was trained with " + ", ".join(f"--{k.replace('_', '-')} {checkpoint['args'][k]}" for k in changed)
                             + ": resume without that flag, or start another run")
         args.name, args.out = path.parent.name, str(path.parent.parent)
-    for name, least in (("seed", 0), ("num_iterations", 1), ("target_flops", 1), ("total_batch_size", 1), ("device_batch_size", 1),
-                        ("aspect_ratio", 1), ("head_dim", 1), ("grad_clip", 0), ("warmup_steps", 0), ("eval_every", 0),
-                        ("eval_tokens", 1), ("decode_tokens", 0), ("save_every", 0), ("keep", 1), ("log_every", 1)):
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    at_least(args, seed=0, num_iterations=1, target_flops=1, total_batch_size=1, device_batch_size=1, aspect_ratio=1, head_dim=1,
+             grad_clip=0, warmup_steps=0, eval_every=0, eval_tokens=1, decode_tokens=0, save_every=0, keep=1, log_every=1)
     if not args.target_param_data_ratio > 0:
         raise UserError(f"--target-param-data-ratio must be positive, not {args.target_param_data_ratio}")
     if not 0 <= args.warmdown_ratio <= 1:
@@ -146,8 +142,8 @@ def make_schedule(args):
 def make_optimizers(model, args, batch_scale):
     """
     Muon for the matrices and memory projections, AdamW for everything else (design.md section 8). Learning rates grow
-    with the square root of the batch; those of AdamW's matrices shrink with the square root of the width. Every
-    group keeps its `initial_lr`; set_schedule() makes the current lr of it.
+    with the square root of the batch above 2^19 tokens; those of AdamW's matrices shrink with the square root of the
+    width. Every group keeps its `initial_lr`; set_schedule() makes the current lr of it.
     """
     groups = model.parameter_groups()
     width_scale = (model.config.n_embd / 768) ** -0.5
@@ -301,7 +297,7 @@ def main():
     with torch.device(device):
         model = GPT(config)
     model.compute_dtype = compute_dtype(device)
-    optimizers = make_optimizers(model, args, batch_scale=math.sqrt(total_batch / 2**19))
+    optimizers = make_optimizers(model, args, batch_scale=max(math.sqrt(total_batch / 2**19), 1.0))
     train_step = TrainStep(model, schedule)
     if args.compile if args.compile is not None else device.type == "cuda":
         train_step = torch.compile(train_step, dynamic=False)
