@@ -178,7 +178,7 @@ def test_bpb_is_nats_over_bytes():
 @pytest.mark.parametrize("flags", [
     "--lrt none", "--lrt layerwise --n-kv-head 1 --value-embeds alternate", "--subsets 3 --kv-refresh --inject kv", "--schedule refine --refinements 2 --detach --loss-weights 1 1 2",
     "--schedule chunked --chunk 7 --inject residual", "--schedule sequential --value-embeds none --source-layer 0",
-    "--subsets 1 --device-batch-size 4 --grad-clip 0 --warmup-steps 2 --final-lr-frac 0.1", "--subsets 99 --max-seq-len 31 --total-batch-size 496",
+    "--subsets 1 --device-batch-size 4 --grad-clip 0 --warmup-steps 0 --final-lr-frac 0.1", "--subsets 99 --max-seq-len 31 --total-batch-size 496",
 ])
 def test_every_variant_and_schedule_trains(flags, data, here):
     code, out, err = cli("train.py", "--data", data, *SMALL, "--num-iterations", 3, "--eval-tokens", 256, "--decode-tokens", 64, "--name", "x", *flags.split())

@@ -72,9 +72,9 @@ def make_parser():
     g.add_argument("--embedding-lr", type=float, default=0.3, help="embedding and value embeddings")
     g.add_argument("--head-lr", type=float, default=0.004, help="output head")
     g.add_argument("--scalar-lr", type=float, default=0.5, help="x0 and memory scalars; the residual scalars get a hundredth")
-    g.add_argument("--weight-decay", type=float, default=0.2, help="of the matrices, at depth 12, falling to 0 over the run")
+    g.add_argument("--weight-decay", type=float, default=0.2, help="of the matrices, up to depth 12, less for deeper ones; falls to 0 over the run")
     g.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm, 0: no clipping")
-    g.add_argument("--warmup-steps", type=int, default=0, help="steps of linear warm-up")
+    g.add_argument("--warmup-steps", type=int, default=40, help="steps of linear warm-up")
     g.add_argument("--warmdown-ratio", type=float, default=0.5, help="share of the run over which the learning rates fall linearly")
     g.add_argument("--final-lr-frac", type=float, default=0.0, help="where they end, as a share of where they were")
     g = parser.add_argument_group("evaluation and saving", "in steps; 0: only at the end")
@@ -156,7 +156,7 @@ def make_optimizers(model, args, batch_scale):
         dict(params=groups["memory scalars"], lr=args.scalar_lr),
     ], betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     muon = torch.optim.Muon(groups["matrices"] + groups["memory projections"], lr=args.matrix_lr, momentum=0.95,
-                            weight_decay=args.weight_decay * (12 / model.config.n_layer) ** 2)
+                            weight_decay=args.weight_decay * min((12 / model.config.n_layer) ** 2, 1.0))
     for optimizer in (adamw, muon):
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"] * batch_scale
