@@ -1,9 +1,9 @@
 """
 Bits per byte of a trained run: parallel, as in training (per pass, and merged: every position scored by the last pass
-that computed it), and decoding, with the exact recurrence, token by token through the KV cache.
+that computed it), and decoding, with the exact recurrence (by parallel prefill; --referee also token by token).
 
     python eval_core.py                                # the newest run, on the data it was trained on
-    python eval_core.py --checkpoint runs/d4_shared --split val --decode-rows 64
+    python eval_core.py --checkpoint runs/d4_shared --split val --referee
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from interleave import Schedule, pass_losses
+from interleave import Schedule, pass_losses, prefill
 from model import KVCache, take
 from prepare_data import ArgumentParser, UserError, at_least, open_data, run_main, tokenizer_sha256, write_atomic
 from sample import find_checkpoint, load_checkpoint, load_model, pick_device
@@ -29,30 +29,37 @@ def first_rows(shards, T, n):
     return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, T + 1, dtype=torch.int64)
 
 @torch.no_grad()
-def decoding_losses(model, idx, targets, use_memory=True):
-    """Losses (B, T) in nats with the exact recurrence: idx, targets (B, T), one position after the other."""
+def recurrent_losses(model, idx, targets, token_by_token=False, use_memory=True):
+    """
+    Losses (B, T) in nats with the exact recurrence, as the model decodes: idx, targets (B, T). By parallel prefill, or
+    token by token through the same cache, its referee; use_memory=False decodes with the memory at zero.
+    """
     kv = KVCache(model.config, *idx.shape, idx.device, model.compute_dtype or model.wte.weight.dtype)
+    if not use_memory:
+        return model.token_loss(model(idx, range(idx.size(1)), kv)[0], targets)
+    if not token_by_token:
+        return model.token_loss(prefill(model, idx, kv)[0], targets)
     memory, losses = None, []
     for t in range(idx.size(1)):
         hidden, source = model(idx[:, t:t + 1], range(t, t + 1), kv, memory)
-        memory = source if use_memory and model.config.lrt != "none" else None
+        memory = source if model.config.lrt != "none" else None
         losses.append(model.token_loss(hidden, targets[:, t:t + 1]))
     return torch.cat(losses, dim=1)
 
 @torch.no_grad()
-def evaluate_bpb(model, rows, token_bytes, schedule, batch_size, decode=False, progress=None):
+def evaluate_bpb(model, rows, token_bytes, schedule, batch_size, decode=False, token_by_token=False, progress=None):
     """
     Bits per byte of rows (N, T+1) int64, token_bytes (V,) bytes of each token. Returns
     - bpb: a dict of floats: `pass 0` (initialization), `pass 1`, .. (for schedules of a few passes), each over the
-      positions it computed; `merged`; with decode also `decode` (exact recurrence) and, for an LRT, `no memory`
-      (the same model decoding with memory zero);
+      positions it computed; `merged`; with decode also `decode` (exact recurrence, by parallel prefill) and, for an LRT,
+      `no memory` (the same model with memory zero); with token_by_token also that, decode's referee;
     - by_position: bits by position, float64 (T,), of everything but the passes, and `bytes` (T,), how many were predicted.
     BPB = nats / (ln 2 * bytes); targets of zero bytes (BOS) do not count. Under torchrun the ranks share the rows.
     """
     device, T = model.wte.weight.device, rows.size(1) - 1
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     passes = schedule.passes(T) if schedule.kind in ("interleaved", "refine") else []
-    whole = ["merged"] + ["decode"] * decode + ["no memory"] * (decode and model.config.lrt != "none")
+    whole = ["merged"] + ["decode"] * decode + ["no memory"] * (decode and model.config.lrt != "none") + ["token by token"] * token_by_token
     names = [f"pass {i}" for i in range(len(passes))] + whole
     nats, n_bytes = torch.zeros(len(names), T, dtype=torch.float64), torch.zeros(1, T, dtype=torch.float64)
     token_bytes, mine = torch.as_tensor(token_bytes, dtype=torch.float64), rows[rank::world]
@@ -62,7 +69,11 @@ def evaluate_bpb(model, rows, token_bytes, schedule, batch_size, decode=False, p
         losses, _, merged = pass_losses(model, idx, targets, schedule)
         scored = [*losses[:len(passes)], merged]
         if decode:
-            scored += [decoding_losses(model, idx, targets, use_memory) for use_memory in (True, False)[:len(whole) - 1]]
+            scored.append(recurrent_losses(model, idx, targets))
+        if "no memory" in whole:
+            scored.append(recurrent_losses(model, idx, targets, use_memory=False))
+        if token_by_token:
+            scored.append(recurrent_losses(model, idx, targets, token_by_token=True))
         counted = token_bytes[batch[:, 1:]]
         n_bytes += counted.sum(0)
         nats += (torch.stack(scored).cpu().double() * (counted > 0)).sum(1)
@@ -81,7 +92,8 @@ def main():
     parser.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
     parser.add_argument("--split", choices=["train", "val", "both"], default="both", help="which text to score")
     parser.add_argument("--rows", type=int, default=256, help="rows of the context's length scored in parallel, per split")
-    parser.add_argument("--decode-rows", type=int, default=32, help="rows of them decoded token by token, 0: none")
+    parser.add_argument("--decode-rows", type=int, default=64, help="rows of them scored with the exact recurrence, 0: none")
+    parser.add_argument("--referee", action="store_true", help="score these token by token, too: the same figure, slowly")
     parser.add_argument("--batch-size", type=int, default=16, help="rows at a time")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file, too")
     parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
@@ -106,14 +118,14 @@ def main():
         results[split] = {"rows": len(rows), "bpb": bpb}
         if args.decode_rows:
             rows = rows[:args.decode_rows]
-            bpb, at = evaluate_bpb(model, rows, data.token_bytes, schedule, args.batch_size, decode=True, progress=f"{split}, decoding")
+            bpb, at = evaluate_bpb(model, rows, data.token_bytes, schedule, args.batch_size, True, args.referee, f"{split}, decoding")
             results[split] |= {"decode_rows": len(rows), "decode_bpb": bpb}
             print(f"{split}, {len(rows)} rows decoded:     " + ", ".join(f"{name} {x:.4f}" for name, x in bpb.items()))
         edges = [0] + [T >> i for i in range(7, -1, -1) if T >> i]  # doubling: BPB falls with the logarithm of the position
         columns = [name for name in at if name != "bytes"]
-        print(f"{'positions':>16} " + "".join(f"{name:>11}" for name in columns))
+        print(f"{'positions':>16} " + "".join(f"{name:>15}" for name in columns))
         for lo, hi in zip(edges, edges[1:]):
-            print(f"{f'{lo} .. {hi - 1}':>16} " + "".join(f"{at[name][lo:hi].sum() / at['bytes'][lo:hi].sum():11.4f}" for name in columns))
+            print(f"{f'{lo} .. {hi - 1}':>16} " + "".join(f"{at[name][lo:hi].sum() / at['bytes'][lo:hi].sum():15.4f}" for name in columns))
         results[split]["by_position"] = {name: [round(float(v), 4) for v in x] for name, x in at.items()}
     if args.json:
         write_atomic(args.json, lambda f: f.write(json.dumps(results, indent=1).encode()))

@@ -109,6 +109,54 @@ def run(model, idx, passes, kv_refresh=False, detach=False):
             for later in passes[i + 1:]:
                 model.refresh(later, kv, previous(memory, later))
 
+# relative change of the memories at which prefill takes them for final: some way above the rounding of one pass
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+@torch.no_grad()
+def prefill(model, idx, kv, subsets=1, max_sweeps=24, tolerance=None):
+    """
+    Exact parallel prefill (design.md section 6): fill the cache for tokens idx (B, T) as decoding them one by one
+    would, in a few passes. The recurrence is a fixed point; sweeps over S interleaved subsets repeat from the latest
+    iterate until no memory moves by more than `tolerance` (relative; default: by dtype). A sweep runs the layers up to
+    the source and starts behind the positions that are final: those that stopped moving, together with all before
+    them, and S more each time in any case. What is not final after max_sweeps is decoded token by token, so the result
+    is never an unconverged one. A last full pass computes all layers of all final positions.
+    kv: a KVCache that is not rolling, of length T at least; its `start` tells rows of different lengths, aligned at
+    their ends, apart. Returns hidden (B, T, D), memory of the last token (B, 1, D), or None where lrt is none, and the
+    number of sweeps, the first included.
+    """
+    T, config = idx.size(1), model.config
+    if config.lrt == "none":
+        return model(idx, range(T), kv)[0], None, 1
+    tolerance = TOLERANCE[kv.k[0].dtype] if tolerance is None else tolerance
+    padding = None if kv.start is None else torch.arange(T, device=idx.device)[:, None] < kv.start[:, None, None]
+
+    def sweep(positions, memory, n_layer=None):
+        """Recompute positions with the newest memory: hidden, and the new memory with padding kept at zero."""
+        recurrent = None if memory is None else previous(memory, positions)
+        hidden, source = model(take(idx, positions), positions, kv, recurrent, n_layer)
+        return hidden, source if padding is None else source.masked_fill(take(padding, positions), 0)
+
+    _, memory = sweep(range(T), None, config.source_layer + 1)
+    final, sweeps = 1, 1  # the first token has no memory to wait for
+    while final < T and sweeps < max_sweeps:
+        moved = memory.new_zeros(T)
+        for i in range(final, min(final + subsets, T)):
+            positions = range(i, T, subsets)
+            _, source = sweep(positions, memory, config.source_layer + 1)
+            old = take(memory, positions)
+            take(moved, positions, dim=0).copy_((source - old).square().mean(-1).sqrt().amax(0))  # memories have RMS 1
+            old.copy_(source)
+        moving = (moved > tolerance).nonzero()
+        final = min(max(final + subsets, moving[0].item()), T) if len(moving) else T
+        sweeps += 1
+    hidden, source = sweep(range(final), memory)
+    done, memory = [hidden], source[:, -1:]
+    for t in range(final, T):
+        hidden, memory = model(idx[:, t:t + 1], range(t, t + 1), kv, memory if padding is None else memory.masked_fill(padding[:, t - 1:t], 0))
+        done.append(hidden)
+    return torch.cat(done, dim=1), memory, sweeps
+
 class TrainStep(nn.Module):
     """All passes of a training step as one module, for DDP and torch.compile to wrap."""
 

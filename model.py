@@ -86,9 +86,12 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (B, P, heads, d) with tables (P, 1, d/2), on halves (a, b) of a head; keeps x's dtype."""
+    """
+    Rotary embedding of x (B, P, heads, d): halves (a, b) of a head become (a*cos + b*sin, b*cos - a*sin). The tables
+    (P, 1, d) hold (cos, cos) and (sin, -sin). Keeps x's dtype.
+    """
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
+    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin).to(x.dtype)
 
 def take(x, positions, dim=1):
     """The slice of x at a range of positions: a view."""
@@ -133,7 +136,7 @@ class Linear(nn.Linear):
 
 # -----------------------------------------------------------------------------
 # The two forms of the key/value store. write() takes fresh keys and values (B, n_kv_head, P, d) of one layer and
-# returns all that the layer now holds, (B, n_kv_head, n, d) for positions 0 .. n-1.
+# returns all that the layer holds; visible() says which of these the queries of a pass see, as the function above.
 
 class KVBuffer:
     """Functional store for training: every write makes a new tensor, and gradients flow through all of them."""
@@ -142,11 +145,15 @@ class KVBuffer:
         """keep_local: also keep what the first pass computed without memory in each layer, for GPT.refresh."""
         self.k, self.v = [None] * n_layer, [None] * n_layer
         self.local = [None] * n_layer if keep_local else None
+        self.first = 0  # where text starts, for the check of the context
 
     def write(self, layer, positions, k, v):
         self.k[layer] = put(self.k[layer], positions, k, dim=2)
         self.v[layer] = put(self.v[layer], positions, v, dim=2)
         return self.k[layer], self.v[layer]
+
+    def visible(self, positions, window, device):
+        return visible(positions, window, device)
 
     def detach(self):
         """Cut the gradient between what was written so far and what will read it."""
@@ -156,18 +163,46 @@ class KVBuffer:
             self.local = [[x.detach() for x in local] for local in self.local]
 
 class KVCache:
-    """Preallocated store for inference, written in place: the standard cache, (n_layer, B, n_kv_head, length, d)."""
+    """
+    Preallocated store for inference, written in place: the standard cache, (B, n_kv_head, length, d) a layer.
+    rolling: layers with a window keep only that window, position p in slot p mod size; one position is written a time.
+    start (B,) int64: the position at which each row's text starts, for rows of different lengths aligned at their ends
+    (rotary embedding is relative, so a row may start anywhere); None: all start at 0.
+    """
 
-    def __init__(self, config, batch_size, length, device, dtype):
-        shape = (config.n_layer, batch_size, config.n_kv_head, length, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.local = None
+    def __init__(self, config, batch_size, length, device, dtype, rolling=False, start=None):
+        self.length, self.start, self.local = length, start, None
+        self.first = 0 if start is None else int(start.max())  # rows that start earlier end earlier
+        self.size = {w: min(length, w + 1) if rolling else length for w in map(config.window, range(config.n_layer))}
+        shapes = [(batch_size, config.n_kv_head, self.size[config.window(l)], config.head_dim) for l in range(config.n_layer)]
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
 
     def write(self, layer, positions, k, v):
+        if positions[-1] >= self.k[layer].size(2):  # around the end of a rolling layer
+            slot = positions[-1] % self.k[layer].size(2)
+            positions = range(slot, slot + 1)
         take(self.k[layer], positions, dim=2).copy_(k)
         take(self.v[layer], positions, dim=2).copy_(v)
         return self.k[layer], self.v[layer]
+
+    def visible(self, positions, window, device):
+        size, last = self.size[window], positions[-1]
+        if self.start is None:
+            mask, is_causal, first = visible(positions, window, device)
+            return mask, is_causal, first if size == self.length else 0  # a rolling layer holds nothing but its window
+        first = max(positions[0] - window, 0) if size == self.length else 0
+        slots = torch.arange(first, min(last + 1, size), device=device)
+        k = last - (last - slots) % size if size < self.length else slots
+        q = torch.arange(positions.start, positions.stop, positions.step, device=device)[:, None]
+        mask = (k <= q) & (k >= q - window) & (k >= self.start[:, None, None]) | (k == q)  # padding sees itself: no empty rows
+        return mask[:, None], False, first
+
+    def copy_from(self, other, n, repeats):
+        """Take over positions 0 .. n-1 of a cache that is not rolling, every row `repeats` times."""
+        for mine, theirs in zip(self.k + self.v, other.k + other.v):
+            kept = torch.arange(max(n - mine.size(2), 0), n, device=mine.device)
+            mine[:, :, kept % mine.size(2)] = theirs[:, :, kept].repeat_interleave(repeats, dim=0)
 
 
 # -----------------------------------------------------------------------------
@@ -201,14 +236,14 @@ class Attention(nn.Module):
                     gates[:, :, 2 * self.n_kv_head:]
                 k, v = g_loc * k, g_loc * v
             if value_embed is not None:
-                v = v + gates * value_embed.view(heads)
+                v = torch.addcmul(v, gates, value_embed.view(heads))
         return k, v, g_mem
 
     def finish_kv(self, k, v, g_mem, memory_kv, rotary):
         """Add the memory term, rotate and norm: the keys and values to be stored, (B, G, P, d)."""
         if memory_kv is not None:
-            k = k + g_mem * memory_kv[0].view(k.shape)
-            v = v + g_mem * memory_kv[1].view(v.shape)
+            k = torch.addcmul(k, g_mem, memory_kv[0].view(k.shape))
+            v = torch.addcmul(v, g_mem, memory_kv[1].view(v.shape))
         return norm(rotate(k, *rotary)).transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, u, value_embed, memory_kv, rotary, positions, mask, kv):
@@ -265,9 +300,10 @@ class GPT(nn.Module):
         self.mem_k = nn.ModuleList(Linear(D, kv_dim) for _ in range(n_pairs))
         self.mem_v = nn.ModuleList(Linear(D, kv_dim) for _ in range(n_pairs))
         frequencies = 10000.0 ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-        angles = torch.outer(torch.arange(config.sequence_len, dtype=torch.float32), frequencies)[:, None]
-        self.register_buffer("cos", angles.cos(), persistent=False)  # (sequence_len, 1, head_dim / 2)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        # twice the context: a row that is padded on the left ends further to the right
+        angles = torch.outer(torch.arange(2 * config.sequence_len, dtype=torch.float32), frequencies)[:, None]
+        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False)  # (2 * sequence_len, 1, head_dim)
+        self.register_buffer("sin", torch.cat([angles.sin(), -angles.sin()], -1), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -290,27 +326,28 @@ class GPT(nn.Module):
         pairs = [(k(memory), v(memory)) for k, v in zip(self.mem_k, self.mem_v)]
         return pairs if len(pairs) == self.config.n_layer else pairs * self.config.n_layer
 
-    def forward(self, idx, positions, kv, memory=None):
+    def forward(self, idx, positions, kv, memory=None, n_layer=None):
         """
         The one forward (design.md sections 2 and 3).
         idx (B, P) int64: the tokens at `positions`, a range of length P within the context.
         kv: KVBuffer or KVCache. Keys and values of `positions` are written; the queries see all positions up to their
         own, so the store must hold those, from earlier calls or from this one.
         memory (B, P, D): m_{t-1} for every t in positions; None: zero, and its projections are not computed.
+        n_layer: stop after this many layers, at least up to the source layer; all that memory depends on is done then.
         Returns hidden (B, P, D), the normed output of the last layer, to be passed to logits() or token_loss(), and
         source (B, P, D), the memory m_t of every position. Raises ValueError beyond the context.
         """
         config = self.config
-        if positions[-1] >= config.sequence_len:
-            raise ValueError(f"position {positions[-1]} is beyond the context of {config.sequence_len} tokens")
+        if positions[-1] - kv.first >= config.sequence_len:
+            raise ValueError(f"position {positions[-1] - kv.first} is beyond the context of {config.sequence_len} tokens")
         rotary = take(self.cos, positions, dim=0), take(self.sin, positions, dim=0)
-        masks = {w: visible(positions, w, idx.device) for w in {config.window(l) for l in range(config.n_layer)}}
+        masks = {w: kv.visible(positions, w, idx.device) for w in {config.window(l) for l in range(config.n_layer)}}
         memory_kv = self.memory_kv(memory)
         x0 = h = norm(self.wte(idx).to(self.compute_dtype or self.wte.weight.dtype))
-        for l, block in enumerate(self.h):
+        for l, block in enumerate(self.h[:n_layer]):
             h = self.resid_lambdas[l] * h + self.x0_lambdas[l] * x0
             if memory is not None and config.residual_memory:
-                h = h + self.mem_lambdas[l] * memory
+                h = torch.addcmul(h, self.mem_lambdas[l].to(h.dtype), memory)
             value_embed = self.value_embeds[str(l)](idx).to(h.dtype) if config.has_value_embed(l) else None
             h = block(h, value_embed, memory_kv[l], rotary, positions, masks[config.window(l)], kv)
             if l == config.source_layer:

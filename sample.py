@@ -6,14 +6,16 @@ Sample from a trained run, with memory carried from token to token: one forward 
 """
 
 import codecs
+import json
+import math
 import sys
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
+from interleave import prefill
 from model import GPT, GPTConfig, KVCache
-from prepare_data import ArgumentParser, UserError, at_least, load_tokenizer, run_main
+from prepare_data import ArgumentParser, UserError, at_least, load_tokenizer, run_main, write_atomic
 
 
 # -----------------------------------------------------------------------------
@@ -78,62 +80,169 @@ def compute_dtype(device):
 # -----------------------------------------------------------------------------
 # Generation
 
-@torch.no_grad()
-def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, seed=0, use_memory=True):
+def draw(logits, generators, temperature, top_k, top_p):
     """
-    Continue `prompt` (a list of one token id or more) with the exact recurrence: yields one token id after the other,
-    at most max_new_tokens, ending where the context ends. Every token is one forward; what the sequence carries is the
-    KV cache and one memory vector. temperature 0 is greedy; top_k None samples from the whole vocabulary. The same
-    seed gives the same tokens. use_memory=False keeps the memory at zero, for comparison. Raises ValueError for a
-    prompt that is empty or longer than the context.
+    One token of each row of logits (N, V): (N,) int64. Row i uses one uniform number of generators[i] and nothing of
+    the other rows. Tokens are ordered by probability; the first top_k of them that reach mass top_p are kept.
     """
-    config, device = model.config, model.wte.weight.device
-    if not 1 <= len(prompt) <= config.sequence_len:
-        raise ValueError(f"the prompt has {len(prompt)} tokens; the context is 1 to {config.sequence_len}")
-    steps = min(len(prompt) + max_new_tokens - 1, config.sequence_len)
-    kv = KVCache(config, 1, steps, device, model.compute_dtype or model.wte.weight.dtype)
-    generator = torch.Generator(device).manual_seed(seed)
-    memory, recurrent = None, use_memory and config.lrt != "none"
-    for t in range(steps):
-        if t < len(prompt):
-            token = torch.tensor([[prompt[t]]], device=device)
-        hidden, source = model(token, range(t, t + 1), kv, memory)
-        memory = source if recurrent else None
-        if t < len(prompt) - 1:
-            continue
-        logits = model.logits(hidden)[0, -1]
-        if temperature == 0:
-            token = logits.argmax()
-        else:
-            if top_k is not None and top_k < logits.numel():
-                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-            token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
-        token = token.view(1, 1)
-        yield token.item()
+    if temperature == 0:
+        return logits.argmax(-1)
+    values, tokens = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)), dim=-1)
+    mass = torch.softmax((values - values[:, :1]) / temperature, dim=-1).cumsum(-1)
+    last = mass.size(1) - 1
+    kept = mass[:, last:]
+    if top_p is not None:  # the token that carries the mass to top_p is the last one kept
+        kept = mass.gather(1, torch.searchsorted(mass, torch.full_like(kept, top_p)).clamp(max=last))
+    u = torch.stack([torch.rand((), generator=g) for g in generators]).to(mass.device)[:, None]
+    picked = torch.searchsorted(mass, u * kept, right=True).clamp(max=last)
+    return tokens.gather(1, picked)[:, 0]
 
-def stream(tokenizer, tokens):
-    """Text pieces of a stream of token ids, up to BOS; a character split over tokens comes out whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    bos = tokenizer.encode_single_token("<|bos|>")
-    for token in tokens:
-        if token == bos:
-            break
-        yield decoder.decode(tokenizer.decode_single_token_bytes(token))
-    yield decoder.decode(b"", final=True)
+class Pieces:
+    """The text of one sequence, token by token: characters split over tokens come out whole, and a stop string ends it."""
+
+    def __init__(self, tokenizer, stop):
+        self.tokenizer, self.stop, self.held = tokenizer, stop, ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token):
+        """The text that this token makes certain, and whether the stop string is reached; None ends the sequence."""
+        final = token is None
+        self.held += self.decoder.decode(b"" if final else self.tokenizer.decode_single_token_bytes(token), final)
+        if self.stop and self.stop in self.held:
+            return self.held[:self.held.index(self.stop)], True
+        hold = 0  # the longest end that may be the beginning of the stop string
+        if self.stop and not final:
+            hold = next((n for n in range(min(len(self.stop) - 1, len(self.held)), 0, -1) if self.stop.startswith(self.held[-n:])), 0)
+        text, self.held = self.held[:len(self.held) - hold], self.held[len(self.held) - hold:]
+        return text, False
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, num_samples=1,
+             stop=None, use_memory=True):
+    """
+    Continue prompts (lists of one token id or more, of any lengths) with the exact recurrence, num_samples times each.
+    Yields (sequence, token, text) as they come; sequence counts samples within prompts. The text of a token is what it
+    makes certain: it may be empty, and the last piece comes with token None when the sequence ends: at BOS, at the stop
+    string (neither is part of the text), after max_new_tokens, or with the context, which does not slide: positions
+    beyond it were never trained. temperature 0 is greedy; top_k and top_p None keep everything.
+    All prompts are processed at once by interleave.prefill and once for all samples; then each token is one forward.
+    What a sequence carries is the standard KV cache (only the window in layers that have one) and one memory vector.
+    Sample i of any prompt draws from its own generator seeded seed + i, so it does not depend on what else is in the
+    batch. use_memory=False keeps the memory at zero, for comparison. Raises ValueError for a bad prompt.
+    """
+    config, device, bos = model.config, model.wte.weight.device, tokenizer.encode_single_token("<|bos|>")
+    lengths = [len(p) for p in prompts]
+    if not prompts or not 1 <= min(lengths) <= max(lengths) <= config.sequence_len:
+        raise ValueError(f"prompts of {min(lengths, default=0)} to {max(lengths, default=0)} tokens; a prompt has 1 to {config.sequence_len}")
+    # rows are aligned at their ends; the shorter ones are padded with BOS that nobody sees
+    T, dtype = max(lengths), model.compute_dtype or model.wte.weight.dtype
+    idx = torch.tensor([[bos] * (T - len(p)) + list(p) for p in prompts], device=device)
+    start = torch.tensor([T - n for n in lengths], device=device) if min(lengths) < T else None
+    prompt_kv = KVCache(config, len(prompts), T, device, dtype, start=start)
+    if use_memory:
+        hidden, memory, _ = prefill(model, idx, prompt_kv)
+    else:
+        hidden, memory = model(idx, range(T), prompt_kv)[0], None
+    rows = len(prompts) * num_samples
+    left = [min(max_new_tokens, config.sequence_len - n + 1) for n in lengths for _ in range(num_samples)]
+    kv = KVCache(config, rows, T + max(left) - 1, device, dtype, rolling=True,
+                 start=None if start is None else start.repeat_interleave(num_samples))
+    kv.copy_from(prompt_kv, T, num_samples)
+    hidden = hidden[:, -1:].repeat_interleave(num_samples, dim=0)
+    memory = None if memory is None else memory.repeat_interleave(num_samples, dim=0)
+    generators = [torch.Generator().manual_seed(seed + i) for _ in prompts for i in range(num_samples)]
+    pieces = [Pieces(tokenizer, stop) for _ in range(rows)]
+    for t in range(T, T + max(left)):
+        tokens = draw(model.logits(hidden)[:, -1], generators, temperature, top_k, top_p)
+        for i, token in enumerate(tokens.tolist()):
+            if left[i] == 0:
+                continue
+            text, stopped = pieces[i].add(token) if token != bos else ("", True)
+            left[i] = 0 if stopped else left[i] - 1
+            if token != bos:
+                yield i, token, text
+            if left[i] == 0:
+                yield i, None, "" if stopped and token != bos else pieces[i].add(None)[0]
+        if not any(left):
+            return
+        hidden, source = model(tokens[:, None], range(t, t + 1), kv, memory)
+        memory = source if use_memory and config.lrt != "none" else None
+
+def complete(*args, **options):
+    """The finished texts of generate(): a list, one a sequence."""
+    texts = {}
+    for i, _, text in generate(*args, **options):
+        texts[i] = texts.get(i, "") + text
+    return [texts[i] for i in sorted(texts)]
+
+
+# -----------------------------------------------------------------------------
+# The command
+
+def interact(sample):
+    """A prompt loop that streams: Ctrl-C ends a text, Ctrl-D the loop."""
+    while True:
+        try:
+            prompt = input("> ")
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            print()
+            return
+        try:
+            for _, _, text in sample([prompt]):
+                print(text, end="", flush=True)
+            print()
+        except KeyboardInterrupt:
+            print(" [stopped]")
+        except UserError as e:
+            print(f"error: {e}")
+
+def read_prompts(path):
+    """The prompts of a text file, one a line, or of a .jsonl file with a key `prompt`. Raises UserError."""
+    try:
+        lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}")
+    if path.suffix == ".jsonl":
+        for n, line in enumerate(lines):
+            try:
+                lines[n] = json.loads(line)["prompt"]
+                lines[n].encode()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f'{path} line {n + 1}: expected {{"prompt": "text"}}')
+    if not lines:
+        raise UserError(f"{path} has no prompts")
+    return lines
 
 def main():
     parser = ArgumentParser(description="Sample from a trained run, with memory carried from token to token.")
     parser.add_argument("--checkpoint", metavar="PATH", help="run folder or checkpoint file (default: the newest in runs/)")
-    parser.add_argument("--prompt", default="", help="text to continue; it is always text, also where it spells a special token")
-    parser.add_argument("--num-samples", type=int, default=1, help="how many samples, with seeds SEED, SEED+1, ..")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens a sample; it ends earlier at BOS or at the end of the context")
+    parser.add_argument("--prompt", default="", help="text to continue; always text, also where it spells a special token; empty: from nothing")
+    parser.add_argument("--prompt-file", metavar="FILE", help="many prompts, one a line, or .jsonl with {\"prompt\": ..}; processed as one batch")
+    parser.add_argument("--out", metavar="FILE", help="write JSON lines {prompt, seed, text} here instead of streaming")
+    parser.add_argument("--interactive", action="store_true", help="a prompt loop: Ctrl-C ends a text, Ctrl-D quits")
+    parser.add_argument("--num-samples", type=int, default=1, help="samples a prompt, with seeds SEED, SEED+1, ..")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens a sample; it ends earlier at BOS, at --stop, and where the context ends (it does not slide)")
     parser.add_argument("--temperature", type=float, default=0.8, help="below 1 sharper, 0 greedy")
-    parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest tokens, 0: from all")
+    parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest tokens, 0: from all")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that reach this probability")
+    parser.add_argument("--stop", metavar="TEXT", help="end a sample before this text")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text")
     parser.add_argument("--no-memory", action="store_true", help="keep the memory at zero, to see what it is worth")
     parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
     args = parser.parse_args()
-    at_least(args, num_samples=1, max_new_tokens=1, temperature=0, top_k=0)
+    at_least(args, num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
+    if not math.isfinite(args.temperature):
+        raise UserError(f"--temperature must be a finite number, not {args.temperature}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p must be above 0 and at most 1, not {args.top_p}")
+    prompts = [args.prompt]
+    if args.prompt_file:
+        if args.prompt or args.interactive:
+            raise UserError("--prompt-file goes without --prompt and --interactive")
+        prompts = read_prompts(Path(args.prompt_file))
     path = find_checkpoint(args.checkpoint)
     checkpoint = load_checkpoint(path)
     tokenizer = load_tokenizer(path.parent)
@@ -141,16 +250,36 @@ def main():
     if tokenizer.n_vocab != model.config.vocab_size:
         raise UserError(f"the tokenizer in {path.parent} has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}: "
                         "they are not of one run")
-    prompt = [tokenizer.encode_single_token("<|bos|>")] + tokenizer.encode_ordinary(args.prompt)
-    if len(prompt) > model.config.sequence_len:
-        raise UserError(f"the prompt has {len(prompt)} tokens with BOS, the context {model.config.sequence_len}: shorten it")
     print(f"{path}, step {checkpoint['step']}, lrt={model.config.lrt}, memory {'off' if args.no_memory else 'on'}", file=sys.stderr)
-    for i in range(args.num_samples):
+
+    def sample(prompts, num_samples=1, seed=args.seed, make=generate):
+        encoded = [[tokenizer.encode_single_token("<|bos|>")] + tokenizer.encode_ordinary(p) for p in prompts]
+        for n, tokens in enumerate(encoded, 1):
+            if len(tokens) > model.config.sequence_len:
+                raise UserError(f"prompt {n} has {len(tokens)} tokens with BOS, the context {model.config.sequence_len}: shorten it")
+        return make(model, tokenizer, encoded, args.max_new_tokens, args.temperature, args.top_k or None, args.top_p, seed,
+                    num_samples, args.stop, not args.no_memory)
+
+    if args.interactive:
+        interact(sample)
+    elif args.out or args.prompt_file:
+        texts = sample(prompts, args.num_samples, make=complete)
+        rows = [dict(prompt=p, seed=args.seed + i, text=texts[n * args.num_samples + i]) for n, p in enumerate(prompts) for i in range(args.num_samples)]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if args.out:
+            write_atomic(args.out, lambda f: f.write(lines.encode()))
+        else:
+            print(lines, end="")
+    else:  # the first sample streams, the others, made beside it in one batch, follow
+        others = {}
         print(args.prompt, end="", flush=True)
-        for piece in stream(tokenizer, generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k or None,
-                                                args.seed + i, not args.no_memory)):
-            print(piece, end="", flush=True)
-        print("\n" + "-" * 80 if args.num_samples > 1 else "")
+        for i, _, text in sample(prompts, args.num_samples):
+            if i == 0:
+                print(text, end="", flush=True)
+            others[i] = others.get(i, "") + text
+        print()
+        for i in range(1, args.num_samples):
+            print("-" * 80 + f"\n{args.prompt}{others[i]}")
 
 if __name__ == "__main__":
     run_main(main)

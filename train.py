@@ -26,7 +26,7 @@ from eval_core import evaluate_bpb, first_rows
 from interleave import Schedule, TrainStep, plain
 from model import GPT, GPTConfig
 from prepare_data import ArgumentParser, UserError, at_least, open_data, run_main, tokenizer_sha256, write_atomic
-from sample import compute_dtype, find_checkpoint, generate, load_checkpoint, pick_device, stream
+from sample import complete, compute_dtype, find_checkpoint, load_checkpoint, pick_device
 
 # peak dense bf16 FLOP/s, for MFU (vendors' data sheets)
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
@@ -430,7 +430,7 @@ def main():
         say(f"stopped at step {step}; go on with: python train.py --resume {folder}")
     elif master:
         bos = data.tokenizer.encode_single_token("<|bos|>")
-        text = "".join(stream(data.tokenizer, generate(model, [bos], 128, temperature=0.8, top_k=50)))
+        text, = complete(model, data.tokenizer, [[bos]], 128, temperature=0.8, top_k=50)
         say(f"a sample, memory carried from token to token:\n{text}\nmore with: python sample.py --checkpoint {folder}")
     if ddp:
         dist.barrier()
