@@ -191,7 +191,7 @@ def interact(sample):
             print()
             return
         try:
-            for _, _, text in sample([prompt]):
+            for _, _, text in sample(prompt):
                 print(text, end="", flush=True)
             print()
         except KeyboardInterrupt:
@@ -250,20 +250,23 @@ def main():
     if tokenizer.n_vocab != model.config.vocab_size:
         raise UserError(f"the tokenizer in {path.parent} has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}: "
                         "they are not of one run")
-    print(f"{path}, step {checkpoint['step']}, lrt={model.config.lrt}, memory {'off' if args.no_memory else 'on'}", file=sys.stderr)
-
-    def sample(prompts, num_samples=1, seed=args.seed, make=generate):
+    def encode(prompts):
         encoded = [[tokenizer.encode_single_token("<|bos|>")] + tokenizer.encode_ordinary(p) for p in prompts]
         for n, tokens in enumerate(encoded, 1):
             if len(tokens) > model.config.sequence_len:
                 raise UserError(f"prompt {n} has {len(tokens)} tokens with BOS, the context {model.config.sequence_len}: shorten it")
-        return make(model, tokenizer, encoded, args.max_new_tokens, args.temperature, args.top_k or None, args.top_p, seed,
+        return encoded
+
+    def sample(make, encoded, num_samples):
+        return make(model, tokenizer, encoded, args.max_new_tokens, args.temperature, args.top_k or None, args.top_p, args.seed,
                     num_samples, args.stop, not args.no_memory)
 
+    encoded = encode(prompts)
+    print(f"{path}, step {checkpoint['step']}, lrt={model.config.lrt}, memory {'off' if args.no_memory else 'on'}", file=sys.stderr)
     if args.interactive:
-        interact(sample)
+        interact(lambda prompt: sample(generate, encode([prompt]), 1))
     elif args.out or args.prompt_file:
-        texts = sample(prompts, args.num_samples, make=complete)
+        texts = sample(complete, encoded, args.num_samples)
         rows = [dict(prompt=p, seed=args.seed + i, text=texts[n * args.num_samples + i]) for n, p in enumerate(prompts) for i in range(args.num_samples)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         if args.out:
@@ -273,7 +276,7 @@ def main():
     else:  # the first sample streams, the others, made beside it in one batch, follow
         others = {}
         print(args.prompt, end="", flush=True)
-        for i, _, text in sample(prompts, args.num_samples):
+        for i, _, text in sample(generate, encoded, args.num_samples):
             if i == 0:
                 print(text, end="", flush=True)
             others[i] = others.get(i, "") + text
