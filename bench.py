@@ -20,7 +20,7 @@ import torch
 from eval_core import first_rows
 from interleave import prefill
 from model import GPT, GPTConfig, KVCache
-from prepare_data import ArgumentParser, UserError, at_least, open_data, run_main, write_atomic
+from prepare_data import ArgumentParser, UserError, at_least, check_folder, open_data, run_main, write_atomic
 from sample import compute_dtype, find_checkpoint, load_checkpoint, load_model, pick_device
 
 
@@ -142,6 +142,7 @@ def main():
     parser.add_argument("--subsets", type=int, nargs="+", default=[1, 2, 4], help="prefill: subsets a sweep")
     args = parser.parse_args()
     at_least(args, repeats=2, depth=1, width=2, vocab_size=1, tokens=1)
+    check_folder(args.json)
     args.batch = args.batch or ([1, 16] if args.what == "decode" else [1])
     if min(args.batch + args.context + args.subsets) < 1:
         raise UserError("--batch, --context and --subsets must be at least 1")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from interleave import Schedule, pass_losses, prefill
 from model import KVCache, take
-from prepare_data import ArgumentParser, UserError, at_least, open_data, run_main, tokenizer_sha256, write_atomic
+from prepare_data import ArgumentParser, UserError, at_least, check_folder, open_data, run_main, write_atomic
 from sample import find_checkpoint, load_checkpoint, load_model, pick_device
 
 
@@ -54,7 +54,7 @@ def evaluate_bpb(model, rows, token_bytes, schedule, batch_size, decode=False, t
       positions it computed; `merged`; with decode also `decode` (exact recurrence, by parallel prefill) and, for an LRT,
       `no memory` (the same model with memory zero); with token_by_token also that, decode's referee;
     - by_position: bits by position, float64 (T,), of everything but the passes, and `bytes` (T,), how many were predicted.
-    BPB = nats / (ln 2 * bytes); targets of zero bytes (BOS) do not count. Under torchrun the ranks share the rows.
+    BPB = nats / (ln 2 * bytes); targets of zero bytes (BOS) do not count. In train.py under torchrun the ranks share the rows.
     """
     device, T = model.wte.weight.device, rows.size(1) - 1
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -99,10 +99,11 @@ def main():
     parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
     args = parser.parse_args()
     at_least(args, rows=1, decode_rows=0, batch_size=1)
+    check_folder(args.json)
     path = find_checkpoint(args.checkpoint)
     checkpoint = load_checkpoint(path)
     data = open_data(args.data or checkpoint["args"]["data"])
-    if tokenizer_sha256(path.parent) != tokenizer_sha256(data.folder):
+    if checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
         raise UserError(f"{path.parent} was trained with another tokenizer than that of {data.folder}: "
                         "give the run's own data with --data")
     model, schedule = load_model(checkpoint, pick_device(args.device)), Schedule(**checkpoint["schedule"])

@@ -3,6 +3,7 @@ Interleaved parallel training and its relatives: every schedule is a list of pos
 of them against the model's one forward. A new schedule is one more function that returns a list.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,8 +56,8 @@ class Schedule:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.kv_refresh and self.kind != "interleaved":
             raise ValueError(f"kv_refresh goes with the interleaved schedule, not with {self.kind}")
-        if self.loss_weights is not None and (min(self.loss_weights) < 0 or sum(self.loss_weights) <= 0):
-            raise ValueError("loss weights must not be negative, and not all zero")
+        if self.loss_weights is not None and not (min(self.loss_weights) >= 0 and 0 < sum(self.loss_weights) < math.inf):
+            raise ValueError("loss weights must be finite, not negative, and not all zero")
 
     def passes(self, T):
         """The list of ranges for T tokens. Raises ValueError if loss_weights are not as many."""

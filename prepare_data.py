@@ -21,6 +21,7 @@ import base64
 import contextlib
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -67,16 +68,22 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
 
 def at_least(args, **least):
-    """UserError for a flag whose number is below its least value (None, not given, passes; nan does not)."""
+    """UserError for a flag whose number is below its least value, infinite, nan or huge; None, not given, passes."""
     for name, low in least.items():
         value = getattr(args, name)
-        if value is not None and not value >= low:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+        if value is not None and not low <= value < (2**63 if isinstance(value, int) else float("inf")):
+            raise UserError(f"--{name.replace('_', '-')} must be a number of at least {low}, not {value}")
 
 def run_main(main):
     """Call main(). A UserError becomes `error: <message>` on stderr and exit code 2, Ctrl-C exit code 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # text that the terminal cannot show is no reason to end
+            stream.reconfigure(errors="replace")
     try:
         main()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as e:
         print("error: " + " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)
@@ -110,6 +117,26 @@ def write_atomic(path, write):
         if isinstance(e, OSError):
             raise UserError(f"cannot write {path}: {e.strerror or e}") from e
         raise
+
+def lock(folder, what):
+    """Create the folder and hold it while the returned file is open: a second process that wants it gets a UserError."""
+    import fcntl
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        f = open(Path(folder) / ".lock", "w")
+    except OSError as e:
+        raise UserError(f"cannot write to the folder {folder} ({e.strerror}): choose another") from e
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        f.close()
+        raise UserError(f"another {what} is writing {folder}: wait for it or choose another folder") from e
+    return f
+
+def check_folder(path):
+    """UserError if the folder that the file `path` is to be written to does not exist; None passes."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {Path(path).parent}")
 
 def write_json(path, value):
     write_atomic(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
@@ -532,22 +559,6 @@ def open_data(folder, verify=True):
 # -----------------------------------------------------------------------------
 # the command
 
-@contextlib.contextmanager
-def locked(out):
-    """Create the folder out and hold it: a second prepare_data.py on it ends with a UserError."""
-    import fcntl
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        f = open(out / ".lock", "w")
-    except OSError as e:
-        raise UserError(f"cannot write to the folder {out} ({e.strerror}): choose another --out") from e
-    with f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise UserError(f"another prepare_data.py is writing {out}: wait for it or choose another --out") from e
-        yield
-
 def check_settings(out, settings):
     """UserError where out holds data of other settings, or data that nobody can tell the settings of."""
     path = out / "settings.json"
@@ -630,7 +641,7 @@ def main():
         except OSError as e:
             raise UserError(f"cannot read {e.filename}: {e.strerror}") from e
 
-    with locked(out):
+    with lock(out, "prepare_data.py"):
         check_settings(out, settings)
         try:
             data = open_data(out, verify=False)

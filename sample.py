@@ -7,15 +7,14 @@ Sample from a trained run, with memory carried from token to token: one forward 
 
 import codecs
 import json
-import math
 import sys
 from pathlib import Path
 
 import torch
 
-from interleave import prefill
+from interleave import Schedule, prefill
 from model import GPT, GPTConfig, KVCache
-from prepare_data import ArgumentParser, UserError, at_least, load_tokenizer, run_main, write_atomic
+from prepare_data import ArgumentParser, UserError, at_least, check_folder, load_tokenizer, run_main, write_atomic
 
 
 # -----------------------------------------------------------------------------
@@ -32,33 +31,45 @@ def find_checkpoint(path=None):
             raise UserError("no run in runs/: train one first, for example with `python train.py --depth 4 --lrt shared`")
         return found[-1]
     path = Path(path)
-    if path.is_file():
-        return path
-    found = sorted(path.glob("ckpt_*.pt"))
+    try:
+        if path.is_file():
+            return path
+        found = sorted(path.glob("ckpt_*.pt"))
+    except OSError as e:
+        raise UserError(f"cannot look for a checkpoint in {path}: {e.strerror}")
     if not found:
         raise UserError(f"no checkpoint in {path}" if path.is_dir() else f"no such run or checkpoint: {path}")
     return found[-1]
 
+CHECKPOINT = dict(model=dict, optimizers=list, step=int, seconds=float, config=dict, schedule=dict, args=dict,
+                  tokenizer_sha256=str, shards_sha256=list)  # what train.py's save() puts into a checkpoint
+
 def load_checkpoint(path):
-    """The checkpoint at `path`, a dict (train.py's save() says of what), tensors on the CPU. Raises UserError."""
+    """The checkpoint at `path`, the dict of CHECKPOINT's keys and types, tensors on the CPU. Raises UserError."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint["model"], checkpoint["step"], GPTConfig(**checkpoint["config"])
+        for key, kind in CHECKPOINT.items():
+            if not isinstance(checkpoint[key], kind):
+                raise TypeError(f"{key} is no {kind.__name__}")
+        GPTConfig(**checkpoint["config"]), Schedule(**checkpoint["schedule"])
     except Exception as e:  # torch.load has no exception of its own for a damaged file
         reason = str(e).strip().split("\n")[0]
         raise UserError(f"{path} is damaged or no checkpoint of nanolrt ({reason}): use an older one, or train again")
     return checkpoint
 
-def load_model(checkpoint, device):
-    """The model of a loaded checkpoint on `device`, bf16 activations where the GPU has them. Raises UserError."""
-    config = GPTConfig(**checkpoint["config"])
-    with torch.device(device):
-        model = GPT(config)
-    model.compute_dtype = compute_dtype(device)
+def load_weights(model, checkpoint):
+    """Put a checkpoint's weights into a model. Raises UserError if they are of another one."""
     try:
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as e:
-        raise UserError(f"the checkpoint's weights are not of its own configuration: {str(e).split(chr(10))[1].strip()}")
+    except (RuntimeError, AttributeError, TypeError) as e:
+        raise UserError(f"the checkpoint's weights are not of its own configuration: {str(e).split(chr(10))[-1].strip()}")
+
+def load_model(checkpoint, device):
+    """The model of a loaded checkpoint on `device`, bf16 activations where the GPU has them. Raises UserError."""
+    with torch.device(device):
+        model = GPT(GPTConfig(**checkpoint["config"]))
+    model.compute_dtype = compute_dtype(device)
+    load_weights(model, checkpoint)
     return model
 
 def pick_device(name=None):
@@ -66,6 +77,8 @@ def pick_device(name=None):
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if torch.device(name).type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("choose cuda, mps or cpu")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"device {name!r} cannot be used here: {str(e).split(chr(10))[0]}")
@@ -107,7 +120,11 @@ class Pieces:
     def add(self, token):
         """The text that this token makes certain, and whether the stop string is reached; None ends the sequence."""
         final = token is None
-        self.held += self.decoder.decode(b"" if final else self.tokenizer.decode_single_token_bytes(token), final)
+        try:
+            raw = b"" if final else self.tokenizer.decode_single_token_bytes(token)
+        except KeyError:  # some encodings leave ids unused
+            raw = b""
+        self.held += self.decoder.decode(raw, final)
         if self.stop and self.stop in self.held:
             return self.held[:self.held.index(self.stop)], True
         hold = 0  # the longest end that may be the beginning of the stop string
@@ -234,8 +251,7 @@ def main():
     parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
     args = parser.parse_args()
     at_least(args, num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
-    if not math.isfinite(args.temperature):
-        raise UserError(f"--temperature must be a finite number, not {args.temperature}")
+    check_folder(args.out)
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, not {args.top_p}")
     prompts = [args.prompt]

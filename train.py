@@ -14,6 +14,7 @@ import signal
 import time
 from argparse import BooleanOptionalAction, Namespace
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,8 @@ from tqdm import tqdm
 from eval_core import evaluate_bpb, first_rows
 from interleave import Schedule, TrainStep, plain
 from model import GPT, GPTConfig
-from prepare_data import ArgumentParser, UserError, at_least, open_data, run_main, tokenizer_sha256, write_atomic
-from sample import complete, compute_dtype, find_checkpoint, load_checkpoint, pick_device
+from prepare_data import ArgumentParser, UserError, at_least, lock, open_data, run_main, write_atomic
+from sample import complete, compute_dtype, find_checkpoint, load_checkpoint, load_weights, pick_device
 
 # peak dense bf16 FLOP/s, for MFU (vendors' data sheets)
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
@@ -88,28 +89,26 @@ def make_parser():
 
 # what may change from a run to its continuation; anything else would make it another run
 MAY_CHANGE = {"resume", "data", "device", "compile", "device_batch_size", "eval_every", "eval_tokens", "decode_tokens",
-              "save_every", "keep", "log_every", "out", "name"}
+              "save_every", "keep", "log_every"}
 
 def parse_args():
     """The flags, and the checkpoint to go on with or None. A resumed run's own flags stand in for the defaults."""
     parser = make_parser()
-    args = parser.parse_args()
-    checkpoint = None
+    args, checkpoint = parser.parse_args(), None
     if args.resume is not None:
         path = find_checkpoint(args.resume)
         checkpoint = load_checkpoint(path)
-        args = parser.parse_args(namespace=Namespace(**checkpoint["args"]))  # argparse leaves what is there, unless given
-        changed = [k for k, v in checkpoint["args"].items() if k not in MAY_CHANGE and v != getattr(args, k)]
+        before = checkpoint["args"] | {"name": path.parent.name, "out": str(path.parent.parent)}
+        args = parser.parse_args(namespace=Namespace(**before))  # argparse leaves what is there, unless given
+        changed = [k for k, v in before.items() if k not in MAY_CHANGE and v != getattr(args, k)]
         if changed:
-            raise UserError(f"{path} was trained with " + ", ".join(f"--{k.replace('_', '-')} {checkpoint['args'][k]}" for k in changed)
+            raise UserError(f"{path} was trained with " + ", ".join(f"--{k.replace('_', '-')} {before[k]}" for k in changed)
                             + ": resume without that flag, or start another run")
-        args.name, args.out = path.parent.name, str(path.parent.parent)
-    at_least(args, seed=0, num_iterations=1, target_flops=1, total_batch_size=1, device_batch_size=1, aspect_ratio=1, head_dim=1,
-             grad_clip=0, warmup_steps=0, eval_every=0, eval_tokens=1, decode_tokens=0, save_every=0, keep=1, log_every=1)
-    if not args.target_param_data_ratio > 0:
-        raise UserError(f"--target-param-data-ratio must be positive, not {args.target_param_data_ratio}")
-    if not 0 <= args.warmdown_ratio <= 1:
-        raise UserError(f"--warmdown-ratio must be between 0 and 1, not {args.warmdown_ratio}")
+    at_least(args, depth=1, subsets=1, refinements=1, chunk=1, seed=0, num_iterations=1, target_flops=1, total_batch_size=1, device_batch_size=1, aspect_ratio=1, head_dim=1,
+             matrix_lr=0, embedding_lr=0, head_lr=0, scalar_lr=0, weight_decay=0, grad_clip=0, warmup_steps=0, warmdown_ratio=0,
+             final_lr_frac=0, eval_every=0, eval_tokens=1, decode_tokens=0, save_every=0, keep=1, log_every=1, target_param_data_ratio=0)
+    if args.warmdown_ratio > 1:
+        raise UserError(f"--warmdown-ratio must be at most 1, not {args.warmdown_ratio}")
     return args, checkpoint
 
 
@@ -178,6 +177,48 @@ def set_schedule(optimizers, step, num_iterations, args):
     return multiplier
 
 
+@dataclass
+class Plan:
+    """A run before anything of its size is allocated."""
+    config: GPTConfig
+    schedule: Schedule
+    counts: dict  # parameters by group
+    flops_per_token: float
+    total_batch: int  # tokens a step
+    rows_per_step: int
+    device_batch: int  # rows a forward and device
+    micro_steps: int  # forwards a step and device
+    num_iterations: int
+
+def make_plan(args, vocab_size, world):
+    """From the flags to sizes, batch and horizon. Raises UserError for what does not fit together."""
+    config, schedule, T = make_config(args, args.depth, vocab_size), make_schedule(args), args.max_seq_len
+    try:
+        with torch.device("meta"):  # shapes without storage
+            model, depth_12 = GPT(config), GPT(GPTConfig(vocab_size=vocab_size, lrt=args.lrt))
+    except RuntimeError as e:
+        raise UserError(f"no model of width {config.n_embd} can be built ({e})")
+    counts, flops_per_token = model.parameter_counts(), model.flops_per_token(schedule.passes(T), T)
+    total_batch = args.total_batch_size
+    if total_batch is None:  # nanochat's rule: tokens^0.383, from 2^19 at depth 12 (Power Lines, arXiv 2505.13738)
+        ideal = 2**19 * (counts["scaling"] / depth_12.parameter_counts()["scaling"]) ** 0.383
+        rows = max(2 ** round(math.log2(ideal)) // (world * T), 1)
+        total_batch = (rows if rows < 16 else rows // 16 * 16) * world * T  # whole forwards of 16 rows
+    if total_batch % (world * T):
+        raise UserError(f"--total-batch-size {total_batch} is not divisible by {world} processes * {T} tokens a row = {world * T}")
+    rows = total_batch // T // world
+    device_batch = args.device_batch_size or max(b for b in (16, 8, 4, 2, 1) if rows % b == 0)
+    if rows % device_batch:
+        raise UserError(f"--device-batch-size {device_batch} does not divide the {rows} rows a step of each process "
+                        f"(--total-batch-size {total_batch} / {world} processes / {T} tokens)")
+    if args.num_iterations:
+        num_iterations = args.num_iterations
+    elif args.target_flops:
+        num_iterations = max(round(args.target_flops / (flops_per_token * total_batch)), 1)
+    else:
+        num_iterations = max(round(args.target_param_data_ratio * counts["scaling"] / total_batch), 1)
+    return Plan(config, schedule, counts, flops_per_token, total_batch, rows * world, device_batch, rows // device_batch, num_iterations)
+
 # -----------------------------------------------------------------------------
 # Data: rows of T+1 tokens, T apart, in an order that only the seed decides
 
@@ -222,7 +263,7 @@ class Rows:
 
 
 # -----------------------------------------------------------------------------
-# The run
+# The run folder
 
 def new_run_folder(args):
     """Make the run's folder, numbered if it exists and no name was asked for. Raises UserError if the name is taken."""
@@ -238,6 +279,45 @@ def new_run_folder(args):
         except OSError as e:
             raise UserError(f"cannot make {folder}: {e.strerror}")
 
+def read_log(folder):
+    """The rows of log.jsonl; lines that a crash or a full disk cut short are left out."""
+    rows = []
+    if (folder / "log.jsonl").exists():
+        for line in (folder / "log.jsonl").read_text("utf-8", "replace").splitlines():
+            try:
+                row = json.loads(line)
+                row["step"], row["kind"]
+                rows.append(row)
+            except (ValueError, KeyError, TypeError):
+                pass
+    return rows
+
+def rewind(folder, step):
+    """
+    Take the run back to `step`: what came later, in the log and as checkpoints, is about to be done again. Returns the
+    last step that was evaluated, -1 if none.
+    """
+    # an evaluation at `step` came before the checkpoint, the training step of that number after it
+    rows = [x for x in read_log(folder) if x["step"] < step or (x["step"] == step and x["kind"] == "eval")]
+    write_atomic(folder / "log.jsonl", lambda f: f.write("".join(json.dumps(x) + "\n" for x in rows).encode()))
+    for path in folder.glob("ckpt_*.pt*"):
+        if path.suffix == ".tmp" or int(path.stem.split("_")[1]) > step:
+            path.unlink()
+    return max([x["step"] for x in rows if x["kind"] == "eval"], default=-1)
+
+def load_state(checkpoint, path, model, optimizers):
+    """Weights and optimizer state of a checkpoint. Raises UserError if they are of another model."""
+    load_weights(model, checkpoint)
+    try:
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"the optimizer state of {path} does not fit its model ({e}): use an older checkpoint, or train again")
+
+
+# -----------------------------------------------------------------------------
+# Training
+
 def main():
     args, checkpoint = parse_args()
 
@@ -246,7 +326,10 @@ def main():
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = pick_device(args.device)
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
+        if ddp:
+            device = torch.device("cuda", local_rank)
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"{device} does not exist: this machine has {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if ddp:
@@ -254,96 +337,78 @@ def main():
     master = rank == 0
     say = tqdm.write if master else lambda *_: None
 
-    # data, schedule, plan
+    # data and plan
     data = open_data(args.data, verify=master)  # one process reads every byte, the others trust it
-    if checkpoint and checkpoint["tokenizer_sha256"] != tokenizer_sha256(data.folder):
+    shards_sha256 = [shard["sha256"] for shard in data.meta["train"]]
+    if checkpoint and checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
         raise UserError(f"{data.folder} has another tokenizer than {args.resume} was trained with: give that run's --data")
-    config, schedule = make_config(args, args.depth, data.meta["vocab_size"]), make_schedule(args)
-    T, rows = args.max_seq_len, Rows(data.train, args.max_seq_len, args.seed)
-    passes = schedule.passes(T)
-    with torch.device("meta"):  # shapes without storage, to plan with
-        model = GPT(config)
-    counts = model.parameter_counts()
-    flops_per_token, plain_flops = model.flops_per_token(passes), model.flops_per_token(plain(T))
-
-    total_batch = args.total_batch_size
-    if total_batch is None:  # nanochat's rule: tokens^0.383, from 2^19 at depth 12 (Power Lines, arXiv 2505.13738)
-        with torch.device("meta"):
-            depth_12 = GPT(GPTConfig(vocab_size=config.vocab_size, lrt=args.lrt)).parameter_counts()["scaling"]
-        total_batch = 2 ** round(math.log2(2**19 * (counts["scaling"] / depth_12) ** 0.383))
-        total_batch = max(total_batch // (world * T), 1) * world * T
-    if total_batch % (world * T):
-        raise UserError(f"--total-batch-size {total_batch} is not divisible by {world} processes * {T} tokens a row = {world * T}")
-    rows_per_step, rows_per_rank = total_batch // T, total_batch // T // world
-    device_batch = args.device_batch_size or max(b for b in (16, 8, 4, 2, 1) if rows_per_rank % b == 0)
-    if rows_per_rank % device_batch:
-        raise UserError(f"--device-batch-size {device_batch} does not divide the {rows_per_rank} rows a step of each process "
-                        f"(--total-batch-size {total_batch} / {world} processes / {T} tokens)")
-    if rows.per_epoch < rows_per_step:
-        raise UserError(f"{data.folder} has {rows.per_epoch} training rows of {T} tokens, less than one batch of {rows_per_step}: "
+    if checkpoint and checkpoint["shards_sha256"] != shards_sha256:
+        raise UserError(f"{data.folder} has other training shards than {args.resume} was trained on: give that run's --data")
+    plan, T = make_plan(args, data.meta["vocab_size"], world), args.max_seq_len
+    args.total_batch_size, args.num_iterations = plan.total_batch, plan.num_iterations  # a continuation keeps them
+    config, schedule, num_iterations, passes = plan.config, plan.schedule, plan.num_iterations, plan.schedule.passes(T)
+    rows, val_rows = Rows(data.train, T, args.seed), first_rows(data.val, T, max(args.eval_tokens // T, 1))
+    if rows.per_epoch < plan.rows_per_step:
+        raise UserError(f"{data.folder} has {rows.per_epoch} training rows of {T} tokens, less than one batch of {plan.rows_per_step}: "
                         "lower --total-batch-size or --max-seq-len, or prepare more text")
-    val_rows = first_rows(data.val, T, max(args.eval_tokens // T, 1))
     if not len(val_rows):
         raise UserError(f"{data.folder} has no validation shard of more than {T} tokens, one row: lower --max-seq-len or prepare more text")
-    if args.num_iterations:
-        num_iterations = args.num_iterations
-    elif args.target_flops:
-        num_iterations = max(round(args.target_flops / (flops_per_token * total_batch)), 1)
-    else:
-        num_iterations = max(round(args.target_param_data_ratio * counts["scaling"] / total_batch), 1)
 
     # the model, its optimizers, and what DDP and torch.compile wrap: all passes of a step are one forward
     torch.manual_seed(args.seed)
     with torch.device(device):
         model = GPT(config)
     model.compute_dtype = compute_dtype(device)
-    optimizers = make_optimizers(model, args, batch_scale=max(math.sqrt(total_batch / 2**19), 1.0))
+    optimizers = make_optimizers(model, args, batch_scale=max(math.sqrt(plan.total_batch / 2**19), 1.0))
+    use_compile = device.type == "cuda" if args.compile is None else args.compile
     train_step = TrainStep(model, schedule)
-    if args.compile if args.compile is not None else device.type == "cuda":
-        train_step = torch.compile(train_step, dynamic=False)
+    train_step = torch.compile(train_step, dynamic=False) if use_compile else train_step
     if ddp:
-        train_step = DDP(train_step, device_ids=[local_rank] if device.type == "cuda" else None)
+        train_step = DDP(train_step, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
 
-    # a new run, or the state of an old one
-    step, seconds = 0, 0.0
+    # a new run, or an old one taken back to its checkpoint
+    step, seconds, evaluated, folder = 0, 0.0, -1, None
     if checkpoint:
         folder, step, seconds = Path(args.out) / args.name, checkpoint["step"], checkpoint["seconds"]
-        model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
+        load_state(checkpoint, args.resume, model, optimizers)
         del checkpoint
-    else:
-        folder = new_run_folder(args) if master else None
-    if ddp:  # the master's folder is everybody's
-        told = [folder]
-        dist.broadcast_object_list(told)
-        folder = told[0]
-    start, evaluated, log = step, -1, None
+    start = step
     if master:
-        if start:  # the log of what is about to be done again is dropped
-            lines = [json.loads(line) for line in open(folder / "log.jsonl")]
-            lines = [x for x in lines if x["step"] < start or (x["step"] == start and x["kind"] == "eval")]
-            evaluated = max([x["step"] for x in lines if x["kind"] == "eval"], default=-1)
-            write_atomic(folder / "log.jsonl", lambda f: f.writelines((json.dumps(x) + "\n").encode() for x in lines))
+        folder = folder or new_run_folder(args)
+        held = lock(folder, "training")  # noqa: F841, held until the process ends
+        evaluated = rewind(folder, step) if start else -1
         for name in ("tokenizer.tiktoken", "tokenizer.json"):
             write_atomic(folder / name, lambda f: f.write((data.folder / name).read_bytes()))
         log = open(folder / "log.jsonl", "a", buffering=1)  # a line at a time
+    if ddp:  # the master's word is everybody's
+        told = [folder, evaluated]
+        dist.broadcast_object_list(told)
+        folder, evaluated = told
 
-    say(f"{folder}: {counts['total']:,} parameters (" + ", ".join(f"{k} {v:,}" for k, v in counts.items() if v and k not in ("total", "scaling")) + ")")
+    tokens = num_iterations * plan.total_batch
+    say(f"{folder}: {plan.counts['total']:,} parameters (" + ", ".join(f"{k} {v:,}" for k, v in plan.counts.items() if v and k not in ("total", "scaling")) + ")")
     say(f"{world} x {device}, {str(model.compute_dtype)[6:]} | depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, lrt {config.lrt}"
         + (f", memory from layer {config.source_layer}, {schedule.kind}, {len(passes)} passes" if config.lrt != "none" else ""))
-    say(f"{num_iterations} steps of {total_batch:,} tokens ({rows_per_step} rows of {T}; {device_batch} at a time, {rows_per_rank // device_batch} times, on {world}) = "
-        f"{num_iterations * total_batch:,} tokens, {num_iterations * total_batch / counts['scaling']:.1f} a parameter, {num_iterations * rows_per_step / rows.per_epoch:.2f} epochs")
-    say(f"{num_iterations * total_batch * flops_per_token:.2e} FLOPs, {flops_per_token / plain_flops:.2f} times those of plain passes over the same tokens")
-    peak = next((f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+    say(f"{num_iterations} steps of {plan.total_batch:,} tokens ({plan.rows_per_step} rows of {T}: {world} x {plan.micro_steps} x {plan.device_batch}) = "
+        f"{tokens:,} tokens, {tokens / plan.counts['scaling']:.1f} a parameter, {num_iterations * plan.rows_per_step / rows.per_epoch:.2f} epochs")
+    say(f"{tokens * plan.flops_per_token:.2e} FLOPs, {plan.flops_per_token / model.flops_per_token(plain(T), T):.2f} times those of plain passes over the same tokens")
+    peak = next((f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
+
+    def record(**row):
+        """A line of log.jsonl."""
+        if master:
+            try:
+                log.write(json.dumps(row) + "\n")
+            except OSError as e:
+                raise UserError(f"cannot write {folder / 'log.jsonl'}: {e.strerror}; go on with --resume {folder} when there is room")
 
     def save():
         """The checkpoint of this step, and only the newest few kept."""
         path = folder / f"ckpt_{step:07d}.pt"
-        state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step, seconds=seconds,
-                     rows_seen=step * rows_per_step, config=dataclasses.asdict(config), schedule=dataclasses.asdict(schedule),
-                     args=vars(args), tokenizer_sha256=tokenizer_sha256(data.folder), torch_rng=torch.get_rng_state())
         if master:
+            state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step, seconds=seconds,
+                         config=dataclasses.asdict(config), schedule=dataclasses.asdict(schedule), args=vars(args),
+                         tokenizer_sha256=data.meta["tokenizer_sha256"], shards_sha256=shards_sha256)
             write_atomic(path, lambda f: torch.save(state, f))
             for old in sorted(folder.glob("ckpt_*.pt"))[:-args.keep]:
                 old.unlink()
@@ -357,52 +422,53 @@ def main():
 
     def evaluate():
         """Validation BPB in parallel and, on fewer rows, decoding; console and log. Raises UserError if not finite."""
-        bpb, _ = evaluate_bpb(model, val_rows, data.token_bytes, schedule, device_batch, progress="validation")
-        decoded, _ = evaluate_bpb(model, val_rows[:args.decode_tokens // T], data.token_bytes, schedule, device_batch, decode=True,
-                                  progress="decoding") if args.decode_tokens >= T else ({}, None)
-        say(f"step {step:05d} | val bpb: " + ", ".join(f"{k} {v:.4f}" for k, v in bpb.items())
-            + (f" | on {args.decode_tokens // T} rows: merged {decoded['merged']:.4f}, decode {decoded['decode']:.4f}" if decoded else "")
-            + (f", no memory {decoded['no memory']:.4f}" if "no memory" in decoded else ""))
+        bpb, _ = evaluate_bpb(model, val_rows, data.token_bytes, schedule, plan.device_batch, progress="validation")
         if not math.isfinite(bpb["merged"]):
             raise not_finite(f"the validation BPB is {bpb['merged']}")
-        if master:
-            log.write(json.dumps(dict(kind="eval", step=step, tokens=step * total_batch, bpb=bpb, decode_rows=decoded)) + "\n")
+        fewer, decoded = val_rows[:args.decode_tokens // T], {}
+        if len(fewer):
+            decoded, _ = evaluate_bpb(model, fewer, data.token_bytes, schedule, plan.device_batch, decode=True, progress="decoding")
+        say(f"step {step:05d} | val bpb: " + ", ".join(f"{k} {v:.4f}" for k, v in bpb.items())
+            + (f" | on {len(fewer)} rows: " + ", ".join(f"{k} {decoded[k]:.4f}" for k in ("merged", "decode", "no memory") if k in decoded) if decoded else ""))
+        record(kind="eval", step=step, tokens=step * plan.total_batch, bpb=bpb, decode_rows=decoded)
 
-    stop = []  # asked to stop: finish the step, save, end
+    asked = []  # signals that asked to stop: finish the step, save, end
     def ask_to_stop(*_):
-        if stop:
+        if asked:
             raise KeyboardInterrupt
-        stop.append(True)
+        asked.append(True)
+        say("stopping after this step (once more: at once, without saving)")
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, ask_to_stop)
+
     bar = tqdm(total=num_iterations, initial=step, unit="step", disable=None if master else True, dynamic_ncols=True)
-    smooth = None
+    smooth, stopping = None, False
     while True:
-        last = step == num_iterations
-        if step > evaluated and (last or (args.eval_every and step % args.eval_every == 0)):
+        last = step >= num_iterations
+        if step > evaluated and (last or (args.eval_every and step % args.eval_every == 0 and not stopping)):
             evaluate()
-        if step > start and (last or stop or (args.save_every and step % args.save_every == 0)):
+        if step > start and (last or stopping or (args.save_every and step % args.save_every == 0)):
             save()
-        if last or stop:
+        if last or stopping:
             break
 
         # one step: gradients of all rows, then the optimizers
         t0 = time.perf_counter()
-        multiplier = set_schedule(optimizers, step, num_iterations, args)
-        micro_steps, losses = rows_per_rank // device_batch, 0
-        for i in range(micro_steps):
-            idx, targets = rows.batch(step * rows_per_step + (i * world + rank) * device_batch, device_batch, device)
-            with train_step.no_sync() if ddp and i < micro_steps - 1 else nullcontext():  # gradients meet once a step
+        multiplier, losses = set_schedule(optimizers, step, num_iterations, args), 0
+        for i in range(plan.micro_steps):
+            first = step * plan.rows_per_step + (i * world + rank) * plan.device_batch
+            idx, targets = rows.batch(first, plan.device_batch, device)
+            with train_step.no_sync() if ddp and i < plan.micro_steps - 1 else nullcontext():  # gradients meet once a step
                 loss, pass_means = train_step(idx, targets)
-                (loss / micro_steps).backward()
-            losses = losses + torch.cat([loss.detach().view(1), pass_means]) / micro_steps
+                (loss / plan.micro_steps).backward()
+            losses = losses + torch.cat([loss.detach().view(1), pass_means]) / plan.micro_steps
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-        state = torch.cat([losses, norm.view(1), losses.new_tensor([float(bool(stop))])])
+        state = torch.cat([losses, norm.view(1), losses.new_tensor([float(bool(asked))])])
         if ddp:  # every process must see the same, a request to stop above all
             dist.all_reduce(state)
             state /= world
-        *losses, norm, stopping = state.tolist()
-        stop += [True] * (stopping > 0 and not stop)
+        *losses, norm, stop_votes = state.tolist()
+        stopping = stop_votes > 0
         if not (math.isfinite(losses[0]) and math.isfinite(norm)):
             raise not_finite(f"the loss is {losses[0]}, the gradient's norm {norm}")
         for optimizer in optimizers:
@@ -412,16 +478,14 @@ def main():
         dt = time.perf_counter() - t0
         seconds += dt
         smooth = losses[0] if smooth is None else 0.9 * smooth + 0.1 * losses[0]
-        rate = total_batch / dt
-        if master:
-            log.write(json.dumps(dict(kind="train", step=step, loss=losses[0], passes=losses[1:] if len(passes) <= 16 else None,
-                                      norm=norm, lrm=multiplier, dt=dt)) + "\n")
-            if step % args.log_every == 0 or step == num_iterations - 1:
-                mfu = f" | mfu: {100 * flops_per_token * rate / (peak * world):.1f}%" if peak else ""
-                eta = seconds / (step + 1) * (num_iterations - step - 1)
-                say(f"step {step:05d}/{num_iterations:05d} ({100 * step / num_iterations:.1f}%) | loss: {smooth:.4f} | norm: {norm:.2f} | lrm: {multiplier:.2f} | "
-                    f"dt: {1000 * dt:.0f}ms | tok/sec: {rate:,.0f}{mfu} | epoch: {step * rows_per_step / rows.per_epoch:.2f} | "
-                    f"total time: {seconds / 60:.1f}m | eta: {eta / 60:.1f}m")
+        rate = plan.total_batch / dt
+        record(kind="train", step=step, loss=losses[0], passes=losses[1:] if len(passes) <= 16 else None, norm=norm, lrm=multiplier, dt=dt)
+        if step % args.log_every == 0 or step == num_iterations - 1:
+            mfu = f" | mfu: {100 * plan.flops_per_token * rate / (peak * world):.1f}%" if peak else ""
+            eta = seconds / (step + 1) * (num_iterations - step - 1)
+            say(f"step {step:05d}/{num_iterations:05d} ({100 * step / num_iterations:.1f}%) | loss: {smooth:.4f} | norm: {norm:.2f} | lrm: {multiplier:.2f} | "
+                f"dt: {1000 * dt:.0f}ms | tok/sec: {rate:,.0f}{mfu} | epoch: {step * plan.rows_per_step / rows.per_epoch:.2f} | "
+                f"total time: {seconds / 60:.1f}m | eta: {eta / 60:.1f}m")
         step += 1
         bar.update()
     bar.close()
