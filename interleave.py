@@ -1,6 +1,13 @@
 """
 Interleaved parallel training and its relatives: every schedule is a list of position sets (ranges), and run() runs any
 of them against the model's one forward. A new schedule is one more function that returns a list.
+
+    loss = (L_0 + L_1 + .. ) / number of passes, L_i the mean cross-entropy over the positions that pass i computed  (4)
+    memory of a pass = newest m, shifted right by one, at its positions                                              (5)
+    keys and values = fresh ones at its own positions, the newest written ones elsewhere                             (6)
+
+Gradients flow from later passes through memory, keys and values into earlier ones (LRT, arXiv 2605.26797).
+prefill() runs the same passes without gradients until nothing moves: the exact recurrence of a whole prompt at once.
 """
 
 import math
@@ -14,7 +21,7 @@ from model import KVBuffer, put, take
 
 
 # -----------------------------------------------------------------------------
-# Schedules for a sequence of T tokens (design.md section 3)
+# Schedules for a sequence of T tokens
 
 def plain(T):
     """The baseline's one pass, which is also LRT's initialization pass: all positions, memory zero."""
@@ -116,7 +123,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 @torch.no_grad()
 def prefill(model, idx, kv, subsets=1, max_sweeps=24, tolerance=None):
     """
-    Exact parallel prefill (design.md section 6): fill the cache for tokens idx (B, T) as decoding them one by one
+    Exact parallel prefill: fill the cache for tokens idx (B, T) as decoding them one by one
     would, in a few passes. The recurrence is a fixed point; sweeps over S interleaved subsets repeat from the latest
     iterate until no memory moves by more than `tolerance` (relative; default: by dtype). A sweep runs the layers up to
     the source and starts behind the positions that are final: those that stopped moving, together with all before

@@ -2,9 +2,22 @@
 The Latent Recurrent Transformer (LRT, arXiv 2605.26797) on a nanochat-style GPT backbone, all of it in this file.
 
 A plain GPT computes a high-level hidden state for every token and throws it away. Here the hidden state of token
-t-1 (taken after `source_layer`, and called its memory m_{t-1}) is handed to token t in two ways:
-- residual injection: every layer adds c_l * m_{t-1} to its input;
-- KV projection: every layer adds gated projections of m_{t-1} to the key and the value of position t.
+t-1 after `source_layer`, its memory m_{t-1}, is handed to token t. With norm the parameter-free RMSNorm, D the width,
+G the key/value heads, and zero memory before the first token:
+
+    h = norm(embed(token_t));  x0 = h
+    per layer l:
+      h = a_l * h + b_l * x0 + c_l * m_{t-1}                        (1) residual injection: resid_, x0_, mem_lambdas
+      u = norm(h);  g_loc, g_mem, g_tok = 2 * sigmoid(u @ Wg_l)         a gate a head, each (G,)
+      q = u @ Wq_l
+      k = g_loc * (u @ Wk_l) + g_mem * (m_{t-1} @ Rk)               (2) KV projection of the memory
+      v = g_loc * (u @ Wv_l) + g_mem * (m_{t-1} @ Rv) + g_tok * value_embed_l[token_t]
+      q, k = norm(rotate(q, t)), norm(rotate(k, t))                     per head
+      h = h + attention(q, k, v) @ Wo_l                                 causal, scale 1/sqrt(head size), optional window
+      h = h + relu(norm(h) @ W1_l)**2 @ W2_l
+    logits = 15 * tanh(norm(h) @ Wu / 15);   m_t = norm(h after the source layer)   (3)
+
+lrt="shared" has one Rk and Rv for all layers, "layerwise" one a layer; "none" is the baseline, with no m, g_loc, g_mem.
 
 There is ONE forward. It computes the positions it is given, writes their fresh keys and values into a store, and
 attends to what the store then holds. Training passes, subsets, decoding steps and prefill differ only in the
@@ -224,7 +237,7 @@ class Attention(nn.Module):
 
     def local_kv(self, u, value_embed):
         """
-        Equation (2) of design.md without its memory term, before rotation: u (B, P, D), value_embed (B, P, G*d) or
+        Equation (2) without its memory term, before rotation: u (B, P, D), value_embed (B, P, G*d) or
         None -> k, v (B, P, G, d) and the memory's gate g_mem (B, P, G, 1), None without KV memory.
         """
         heads = u.shape[:2] + (self.n_kv_head, self.head_dim)
@@ -291,7 +304,7 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleDict({str(l): nn.Embedding(V, kv_dim) for l in range(L) if config.has_value_embed(l)})
         self.h = nn.ModuleList(Block(config, l) for l in range(L))
         self.lm_head = Linear(D, V)
-        # equation (1): h = a*h + b*x0 + c*m before every layer
+        # a, b and c of equation (1)
         self.resid_lambdas = nn.Parameter(torch.ones(L))
         self.x0_lambdas = nn.Parameter(torch.full((L,), 0.1))
         self.mem_lambdas = nn.Parameter(torch.full((L,), 0.1)) if config.residual_memory else None
@@ -308,7 +321,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """design.md section 2, Init: the output projections and the gates start at zero, so every block is the identity."""
+        """As the LRT release: output projections and gates start at zero, so every block starts as the identity."""
         bound = math.sqrt(3 / self.config.n_embd)  # uniform with standard deviation 1/sqrt(D)
         for name, module in self.named_modules():
             if isinstance(module, (Linear, nn.Embedding)):
@@ -328,7 +341,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, positions, kv, memory=None, n_layer=None):
         """
-        The one forward (design.md sections 2 and 3).
+        The one forward, equations (1) to (3).
         idx (B, P) int64: the tokens at `positions`, a range of length P within the context.
         kv: KVBuffer or KVCache. Keys and values of `positions` are written; the queries see all positions up to their
         own, so the store must hold those, from earlier calls or from this one.
@@ -356,7 +369,7 @@ class GPT(nn.Module):
 
     def refresh(self, positions, kv, memory):
         """
-        KV refresh (design.md section 4): rewrite the keys and values at `positions` with a new memory (B, P, D), the
+        KV refresh, an option of interleaved training: rewrite the keys and values at `positions` with a new memory (B, P, D), the
         local parts and gates staying those of the first pass over all positions (kv made with keep_local=True).
         """
         rotary = take(self.cos, positions, dim=0), take(self.sin, positions, dim=0)

@@ -140,7 +140,7 @@ def make_schedule(args):
 
 def make_optimizers(model, args, batch_scale):
     """
-    Muon for the matrices and memory projections, AdamW for everything else (design.md section 8). Learning rates grow
+    Muon for the matrices and memory projections, AdamW for everything else, as in nanochat. Learning rates grow
     with the square root of the batch above 2^19 tokens; those of AdamW's matrices shrink with the square root of the
     width. Every group keeps its `initial_lr`; set_schedule() makes the current lr of it.
     """
