@@ -121,17 +121,18 @@ def run(model, idx, passes, kv_refresh=False, detach=False):
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 @torch.no_grad()
-def prefill(model, idx, kv, subsets=1, max_sweeps=24, tolerance=None):
+def prefill(model, idx, kv, subsets=2, max_sweeps=24, tolerance=None):
     """
-    Exact parallel prefill: fill the cache for tokens idx (B, T) as decoding them one by one
-    would, in a few passes. The recurrence is a fixed point; sweeps over S interleaved subsets repeat from the latest
-    iterate until no memory moves by more than `tolerance` (relative; default: by dtype). A sweep runs the layers up to
-    the source and starts behind the positions that are final: those that stopped moving, together with all before
-    them, and S more each time in any case. What is not final after max_sweeps is decoded token by token, so the result
-    is never an unconverged one. A last full pass computes all layers of all final positions.
+    Exact parallel prefill: fill the cache for tokens idx (B, T) as decoding them one by one would, in a few passes.
+    The recurrence is a fixed point; sweeps over S interleaved subsets repeat from the latest iterate until no memory
+    moves by more than `tolerance` (relative; default: by dtype). A sweep runs the layers up to the source, and starts
+    behind the positions that are final: those that stopped moving together with all before them, and S more each time
+    in any case. What is not final after max_sweeps is decoded token by token, so the result is never an unconverged
+    one. A last full pass computes all layers of all final positions.
     kv: a KVCache that is not rolling, of length T at least; its `start` tells rows of different lengths, aligned at
-    their ends, apart. Returns hidden (B, T, D), memory of the last token (B, 1, D), or None where lrt is none, and the
-    number of sweeps, the first included.
+    their ends, apart. subsets: 2 was the fastest at long prompts (bench.py prefill).
+    Returns hidden (B, T, D); the memory of the last token (B, 1, D), None where lrt is none; and the number of sweeps,
+    the first included.
     """
     T, config = idx.size(1), model.config
     if config.lrt == "none":
