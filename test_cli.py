@@ -332,6 +332,14 @@ def test_rows_cover_an_epoch_once_in_any_split(data):
     assert idx.tolist() == [list(r[:-1]) for r in seen[0][3:5]] and targets.tolist() == [list(r[1:]) for r in seen[0][3:5]]
 
 
+def test_a_run_sees_every_row_once(data, here, monkeypatch):
+    """Steps and their micro-batches take the rows one after the other, without gaps or repetition."""
+    import train
+    batch, seen = train.Rows.batch, []
+    monkeypatch.setattr(train.Rows, "batch", lambda self, first, count, device: seen.extend(range(first, first + count)) or batch(self, first, count, device))
+    code, _, err = cli("train.py", "--data", data, *SMALL, "--num-iterations", 3, "--device-batch-size", 2, "--eval-every", 0)
+    assert code == 0 and seen == list(range(3 * 16)), err
+
 # -----------------------------------------------------------------------------
 # Bad input: one clear line, exit code 2, nothing half-written
 

@@ -390,6 +390,12 @@ def test_loss_weights_and_detach():
     cut.backward()
     torch.testing.assert_close(cut, loss)
     assert (through - model.mem_v[0].weight.grad).abs().max() > 1e-6  # the gradient did flow through the passes
+    # interleaved: tokens at even positions reach the last subset only through keys, values and memory of earlier passes
+    idx, last = torch.arange(6)[None], Schedule(loss_weights=[0.0, 0.0, 1.0])
+    for detach in (False, True):
+        model.zero_grad()
+        TrainStep(model, dataclasses.replace(last, detach=detach))(idx, targets[:1])[0].backward()
+        assert (model.wte.weight.grad[0:6:2] == 0).all() == detach and (model.wte.weight.grad[1:6:2] != 0).all()
     with pytest.raises(ValueError, match="2 loss weights for 3 passes"):
         Schedule("refine", refinements=2, loss_weights=[1.0, 1.0]).passes(6)
 
