@@ -13,4 +13,4 @@ python train.py --data data_stdlib --depth 4 --lrt shared --aspect-ratio 32 --he
 echo; echo "BPB without memory (pass 0, no memory) and with it (merged: parallel; decode: token by token):"
 python eval_core.py --split val --rows 64 --decode-rows 16
 echo; echo "Text, with memory carried from token to token:"
-python sample.py --prompt "def " --max-new-tokens 128 --seed 1
+python sample.py --prompt "import os" --max-new-tokens 128 --temperature 1 --seed 1
