@@ -125,7 +125,7 @@ def lock(folder, what):
         Path(folder).mkdir(parents=True, exist_ok=True)
         f = open(Path(folder) / ".lock", "w")
     except OSError as e:
-        raise UserError(f"cannot write to the folder {folder} ({e.strerror}): choose another") from e
+        raise UserError(f"cannot write to the folder {folder} ({e.strerror}): choose another --out") from e
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
