@@ -41,8 +41,8 @@ def find_checkpoint(path=None):
         raise UserError(f"no checkpoint in {path}" if path.is_dir() else f"no such run or checkpoint: {path}")
     return found[-1]
 
-CHECKPOINT = dict(model=dict, optimizers=list, step=int, seconds=float, config=dict, schedule=dict, args=dict,
-                  tokenizer_sha256=str, shards_sha256=list)  # what train.py's save() puts into a checkpoint
+CHECKPOINT = dict(model=dict, optimizers=list, step=int, rows_seen=int, seconds=float, config=dict, schedule=dict, args=dict,
+                  torch_rng=torch.Tensor, tokenizer_sha256=str, shards_sha256=list)  # what train.py's save() puts into a checkpoint
 
 def load_checkpoint(path):
     """The checkpoint at `path`, the dict of CHECKPOINT's keys and types, tensors on the CPU. Raises UserError."""

@@ -367,9 +367,10 @@ def main():
         train_step = DDP(train_step, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
 
     # a new run, or an old one taken back to its checkpoint
-    step, seconds, evaluated, folder = 0, 0.0, -1, None
+    step, rows_seen, seconds, evaluated, folder = 0, 0, 0.0, -1, None
     if checkpoint:
-        folder, step, seconds = Path(args.out) / args.name, checkpoint["step"], checkpoint["seconds"]
+        folder, step, rows_seen, seconds = Path(args.out) / args.name, *(checkpoint[k] for k in ("step", "rows_seen", "seconds"))
+        torch.set_rng_state(checkpoint["torch_rng"])
         load_state(checkpoint, args.resume, model, optimizers)
         del checkpoint
     start = step
@@ -406,8 +407,8 @@ def main():
         """The checkpoint of this step, and only the newest few kept."""
         path = folder / f"ckpt_{step:07d}.pt"
         if master:
-            state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step, seconds=seconds,
-                         config=dataclasses.asdict(config), schedule=dataclasses.asdict(schedule), args=vars(args),
+            state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step, rows_seen=rows_seen, seconds=seconds,
+                         config=dataclasses.asdict(config), schedule=dataclasses.asdict(schedule), args=vars(args), torch_rng=torch.get_rng_state(),
                          tokenizer_sha256=data.meta["tokenizer_sha256"], shards_sha256=shards_sha256)
             write_atomic(path, lambda f: torch.save(state, f))
             for old in sorted(folder.glob("ckpt_*.pt"))[:-args.keep]:
@@ -456,7 +457,7 @@ def main():
         t0 = time.perf_counter()
         multiplier, losses = set_schedule(optimizers, step, num_iterations, args), 0
         for i in range(plan.micro_steps):
-            first = step * plan.rows_per_step + (i * world + rank) * plan.device_batch
+            first = rows_seen + (i * world + rank) * plan.device_batch
             idx, targets = rows.batch(first, plan.device_batch, device)
             with train_step.no_sync() if ddp and i < plan.micro_steps - 1 else nullcontext():  # gradients meet once a step
                 loss, pass_means = train_step(idx, targets)
@@ -486,7 +487,7 @@ def main():
             say(f"step {step:05d}/{num_iterations:05d} ({100 * step / num_iterations:.1f}%) | loss: {smooth:.4f} | norm: {norm:.2f} | lrm: {multiplier:.2f} | "
                 f"dt: {1000 * dt:.0f}ms | tok/sec: {rate:,.0f}{mfu} | epoch: {step * plan.rows_per_step / rows.per_epoch:.2f} | "
                 f"total time: {seconds / 60:.1f}m | eta: {eta / 60:.1f}m")
-        step += 1
+        step, rows_seen = step + 1, rows_seen + plan.rows_per_step
         bar.update()
     bar.close()
 
