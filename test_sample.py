@@ -2,7 +2,6 @@
 Exact parallel prefill and generation: equal to decoding token by token, whatever the weights, the batch and the lengths.
 """
 
-import math
 from types import SimpleNamespace
 
 import pytest

@@ -376,7 +376,7 @@ def main():
     start = step
     if master:
         folder = folder or new_run_folder(args)
-        held = lock(folder, "training")  # noqa: F841, held until the process ends
+        held = lock(folder, "training")  # noqa: F841 (open, and so locked, until main ends)
         evaluated = rewind(folder, step) if start else -1
         for name in ("tokenizer.tiktoken", "tokenizer.json"):
             write_atomic(folder / name, lambda f: f.write((data.folder / name).read_bytes()))
