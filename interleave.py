@@ -17,7 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import KVBuffer, put, take
+from attention import KVBuffer
+from model import put, take
 
 
 # -----------------------------------------------------------------------------
@@ -110,6 +111,7 @@ def run(model, idx, passes, kv_refresh=False, detach=False):
         hidden, source = model(take(idx, positions), positions, kv, recurrent)
         memory = put(memory, positions, source)
         yield positions, hidden, memory
+        kv = kv.copy()  # a layer that is run again in the backward must find the store as it was
         if detach:
             kv.detach()
             memory = memory.detach()
@@ -178,14 +180,10 @@ class TrainStep(nn.Module):
         idx, targets (B, T) int64 -> the training loss, equation (4): the mean (or weighted mean) over the passes of the
         mean cross-entropy over the positions each computed; and those means (passes,), detached. Nats.
         """
-        schedule = self.schedule
-        passes = schedule.passes(idx.size(1))
-        losses = torch.stack([self.model.token_loss(hidden, take(targets, positions)).mean() for positions, hidden, _
-                              in run(self.model, idx, passes, schedule.kv_refresh, schedule.detach)])
-        if schedule.loss_weights is None:
-            return losses.mean(), losses.detach()
-        weights = losses.new_tensor(schedule.loss_weights)
-        return (losses * weights).sum() / weights.sum(), losses.detach()
+        schedule, passes = self.schedule, self.schedule.passes(idx.size(1))
+        hidden = [hidden for _, hidden, _ in run(self.model, idx, passes, schedule.kv_refresh, schedule.detach)]
+        weights = schedule.loss_weights or [1.0] * len(passes)
+        return self.model.loss(hidden, [take(targets, positions) for positions in passes], [w / sum(weights) for w in weights])
 
 @torch.no_grad()
 def pass_losses(model, idx, targets, schedule):

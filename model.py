@@ -21,7 +21,7 @@ lrt="shared" has one Rk and Rv for all layers, "layerwise" one a layer; "none" i
 
 There is ONE forward. It computes the positions it is given, writes their fresh keys and values into a store, and
 attends to what the store then holds. Training passes, subsets, decoding steps and prefill differ only in the
-positions and in the store (KVBuffer: autograd flows through it; KVCache: preallocated, written in place).
+positions and in the store (attention.KVBuffer: autograd flows through it; KVCache: preallocated, written in place).
 Position sets are plain Python ranges: range(T) is a full pass, range(i, T, S) a subset, range(t, t + 1) a decoding
 step. Which sets run in which order is interleave.py.
 """
@@ -32,6 +32,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -148,32 +150,8 @@ class Linear(nn.Linear):
 
 
 # -----------------------------------------------------------------------------
-# The two forms of the key/value store. write() takes fresh keys and values (B, n_kv_head, P, d) of one layer and
-# returns all that the layer holds; visible() says which of these the queries of a pass see, as the function above.
-
-class KVBuffer:
-    """Functional store for training: every write makes a new tensor, and gradients flow through all of them."""
-
-    def __init__(self, n_layer, keep_local=False):
-        """keep_local: also keep what the first pass computed without memory in each layer, for GPT.refresh."""
-        self.k, self.v = [None] * n_layer, [None] * n_layer
-        self.local = [None] * n_layer if keep_local else None
-        self.first = 0  # where text starts, for the check of the context
-
-    def write(self, layer, positions, k, v):
-        self.k[layer] = put(self.k[layer], positions, k, dim=2)
-        self.v[layer] = put(self.v[layer], positions, v, dim=2)
-        return self.k[layer], self.v[layer]
-
-    def visible(self, positions, window, device):
-        return visible(positions, window, device)
-
-    def detach(self):
-        """Cut the gradient between what was written so far and what will read it."""
-        self.k = [k.detach() for k in self.k]
-        self.v = [v.detach() for v in self.v]
-        if self.local is not None:
-            self.local = [[x.detach() for x in local] for local in self.local]
+# The key/value store of inference; that of training is attention.KVBuffer. attend() takes the fresh keys and values
+# (B, n_kv_head, P, d) of one layer, writes them, and lets the queries (B, n_head, P, d) see all that the layer then holds.
 
 class KVCache:
     """
@@ -184,22 +162,29 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, length, device, dtype, rolling=False, start=None):
-        self.length, self.start, self.local = length, start, None
+        self.length, self.start, self.local, self.masks = length, start, None, {}
         self.first = 0 if start is None else int(start.max())  # rows that start earlier end earlier
         self.size = {w: min(length, w + 1) if rolling else length for w in map(config.window, range(config.n_layer))}
         shapes = [(batch_size, config.n_kv_head, self.size[config.window(l)], config.head_dim) for l in range(config.n_layer)]
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
 
-    def write(self, layer, positions, k, v):
+    def attend(self, layer, positions, q, k, v, window):
+        slots = positions
         if positions[-1] >= self.k[layer].size(2):  # around the end of a rolling layer
             slot = positions[-1] % self.k[layer].size(2)
-            positions = range(slot, slot + 1)
-        take(self.k[layer], positions, dim=2).copy_(k)
-        take(self.v[layer], positions, dim=2).copy_(v)
-        return self.k[layer], self.v[layer]
+            slots = range(slot, slot + 1)
+        take(self.k[layer], slots, dim=2).copy_(k)
+        take(self.v[layer], slots, dim=2).copy_(v)
+        if (positions, window) not in self.masks:  # one for all layers of a pass
+            self.masks = {key: mask for key, mask in self.masks.items() if key[0] == positions}
+            self.masks[positions, window] = self.visible(positions, window, q.device)
+        mask, is_causal, first = self.masks[positions, window]
+        k, v = (x[layer][:, :, first:positions[-1] + 1] for x in (self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1))
 
     def visible(self, positions, window, device):
+        """The mask of a pass, as the function above, for what this store holds."""
         size, last = self.size[window], positions[-1]
         if self.start is None:
             mask, is_causal, first = visible(positions, window, device)
@@ -259,17 +244,13 @@ class Attention(nn.Module):
             v = torch.addcmul(v, g_mem, memory_kv[1].view(v.shape))
         return norm(rotate(k, *rotary)).transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, u, value_embed, memory_kv, rotary, positions, mask, kv):
+    def forward(self, u, value_embed, memory_kv, rotary, positions, window, kv):
         B, P, D = u.shape
         local = self.local_kv(u, value_embed)
         if kv.local is not None and kv.local[self.layer] is None:
             kv.local[self.layer] = local
-        k, v = kv.write(self.layer, positions, *self.finish_kv(*local, memory_kv, rotary))
-        mask, is_causal, first = mask
-        k, v = k[:, :, first:positions[-1] + 1], v[:, :, first:positions[-1] + 1]
         q = norm(rotate(self.c_q(u).view(B, P, self.n_head, self.head_dim), *rotary)).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
-                                           enable_gqa=self.n_head != self.n_kv_head)
+        y = kv.attend(self.layer, positions, q, *self.finish_kv(*local, memory_kv, rotary), window)
         return self.c_proj(y.transpose(1, 2).reshape(B, P, D))
 
 class MLP(nn.Module):
@@ -293,12 +274,58 @@ class Block(nn.Module):
         h = h + self.attn(norm(h), *attn_args)
         return h + self.mlp(norm(h))
 
+class HeadLoss(torch.autograd.Function):
+    """
+    Output head, softcap and cross-entropy of all passes, some rows at a time: the logits of a pass never exist at once,
+    nor are they computed twice, because the forward goes on to the gradients, of a unit loss, while it has them.
+    With t = tanh(x @ W.T / 15), |logit| = |15 t| <= 15, so exp needs no maximum taken off, and d logit / d(x @ W.T) = 1 - t^2.
+    """
+
+    @staticmethod
+    def rows(x):
+        """How many at a time: what stays in a CPU's cache, and what fills a GPU."""
+        return 256 if x.device.type == "cpu" else 4096
+
+    @staticmethod
+    def forward(ctx, weight, targets, weights, *hidden):
+        w, grads, means = weight.to(hidden[0].dtype), [], []
+        dw = torch.zeros_like(weight)
+        for x, target, scale in zip(hidden, targets, weights):
+            x, target, losses = x.flatten(0, 1), target.flatten(), []
+            dx = torch.empty_like(x)
+            for x_i, y, dx_i in zip(*(z.split(HeadLoss.rows(x)) for z in (x, target, dx))):
+                t = F.linear(x_i, w)
+                t = t.to(torch.promote_types(t.dtype, torch.float32)).div_(15).tanh_()
+                p = (15 * t).exp_()
+                total, valid = p.sum(-1, keepdim=True), (y >= 0).unsqueeze(1)
+                y = y.clamp(min=0).unsqueeze(1)
+                losses.append((total.log() - 15 * t.gather(1, y)) * valid)
+                unit = valid * (scale / len(target))
+                p.mul_(unit / total).scatter_add_(1, y, -unit.to(p.dtype))  # d loss / d logits
+                p = p.mul_(t.square_().neg_().add_(1)).to(x.dtype)
+                torch.mm(p, w, out=dx_i)
+                dw += p.T @ x_i
+            grads.append(dx)
+            means.append(torch.cat(losses).mean())
+        means = torch.stack(means)
+        ctx.shapes = [x.shape for x in hidden]
+        ctx.save_for_backward(dw, *grads)
+        ctx.mark_non_differentiable(means)
+        return (means * means.new_tensor(weights)).sum(), means
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        dw, *grads = ctx.saved_tensors
+        return dw * grad, None, None, *(dx.view(shape) * grad.to(dx.dtype) for dx, shape in zip(grads, ctx.shapes))
+
 class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.compute_dtype = None  # dtype of the activations; None: that of the weights
+        self.recompute = False  # activation checkpointing: save a layer's input only, and run it again in the backward
         D, L, V, kv_dim = config.n_embd, config.n_layer, config.vocab_size, config.n_kv_head * config.head_dim
         self.wte = nn.Embedding(V, D)
         self.value_embeds = nn.ModuleDict({str(l): nn.Embedding(V, kv_dim) for l in range(L) if config.has_value_embed(l)})
@@ -354,18 +381,22 @@ class GPT(nn.Module):
         if positions[-1] - kv.first >= config.sequence_len:
             raise ValueError(f"position {positions[-1] - kv.first} is beyond the context of {config.sequence_len} tokens")
         rotary = take(self.cos, positions, dim=0), take(self.sin, positions, dim=0)
-        masks = {w: kv.visible(positions, w, idx.device) for w in {config.window(l) for l in range(config.n_layer)}}
         memory_kv = self.memory_kv(memory)
         x0 = h = norm(self.wte(idx).to(self.compute_dtype or self.wte.weight.dtype))
-        for l, block in enumerate(self.h[:n_layer]):
-            h = self.resid_lambdas[l] * h + self.x0_lambdas[l] * x0
-            if memory is not None and config.residual_memory:
-                h = torch.addcmul(h, self.mem_lambdas[l].to(h.dtype), memory)
-            value_embed = self.value_embeds[str(l)](idx).to(h.dtype) if config.has_value_embed(l) else None
-            h = block(h, value_embed, memory_kv[l], rotary, positions, masks[config.window(l)], kv)
+        for l in range(n_layer or config.n_layer):
+            args = l, h, x0, idx, memory, memory_kv[l], rotary, positions, kv
+            h = checkpoint(self.layer, *args, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else self.layer(*args)
             if l == config.source_layer:
                 source = norm(h)
         return norm(h), source
+
+    def layer(self, l, h, x0, idx, memory, memory_kv, rotary, positions, kv):
+        """Equations (1) and (2) of layer l and the rest of its block: h (B, P, D) -> (B, P, D)."""
+        h = torch.addcmul(self.resid_lambdas[l].to(h.dtype) * h, self.x0_lambdas[l].to(h.dtype), x0)
+        if memory is not None and self.config.residual_memory:
+            h = torch.addcmul(h, self.mem_lambdas[l].to(h.dtype), memory)
+        value_embed = self.value_embeds[str(l)](idx).to(h.dtype) if self.config.has_value_embed(l) else None
+        return self.h[l](h, value_embed, memory_kv, rotary, positions, self.config.window(l), kv)
 
     def refresh(self, positions, kv, memory):
         """
@@ -384,8 +415,17 @@ class GPT(nn.Module):
 
     def token_loss(self, hidden, targets):
         """Cross-entropy in nats of every position: hidden (B, P, D), targets (B, P) int64 -> (B, P); targets -1 give 0."""
-        loss = F.cross_entropy(self.logits(hidden).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-        return loss.view(targets.shape)
+        rows = HeadLoss.rows(hidden)
+        losses = [F.cross_entropy(self.logits(x), y, ignore_index=-1, reduction="none")
+                  for x, y in zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows))]
+        return torch.cat(losses).view(targets.shape)
+
+    def loss(self, hidden, targets, weights):
+        """
+        The training loss, equation (4): the sum over passes of weights[i] (floats) times the mean cross-entropy of
+        hidden[i] (B, P_i, D) against targets[i] (B, P_i) int64 (targets -1 count 0), and these means (passes,), detached. Nats.
+        """
+        return HeadLoss.apply(self.lm_head.weight, targets, weights, *hidden)
 
     # -------------------------------------------------------------------------
     # Counting

@@ -15,7 +15,7 @@ import torch
 
 import interleave
 from interleave import Schedule, TrainStep, pass_losses, run
-from model import GPT, GPTConfig, KVBuffer, KVCache, visible
+from model import GPT, GPTConfig, KVCache, visible
 
 PARITY = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "../shared/parity"))
 FIXTURES = sorted(PARITY.glob("*.npz"))
@@ -401,7 +401,7 @@ def test_loss_weights_and_detach():
 
 
 # -----------------------------------------------------------------------------
-# Attention masks, stores, gradients, dtypes
+# Masks, gradients, dtypes
 
 def test_visible_equals_its_definition():
     for positions in (range(1), range(7), range(3, 4), range(3, 7), range(0, 8, 2), range(1, 8, 3), range(5, 8, 9)):
@@ -430,14 +430,6 @@ def test_gradcheck(variant, schedule):
         return torch.func.functional_call(step, moved, (idx, targets))[0]
     zeros = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in directions]
     assert torch.autograd.gradcheck(along, zeros, eps=1e-6, atol=1e-6)
-
-def test_kv_buffer_leaves_earlier_writes_alone():
-    """Writes are functional: what an earlier pass read is not changed by a later one."""
-    kv, first = KVBuffer(1), torch.randn(1, 2, 6, 4)
-    k, _ = kv.write(0, range(6), first, first)
-    kept = k.clone()
-    k2, _ = kv.write(0, range(1, 6, 2), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
-    assert torch.equal(k, kept) and (k2[:, :, 1::2] == 0).all() and torch.equal(k2[:, :, ::2], kept[:, :, ::2])
 
 def test_bf16_activations_are_close_to_fp32():
     model, (idx, targets) = make(dtype=torch.float32), tokens(16)
