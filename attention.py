@@ -54,6 +54,12 @@ class KVBuffer:
         if self.local is not None:
             self.local = [[x.detach() for x in local] for local in self.local]
 
+def residues(x, step, dim):
+    """x[i::step] along dim for i = 0 .. step-1: views from one unbind, whose backward is one stack and no sum of padded slices."""
+    n = x.size(dim)
+    whole = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, -n % step)) if n % step else x
+    return [c.narrow(dim, 0, len(range(i, n, step))) for i, c in enumerate(whole.unflatten(dim, (-1, step)).unbind(dim + 1))]
+
 def split(parts, positions):
     """
     What is left of parts (positions, k, v) when `positions` are taken out, as parts. The first subset takes a contiguous
@@ -66,14 +72,8 @@ def split(parts, positions):
         if apart:
             left.append((p, k, v))
         elif p.step == 1 and p[0] == 0 and positions[0] < positions.step and positions == range(positions[0], len(p), positions.step):
-            step = positions.step
-            if len(p) % step:  # whole rounds, so that one unbind, and one stack in the backward, serves all classes
-                k, v = (F.pad(x, (0, 0, 0, -len(p) % step)) for x in (k, v))
-            classes = zip(k.unflatten(2, (-1, step)).unbind(3), v.unflatten(2, (-1, step)).unbind(3))
-            for i, (k_i, v_i) in enumerate(classes):
-                n = len(range(i, len(p), step))
-                if i != positions[0] and n:
-                    left.append((range(i, len(p), step), k_i[:, :, :n], v_i[:, :, :n]))
+            classes = zip(residues(k, positions.step, 2), residues(v, positions.step, 2))
+            left += [(range(i, len(p), positions.step), *kv) for i, kv in enumerate(classes) if i != positions[0] and i < len(p)]
         elif not covered:
             raise ValueError(f"{positions} takes a piece out of {p}: write residue classes of a pass, or all of an earlier one")
     return left

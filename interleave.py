@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import KVBuffer
+from attention import KVBuffer, residues
 from model import put, take
 
 
@@ -96,6 +96,13 @@ def previous(memory, positions):
     before = int(start == 0)
     return F.pad(found, (0, 0, before, len(positions) - before - found.size(1)))
 
+def at(x, passes):
+    """x (B, T, D) at the positions of each pass: views, taken so that their gradients meet in few sums."""
+    if len(passes[0]) < x.size(1):  # chunks, one after another
+        return x.split([len(p) for p in passes], dim=1)
+    classes = {p.step: residues(x, p.step, 1) for p in passes if p.step > 1}
+    return [classes[p.step][p.start] if p.step > 1 else x for p in passes]
+
 def run(model, idx, passes, kv_refresh=False, detach=False):
     """
     Run a schedule on tokens idx (B, T): for each pass yields its positions, its hidden states (B, P, D), and the newest
@@ -106,9 +113,12 @@ def run(model, idx, passes, kv_refresh=False, detach=False):
     kv = KVBuffer(model.config.n_layer, keep_local=kv_refresh)
     memory = None
     use_memory = model.config.lrt != "none"
+    x0, value_embeds = model.embed(idx)  # once for all passes
+    x0, value_embeds = at(x0, passes), [at(x, passes) if x is not None else [None] * len(passes) for x in value_embeds]
     for i, positions in enumerate(passes):
         recurrent = previous(memory, positions) if use_memory and memory is not None else None
-        hidden, source = model(take(idx, positions), positions, kv, recurrent)
+        embedded = x0[i], [x[i] for x in value_embeds]
+        hidden, source = model(take(idx, positions), positions, kv, recurrent, embedded=embedded)
         memory = put(memory, positions, source)
         yield positions, hidden, memory
         kv = kv.copy()  # a layer that is run again in the backward must find the store as it was

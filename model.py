@@ -366,7 +366,16 @@ class GPT(nn.Module):
         pairs = [(k(memory), v(memory)) for k, v in zip(self.mem_k, self.mem_v)]
         return pairs if len(pairs) == self.config.n_layer else pairs * self.config.n_layer
 
-    def forward(self, idx, positions, kv, memory=None, n_layer=None):
+    def embed(self, idx):
+        """
+        All that is looked up by token: idx (B, P) int64 -> x0 (B, P, D), and a tuple of every layer's value embedding
+        (B, P, G*d), None where a layer has none.
+        """
+        dtype = self.compute_dtype or self.wte.weight.dtype
+        value_embeds = (self.value_embeds[str(l)](idx).to(dtype) if self.config.has_value_embed(l) else None for l in range(self.config.n_layer))
+        return norm(self.wte(idx).to(dtype)), tuple(value_embeds)
+
+    def forward(self, idx, positions, kv, memory=None, n_layer=None, embedded=None):
         """
         The one forward, equations (1) to (3).
         idx (B, P) int64: the tokens at `positions`, a range of length P within the context.
@@ -374,6 +383,7 @@ class GPT(nn.Module):
         own, so the store must hold those, from earlier calls or from this one.
         memory (B, P, D): m_{t-1} for every t in positions; None: zero, and its projections are not computed.
         n_layer: stop after this many layers, at least up to the source layer; all that memory depends on is done then.
+        embedded: embed(idx), where a caller has it from an earlier pass over the same tokens.
         Returns hidden (B, P, D), the normed output of the last layer, to be passed to logits() or token_loss(), and
         source (B, P, D), the memory m_t of every position. Raises ValueError beyond the context.
         """
@@ -382,20 +392,20 @@ class GPT(nn.Module):
             raise ValueError(f"position {positions[-1] - kv.first} is beyond the context of {config.sequence_len} tokens")
         rotary = take(self.cos, positions, dim=0), take(self.sin, positions, dim=0)
         memory_kv = self.memory_kv(memory)
-        x0 = h = norm(self.wte(idx).to(self.compute_dtype or self.wte.weight.dtype))
+        x0, value_embeds = embedded or self.embed(idx)
+        h = x0
         for l in range(n_layer or config.n_layer):
-            args = l, h, x0, idx, memory, memory_kv[l], rotary, positions, kv
+            args = l, h, x0, value_embeds[l], memory, memory_kv[l], rotary, positions, kv
             h = checkpoint(self.layer, *args, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else self.layer(*args)
             if l == config.source_layer:
                 source = norm(h)
         return norm(h), source
 
-    def layer(self, l, h, x0, idx, memory, memory_kv, rotary, positions, kv):
+    def layer(self, l, h, x0, value_embed, memory, memory_kv, rotary, positions, kv):
         """Equations (1) and (2) of layer l and the rest of its block: h (B, P, D) -> (B, P, D)."""
         h = torch.addcmul(self.resid_lambdas[l].to(h.dtype) * h, self.x0_lambdas[l].to(h.dtype), x0)
         if memory is not None and self.config.residual_memory:
             h = torch.addcmul(h, self.mem_lambdas[l].to(h.dtype), memory)
-        value_embed = self.value_embeds[str(l)](idx).to(h.dtype) if self.config.has_value_embed(l) else None
         return self.h[l](h, value_embed, memory_kv, rotary, positions, self.config.window(l), kv)
 
     def refresh(self, positions, kv, memory):

@@ -192,7 +192,7 @@ def test_bpb_is_nats_over_bytes():
 @pytest.mark.parametrize("flags", [
     "--lrt none", "--lrt layerwise --n-kv-head 1 --value-embeds alternate", "--subsets 3 --kv-refresh --inject kv", "--schedule refine --refinements 2 --detach --loss-weights 1 1 2",
     "--schedule chunked --chunk 7 --inject residual", "--schedule sequential --value-embeds none --source-layer 0",
-    "--subsets 1 --device-batch-size 4 --grad-clip 0 --warmup-steps 0 --final-lr-frac 0.1", "--subsets 99 --max-seq-len 31 --total-batch-size 496",
+    "--activation-checkpointing --loss-weights 1 2 3", "--subsets 1 --device-batch-size 4 --grad-clip 0 --warmup-steps 0 --final-lr-frac 0.1", "--subsets 99 --max-seq-len 31 --total-batch-size 496",
 ])
 def test_every_variant_and_schedule_trains(flags, data, here):
     code, out, err = cli("train.py", "--data", data, *SMALL, "--num-iterations", 3, "--eval-tokens", 256, "--decode-tokens", 64, "--name", "x", *flags.split())
@@ -208,32 +208,45 @@ def test_horizon_and_automatic_batch(data, here):
     assert sorted(p.name for p in (here / "runs").iterdir()) == ["d2_shared", "d2_shared_2"]  # nothing is overwritten
 
 def test_compiled_step_is_one_graph_and_the_same(data):
-    """What --compile does on CUDA, here without a code generator: no graph break, no recompilation, the same numbers."""
+    """What --compile does on CUDA, here without a code generator: no graph break, no recompilation, the same gradients."""
     from interleave import Schedule, TrainStep
     from model import GPT, GPTConfig
-    from torch._dynamo.testing import CompileCounter
+    from torch._dynamo.testing import CompileCounterWithBackend
     torch._dynamo.reset()
-    config = dict(sequence_len=16, vocab_size=32, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, window_pattern="SL")
-    for lrt, schedule in (("none", Schedule("plain")), ("shared", Schedule()), ("layerwise", Schedule(subsets=3, kv_refresh=True))):
+    config = dict(sequence_len=16, vocab_size=32, n_head=2, n_kv_head=1, n_embd=16, window_pattern="SL")
+    for lrt, n_layer, schedule in (("shared", 2, Schedule()), ("layerwise", 1, Schedule(subsets=3, kv_refresh=True))):
         torch.manual_seed(0)
-        step = TrainStep(GPT(GPTConfig(**config, lrt=lrt)), schedule)
-        counter = CompileCounter()
+        step = TrainStep(GPT(GPTConfig(**config, lrt=lrt, n_layer=n_layer)), schedule)
+        for p in step.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+        counter = CompileCounterWithBackend("aot_eager_decomp_partition")
         compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=False)
         for seed in range(3):
             idx = torch.randint(32, (2, 16), generator=torch.Generator().manual_seed(seed))
-            torch.testing.assert_close(compiled(idx, idx)[0], step(idx, idx)[0])
+            results = []
+            for f in (step, compiled):
+                step.zero_grad()
+                loss, means = f(idx, idx)
+                loss.backward()
+                results.append([loss.detach(), means] + [p.grad.clone() for p in step.parameters()])
+            for x, y in zip(*results):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
         assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("what", ["decode --depth 2 --width 64 --vocab-size 64 --context 8 12 --batch 1 2 --tokens 1", "prefill --subsets 1 2"])
+@pytest.mark.parametrize("what", ["decode --depth 2 --width 64 --vocab-size 64 --context 8 12 --batch 1 2 --tokens 1", "prefill --subsets 1 2",
+                                  "step --depth 2 --width 64 --vocab-size 64 --context 16 --batch 2 --subsets 2 --window-pattern SL"])
 def test_benches_run(what, trained, here):
     run = ["--checkpoint", trained[0] / "runs/d2_shared"] if "prefill" in what else []
     code, out, err = cli("bench.py", *what.split(), "--repeats", 2, "--json", "bench.json", *run)
     assert code == 0, err
     result = json.loads((here / "bench.json").read_text())
-    assert {"device", "commit", "date"} <= set(result) and len(result["rows"]) == (12 if "decode" in what else 2)
+    assert {"device", "commit", "date"} <= set(result) and len(result["rows"]) == {"decode": 12, "prefill": 2, "step": 4}[what.split()[0]]
     if "prefill" in what:
         assert all(row["error"] < 1e-4 and row["T"] == 32 for row in result["rows"])
+    if "step" in what:
+        assert [(row["lrt"], row["S"], row["checkpointing"]) for row in result["rows"]] == [("none", 0, False), ("shared", 2, False), ("layerwise", 2, False), ("shared", 2, True)]
+        assert all(row["peak_MiB"] > 0 and 1.9 < row["TFLOP"] / result["rows"][0]["TFLOP"] < 2.5 for row in result["rows"][1:])
 
 # -----------------------------------------------------------------------------
 # Two processes, and interruptions

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -32,6 +33,10 @@ from sample import complete, compute_dtype, find_checkpoint, load_checkpoint, lo
 # peak dense bf16 FLOP/s, for MFU (vendors' data sheets)
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
               "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+
+def peak_flops(device):
+    """Peak FLOP/s of a device, None where it is not known."""
+    return next((f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
 
 def make_parser():
     parser = ArgumentParser(description="Train a Latent Recurrent Transformer. --depth is the one dial; the rest follows from it.")
@@ -69,6 +74,7 @@ def make_parser():
     g = parser.add_argument_group("optimization", "matrices: Muon; embeddings, head and scalars: AdamW, all scaled with batch size and width")
     g.add_argument("--total-batch-size", type=int, help="tokens a step (default: from the horizon, 524288 at depth 12)")
     g.add_argument("--device-batch-size", type=int, help="rows a forward and device; lower it when memory runs out (default: the largest of 16, 8, .. that divides)")
+    g.add_argument("--activation-checkpointing", action="store_true", help="save memory: keep each layer's input only, and run the layer again in the backward")
     g.add_argument("--matrix-lr", type=float, default=0.02, help="Muon")
     g.add_argument("--embedding-lr", type=float, default=0.3, help="embedding and value embeddings")
     g.add_argument("--head-lr", type=float, default=0.004, help="output head")
@@ -88,7 +94,7 @@ def make_parser():
     return parser
 
 # what may change from a run to its continuation; anything else would make it another run
-MAY_CHANGE = {"resume", "data", "device", "compile", "device_batch_size", "eval_every", "eval_tokens", "decode_tokens",
+MAY_CHANGE = {"resume", "data", "device", "compile", "device_batch_size", "activation_checkpointing", "eval_every", "eval_tokens", "decode_tokens",
               "save_every", "keep", "log_every"}
 
 def parse_args():
@@ -142,11 +148,17 @@ def make_optimizers(model, args, batch_scale):
     """
     Muon for the matrices and memory projections, AdamW for everything else, as in nanochat. Learning rates grow
     with the square root of the batch above 2^19 tokens; those of AdamW's matrices shrink with the square root of the
-    width. Every group keeps its `initial_lr`; set_schedule() makes the current lr of it.
+    width. Every group keeps its `initial_lr`; set_schedule() makes the current lr of it. In several processes each
+    updates its share of the parameters and holds their state alone (ZeRO stage 1), Muon's orthogonalization included.
     """
+    def make(optimizer, params, **defaults):
+        if dist.is_initialized():
+            return ZeroRedundancyOptimizer(params, optimizer, **defaults)
+        return optimizer(params, **defaults)
+
     groups = model.parameter_groups()
     width_scale = (model.config.n_embd / 768) ** -0.5
-    adamw = torch.optim.AdamW([
+    adamw = make(torch.optim.AdamW, [
         dict(params=groups["embedding"] + groups["value embeddings"], lr=args.embedding_lr * width_scale),
         dict(params=groups["head"], lr=args.head_lr * width_scale),
         dict(params=groups["gates"], lr=args.matrix_lr),  # too thin for Muon
@@ -154,8 +166,8 @@ def make_optimizers(model, args, batch_scale):
         dict(params=groups["x0 scalars"], lr=args.scalar_lr, betas=(0.96, 0.95)),
         dict(params=groups["memory scalars"], lr=args.scalar_lr),
     ], betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
-    muon = torch.optim.Muon(groups["matrices"] + groups["memory projections"], lr=args.matrix_lr, momentum=0.95,
-                            weight_decay=args.weight_decay * min((12 / model.config.n_layer) ** 2, 1.0))
+    muon = make(torch.optim.Muon, groups["matrices"] + groups["memory projections"], lr=args.matrix_lr, momentum=0.95,
+                weight_decay=args.weight_decay * min((12 / model.config.n_layer) ** 2, 1.0))
     for optimizer in (adamw, muon):
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"] * batch_scale
@@ -254,11 +266,11 @@ class Rows:
             n -= self.counts[shard]
 
     def batch(self, first, count, device):
-        """Rows first .. first+count-1 as inputs and targets, each (count, T) int64, on their way to the device."""
+        """Rows first .. first+count-1 as inputs and targets, each (count, T) int64, on their way to the device: nobody waits."""
         rows = torch.from_numpy(np.stack([self[n] for n in range(first, first + count)]))
         if device.type == "cuda":
-            rows = rows.pin_memory().to(device, non_blocking=True)
-        rows = rows.to(device)
+            rows = rows.pin_memory()
+        rows = rows.to(device, non_blocking=device.type == "cuda")
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
@@ -359,8 +371,11 @@ def main():
     with torch.device(device):
         model = GPT(config)
     model.compute_dtype = compute_dtype(device)
-    optimizers = make_optimizers(model, args, batch_scale=max(math.sqrt(plan.total_batch / 2**19), 1.0))
     use_compile = device.type == "cuda" if args.compile is None else args.compile
+    if args.activation_checkpointing and use_compile:  # the compiler picks what to run again
+        torch._functorch.config.activation_memory_budget = 0.2
+    model.recompute = args.activation_checkpointing and not use_compile
+    optimizers = make_optimizers(model, args, batch_scale=max(math.sqrt(plan.total_batch / 2**19), 1.0))
     train_step = TrainStep(model, schedule)
     train_step = torch.compile(train_step, dynamic=False) if use_compile else train_step
     if ddp:
@@ -393,7 +408,7 @@ def main():
     say(f"{num_iterations} steps of {plan.total_batch:,} tokens ({plan.rows_per_step} rows of {T}: {world} x {plan.micro_steps} x {plan.device_batch}) = "
         f"{tokens:,} tokens, {tokens / plan.counts['scaling']:.1f} a parameter, {num_iterations * plan.rows_per_step / rows.per_epoch:.2f} epochs")
     say(f"{tokens * plan.flops_per_token:.2e} FLOPs, {plan.flops_per_token / model.flops_per_token(plain(T), T):.2f} times those of plain passes over the same tokens")
-    peak = next((f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
+    peak = peak_flops(device)
 
     def record(**row):
         """A line of log.jsonl."""
@@ -406,6 +421,8 @@ def main():
     def save():
         """The checkpoint of this step, and only the newest few kept."""
         path = folder / f"ckpt_{step:07d}.pt"
+        for optimizer in optimizers if ddp else ():
+            optimizer.consolidate_state_dict()  # every process hands its share to the master
         if master:
             state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step, rows_seen=rows_seen, seconds=seconds,
                          config=dataclasses.asdict(config), schedule=dataclasses.asdict(schedule), args=vars(args), torch_rng=torch.get_rng_state(),
@@ -443,7 +460,11 @@ def main():
         signal.signal(sig, ask_to_stop)
 
     bar = tqdm(total=num_iterations, initial=step, unit="step", disable=None if master else True, dynamic_ncols=True)
-    smooth, stopping = None, False
+    def load(first, i):
+        """This process's rows of forward i of the step that begins at row `first`; the steps follow each other."""
+        return rows.batch(first + (i * world + rank) * plan.device_batch, plan.device_batch, device)
+
+    smooth, stopping, batch = None, False, load(rows_seen, 0)
     while True:
         last = step >= num_iterations
         if step > evaluated and (last or (args.eval_every and step % args.eval_every == 0 and not stopping)):
@@ -457,12 +478,12 @@ def main():
         t0 = time.perf_counter()
         multiplier, losses = set_schedule(optimizers, step, num_iterations, args), 0
         for i in range(plan.micro_steps):
-            first = rows_seen + (i * world + rank) * plan.device_batch
-            idx, targets = rows.batch(first, plan.device_batch, device)
+            idx, targets = batch
             with train_step.no_sync() if ddp and i < plan.micro_steps - 1 else nullcontext():  # gradients meet once a step
                 loss, pass_means = train_step(idx, targets)
                 (loss / plan.micro_steps).backward()
             losses = losses + torch.cat([loss.detach().view(1), pass_means]) / plan.micro_steps
+            batch = load(rows_seen, i + 1)  # while a GPU is still at work on this one
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         state = torch.cat([losses, norm.view(1), losses.new_tensor([float(bool(asked))])])
         if ddp:  # every process must see the same, a request to stop above all
