@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -153,6 +152,7 @@ def make_optimizers(model, args, batch_scale):
     """
     def make(optimizer, params, **defaults):
         if dist.is_initialized():
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import
             return ZeroRedundancyOptimizer(params, optimizer, **defaults)
         return optimizer(params, **defaults)
 
