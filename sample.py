@@ -70,6 +70,9 @@ def load_model(checkpoint, device):
         model = GPT(GPTConfig(**checkpoint["config"]))
     model.compute_dtype = compute_dtype(device)
     load_weights(model, checkpoint)
+    for module in model.modules():  # once, not at every token; tables and scalars stay as they are
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            module.to(model.compute_dtype)
     return model
 
 def pick_device(name=None):

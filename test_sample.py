@@ -9,7 +9,7 @@ import torch
 
 from interleave import prefill
 from model import GPT, GPTConfig, KVCache
-from sample import Pieces, complete, draw, generate
+from sample import Pieces, complete, draw, generate, load_model
 from test_model import VARIANTS, decode, make, tokens
 
 BOS = 36
@@ -231,3 +231,19 @@ def test_samples_share_one_prefill_and_a_token_is_one_forward(trained, monkeypat
     prefills, steps = [c for c in calls if c[1] > 1], [c for c in calls if c == (6, 1)]
     assert all(c[0] == 2 for c in prefills) and len(calls) - len(steps) <= 12
     assert len(steps) <= 5 and len(out) <= 6 * 7
+
+def test_weights_loaded_in_bf16_are_those_cast_at_every_use(monkeypatch):
+    """A GPU with bf16 gets its weights in bf16 when a run is loaded: bit for bit what casting them at every token gives."""
+    from dataclasses import asdict
+    model = make(dtype=torch.float32, lrt="layerwise", window_pattern="SL")
+    model.compute_dtype, (idx, _) = torch.bfloat16, tokens(9)
+    checkpoint = dict(model=model.state_dict(), config=asdict(model.config))
+    monkeypatch.setattr("sample.compute_dtype", lambda device: torch.bfloat16)
+    loaded = load_model(checkpoint, torch.device("cpu"))
+    assert loaded.h[0].mlp.c_fc.weight.dtype == torch.bfloat16 and loaded.cos.dtype == loaded.resid_lambdas.dtype == torch.float32
+    results = []
+    for m in (model, loaded):
+        kv = KVCache(m.config, 2, 9, "cpu", torch.bfloat16)
+        hidden, memory, _ = prefill(m, idx, kv)
+        results.append((m.logits(hidden), memory))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
