@@ -47,6 +47,7 @@ class GPTConfig:
     lrt: str = "none"  # none: plain GPT | shared: one memory projection for all layers | layerwise: one a layer
     source_layer: int | None = None  # 0-based: memory is read after this block; None: upper-middle, 3/4 of the way up
     inject: str = "both"  # how memory enters: kv | residual | both
+    arch: str = "gpt"  # gpt | recurrent: layers attend to keys and values of their own outputs, see recurrent.py
 
     def __post_init__(self):
         """Raises ValueError, in one line, for a model that cannot be built."""
@@ -61,8 +62,9 @@ class GPTConfig:
         check(self.window_pattern and set(self.window_pattern) <= set("SL"),
               f"window_pattern {self.window_pattern!r} must be made of the letters S and L")
         for name, allowed in (("value_embeds", ("none", "alternate", "all")), ("lrt", ("none", "shared", "layerwise")),
-                              ("inject", ("kv", "residual", "both"))):
+                              ("inject", ("kv", "residual", "both")), ("arch", ("gpt", "recurrent"))):
             check(getattr(self, name) in allowed, f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
+        check(self.arch == "gpt" or self.lrt == "none", f"arch recurrent goes with lrt none, not with {self.lrt}: one recurrence at a time")
         if self.source_layer is None:  # the paper finds an upper-middle layer strongest
             self.source_layer = max(round(0.75 * self.n_layer) - 1, 0)
         check(0 <= self.source_layer < self.n_layer,
@@ -158,7 +160,7 @@ class KVBuffer:
         """keep_local: also keep what the first pass computed without memory in each layer, for GPT.refresh."""
         self.k, self.v = [None] * n_layer, [None] * n_layer
         self.local = [None] * n_layer if keep_local else None
-        self.first = 0  # where text starts, for the check of the context
+        self.first, self.start = 0, None  # where text starts: rows are not padded
 
     def write(self, layer, positions, k, v):
         self.k[layer] = put(self.k[layer], positions, k, dim=2)
@@ -259,6 +261,10 @@ class Attention(nn.Module):
             v = torch.addcmul(v, g_mem, memory_kv[1].view(v.shape))
         return norm(rotate(k, *rotary)).transpose(1, 2), v.transpose(1, 2)
 
+    def query(self, u, rotary):
+        """u (B, P, D) -> queries (B, H, P, d), rotated and normed."""
+        return norm(rotate(self.c_q(u).view(*u.shape[:2], self.n_head, self.head_dim), *rotary)).transpose(1, 2)
+
     def forward(self, u, value_embed, memory_kv, rotary, positions, mask, kv):
         B, P, D = u.shape
         local = self.local_kv(u, value_embed)
@@ -267,8 +273,7 @@ class Attention(nn.Module):
         k, v = kv.write(self.layer, positions, *self.finish_kv(*local, memory_kv, rotary))
         mask, is_causal, first = mask
         k, v = k[:, :, first:positions[-1] + 1], v[:, :, first:positions[-1] + 1]
-        q = norm(rotate(self.c_q(u).view(B, P, self.n_head, self.head_dim), *rotary)).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
+        y = F.scaled_dot_product_attention(self.query(u, rotary), k, v, attn_mask=mask, is_causal=is_causal,
                                            enable_gqa=self.n_head != self.n_kv_head)
         return self.c_proj(y.transpose(1, 2).reshape(B, P, D))
 
@@ -302,7 +307,10 @@ class GPT(nn.Module):
         D, L, V, kv_dim = config.n_embd, config.n_layer, config.vocab_size, config.n_kv_head * config.head_dim
         self.wte = nn.Embedding(V, D)
         self.value_embeds = nn.ModuleDict({str(l): nn.Embedding(V, kv_dim) for l in range(L) if config.has_value_embed(l)})
-        self.h = nn.ModuleList(Block(config, l) for l in range(L))
+        block = Block
+        if config.arch == "recurrent":
+            from recurrent import RecurrentBlock as block  # here, as it builds on this file
+        self.h = nn.ModuleList(block(config, l) for l in range(L))
         self.lm_head = Linear(D, V)
         # a, b and c of equation (1)
         self.resid_lambdas = nn.Parameter(torch.ones(L))
@@ -418,12 +426,15 @@ class GPT(nn.Module):
         Training FLOPs (forward and backward) per token of a sequence of T tokens (default: the context) on which the
         schedule `passes` (list of ranges; default: one full pass) runs. A matrix entry costs 6 FLOPs a position, and
         attention 12 * width * keys in the window (PaLM, arXiv 2204.02311, appendix B, causality not counted off).
-        The head is counted in every pass; memory projections from the first pass that has memory on.
+        The head is counted in every pass; memory projections from the first pass that has memory on; a recurrent layer's
+        second key/value projection, but not what its backward pass recomputes.
         """
         T = T or self.config.sequence_len
         passes = passes or [range(T)]
         counts = self.parameter_counts()
         plain = counts["matrices"] + counts["gates"] + counts["head"]
+        if self.config.arch == "recurrent":  # keys, values and their gate, once more from the layer's output
+            plain += counts["gates"] + sum(p.numel() for block in self.h for m in (block.attn.c_k, block.attn.c_v) for p in m.parameters())
         keys = sum(min(self.config.window(l) + 1, T) for l in range(self.config.n_layer))
         total = 0
         for i, positions in enumerate(passes):

@@ -37,13 +37,15 @@ def make_parser():
     parser = ArgumentParser(description="Train a Latent Recurrent Transformer. --depth is the one dial; the rest follows from it.")
     g = parser.add_argument_group("run")
     g.add_argument("--data", default="data", help="folder that prepare_data.py made")
-    g.add_argument("--name", metavar="NAME", help="the run's folder is OUT/NAME (default: d<depth>_<lrt>, numbered if it exists)")
+    g.add_argument("--name", metavar="NAME", help="the run's folder is OUT/NAME (default: d<depth>_<lrt>, or d<depth>_recurrent; numbered if it exists)")
     g.add_argument("--out", default="runs", help="where run folders go")
     g.add_argument("--resume", metavar="PATH", help="run folder or checkpoint to go on with; its flags apply, those given here on top")
     g.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the data")
     g.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
     g.add_argument("--compile", action=BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    g.add_argument("--dry-run", action="store_true", help="print the plan, parameters to KV cache, and end: nothing is trained or written")
     g = parser.add_argument_group("model")
+    g.add_argument("--arch", choices=["gpt", "recurrent"], default="gpt", help="recurrent: layers attend to keys and values of their own outputs, without --lrt")
     g.add_argument("--depth", type=int, default=20, help="number of layers; width = depth * aspect ratio, up to whole heads")
     g.add_argument("--aspect-ratio", type=int, default=64, help="width per layer")
     g.add_argument("--head-dim", type=int, default=128, help="head size")
@@ -52,7 +54,7 @@ def make_parser():
     g.add_argument("--window-pattern", default="SSSL", help="tiled over layers: L full attention, S half the context; the last layer is always L")
     g.add_argument("--value-embeds", choices=["none", "alternate", "all"], default="all", help="which layers have a value embedding")
     g = parser.add_argument_group("latent recurrence")
-    g.add_argument("--lrt", choices=["none", "shared", "layerwise"], default="shared", help="none: plain GPT; shared: one memory projection for all layers; layerwise: one a layer")
+    g.add_argument("--lrt", choices=["none", "shared", "layerwise"], help="none: plain GPT; shared: one memory projection for all layers; layerwise: one a layer (default: shared, with --arch recurrent none)")
     g.add_argument("--source-layer", type=int, help="memory is read after this layer, 0-based (default: 3/4 of the way up)")
     g.add_argument("--inject", choices=["kv", "residual", "both"], default="both", help="how memory enters a layer")
     g.add_argument("--schedule", choices=["interleaved", "refine", "chunked", "sequential"], default="interleaved", help="the passes of a training step, see interleave.py")
@@ -89,7 +91,7 @@ def make_parser():
 
 # what may change from a run to its continuation; anything else would make it another run
 MAY_CHANGE = {"resume", "data", "device", "compile", "device_batch_size", "eval_every", "eval_tokens", "decode_tokens",
-              "save_every", "keep", "log_every"}
+              "save_every", "keep", "log_every", "dry_run"}
 
 def parse_args():
     """The flags, and the checkpoint to go on with or None. A resumed run's own flags stand in for the defaults."""
@@ -104,6 +106,7 @@ def parse_args():
         if changed:
             raise UserError(f"{path} was trained with " + ", ".join(f"--{k.replace('_', '-')} {before[k]}" for k in changed)
                             + ": resume without that flag, or start another run")
+    args.lrt = args.lrt or ("none" if args.arch == "recurrent" else "shared")
     at_least(args, depth=1, subsets=1, refinements=1, chunk=1, seed=0, num_iterations=1, target_flops=1, total_batch_size=1, device_batch_size=1, aspect_ratio=1, head_dim=1,
              matrix_lr=0, embedding_lr=0, head_lr=0, scalar_lr=0, weight_decay=0, grad_clip=0, warmup_steps=0, warmdown_ratio=0,
              final_lr_frac=0, eval_every=0, eval_tokens=1, decode_tokens=0, save_every=0, keep=1, log_every=1, target_param_data_ratio=0)
@@ -122,7 +125,7 @@ def make_config(args, depth, vocab_size):
         return GPTConfig(sequence_len=args.max_seq_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head,
                          n_kv_head=n_head if args.n_kv_head is None else args.n_kv_head, n_embd=n_head * args.head_dim,
                          window_pattern=args.window_pattern, value_embeds=args.value_embeds, lrt=args.lrt,
-                         source_layer=args.source_layer, inject=args.inject)
+                         source_layer=args.source_layer, inject=args.inject, arch=args.arch)
     except ValueError as e:
         raise UserError(e)
 
@@ -267,7 +270,7 @@ class Rows:
 
 def new_run_folder(args):
     """Make the run's folder, numbered if it exists and no name was asked for. Raises UserError if the name is taken."""
-    name = args.name or f"d{args.depth}_{args.lrt}"
+    name = args.name or f"d{args.depth}_{args.lrt if args.arch == 'gpt' else args.arch}"
     for i in range(1, 10000):
         folder = Path(args.out) / (name if i == 1 else f"{name}_{i}")
         try:
