@@ -3,6 +3,7 @@ Timings and counts, measured side by side in one process: the variants take turn
 
     python bench.py decode                                   latency a token of none, shared and layerwise
     python bench.py prefill --checkpoint runs/d4_shared      exact parallel prefill against token by token
+    python bench.py recurrent                                a recurrent layer, tiled and by plain autograd, and a plain layer
 
 Every command prints a table and, with --json FILE, writes the same figures with the machine and the commit.
 """
@@ -19,8 +20,9 @@ import torch
 
 from eval_core import first_rows
 from interleave import prefill
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig, KVBuffer, KVCache, visible
 from prepare_data import ArgumentParser, UserError, at_least, check_folder, open_data, run_main, write_atomic
+from recurrent import keys_read, reference, tiled
 from sample import compute_dtype, find_checkpoint, load_checkpoint, load_model, pick_device
 
 
@@ -125,17 +127,84 @@ def bench_prefill(args, device):
                                  speedup=statistics.median(a / b for a, b in zip(serial, times[S]))))
     report(args, device, f"prefill: batch {args.batch[0]}", rows)
 
+def saved_bytes(work, parameters):
+    """What autograd keeps from a forward pass, work(), for the backward: bytes of all storages, but not the parameters'."""
+    held, own = {}, {p.untyped_storage().data_ptr() for p in parameters}
+    def keep(x):
+        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = work()  # noqa: F841 (alive, and so are the storages, until they are counted)
+    return sum(n for pointer, n in held.items() if pointer not in own)
+
+def peak_bytes(device, work):
+    """By how much memory grows at most while work() runs: of the GPU, or on Linux of this process; None elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    def kilobytes(field):
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
+    except OSError:
+        return None
+    before = kilobytes("VmRSS")
+    work()
+    return 1024 * (kilobytes("VmHWM") - before)
+
+def bench_recurrent(args, device):
+    """
+    One layer, forward and backward: a plain one, a recurrent one by tiles, and a recurrent one by autograd over t. Beside
+    time and memory, how many keys of a head (and as many values) the forward pass reads from memory: by tiles, or a row a
+    position; the plain layer's one kernel is not counted.
+    """
+    batch, rows, dtype = args.batch[0], [], compute_dtype(device)
+    for T in args.context:
+        torch.manual_seed(0)
+        heads = max(args.width // 64, 1)
+        config = dict(sequence_len=T, vocab_size=1, n_layer=1, n_head=heads, n_kv_head=heads, n_embd=args.width)
+        with torch.device(device):
+            plain, recurrent = GPT(GPTConfig(**config)), GPT(GPTConfig(**config, arch="recurrent"))
+            for p in [*plain.h.parameters(), *recurrent.h.parameters()]:
+                torch.nn.init.normal_(p, std=args.width**-0.5)
+            x, value_embed = (torch.randn(batch, T, args.width, dtype=dtype).requires_grad_() for _ in range(2))
+        rotary = plain.cos[:T], plain.sin[:T]
+        forms = {
+            "plain": lambda: plain.h[0](x, value_embed, None, rotary, range(T), visible(range(T), T, device), KVBuffer(1)),
+            "tiled": lambda: tiled(*recurrent.h[0].arguments(x, value_embed, rotary))[0],
+            "reference": lambda: reference(*recurrent.h[0].arguments(x, value_embed, rotary))[0],
+        }
+        if T > args.reference_up_to:
+            del forms["reference"]
+        def step(form):
+            forms[form]().sum().backward()
+        read = {"plain": None, "tiled": keys_read(T, T), "reference": T * (T - 1) // 2}
+        memory = {form: [saved_bytes(work, [*plain.parameters(), *recurrent.parameters()]), peak_bytes(device, lambda: step(form))]
+                  for form, work in forms.items()}
+        times = {form: [] for form in forms}
+        for _ in range(args.repeats):
+            for form in forms:
+                times[form].append(1000 * clock(device, lambda: step(form)))
+        for form in forms:
+            saved, peak = (None if n is None else round(n / 2**20, 1) for n in memory[form])
+            rows.append(dict(T=T, form=form, ms=statistics.median(times[form]), over_plain=statistics.median(
+                a / b for a, b in zip(times[form], times["plain"])), saved_mib=saved, peak_mib=peak, keys_read=read[form]))
+    report(args, device, f"recurrent: one layer of width {args.width}, batch {batch}, forward and backward", rows)
+
 def main():
     parser = ArgumentParser(description="Timings and counts, measured side by side in one process.")
-    parser.add_argument("what", choices=["decode", "prefill"], help="decode: latency a token; prefill: parallel against token by token")
+    parser.add_argument("what", choices=["decode", "prefill", "recurrent"], help="decode: latency a token; prefill: parallel against token by token; recurrent: a layer, tiled and not")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file, too")
     parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
     parser.add_argument("--repeats", type=int, default=9, help="measurements of each variant, taking turns")
-    parser.add_argument("--batch", type=int, nargs="+", help="rows at a time (default: 1 16 for decode, 1 for prefill)")
+    parser.add_argument("--batch", type=int, nargs="+", help="rows at a time (default: 1 16 for decode, 1 for prefill, 4 for recurrent)")
     parser.add_argument("--depth", type=int, default=6, help="decode: layers")
-    parser.add_argument("--width", type=int, default=768, help="decode: width, heads of 64")
+    parser.add_argument("--width", type=int, help="decode, recurrent: width, heads of 64 (default: 768 for decode, 128 for recurrent)")
     parser.add_argument("--vocab-size", type=int, default=32768, help="decode: vocabulary")
-    parser.add_argument("--context", type=int, nargs="+", default=[128, 1024], help="decode: positions in the cache")
+    parser.add_argument("--context", type=int, nargs="+", help="decode: positions in the cache (default: 128 1024); recurrent: tokens (default: 128 256 512 1024)")
+    parser.add_argument("--reference-up-to", type=int, default=1024, help="recurrent: leave out autograd over t for more tokens, its memory grows with their square")
     parser.add_argument("--tokens", type=int, default=8, help="decode: tokens a measurement")
     parser.add_argument("--checkpoint", nargs="+", metavar="PATH", help="prefill: trained runs (default: the newest in runs/)")
     parser.add_argument("--data", metavar="DIR", help="prefill: prepared data (default: what the run was trained on)")
@@ -143,11 +212,13 @@ def main():
     args = parser.parse_args()
     at_least(args, repeats=2, depth=1, width=2, vocab_size=1, tokens=1)
     check_folder(args.json)
-    args.batch = args.batch or ([1, 16] if args.what == "decode" else [1])
+    args.batch = args.batch or {"decode": [1, 16], "prefill": [1], "recurrent": [4]}[args.what]
+    args.width = args.width or (128 if args.what == "recurrent" else 768)
+    args.context = args.context or ([128, 256, 512, 1024] if args.what == "recurrent" else [128, 1024])
     if min(args.batch + args.context + args.subsets) < 1:
         raise UserError("--batch, --context and --subsets must be at least 1")
     device = pick_device(args.device)
-    {"decode": bench_decode, "prefill": bench_prefill}[args.what](args, device)
+    {"decode": bench_decode, "prefill": bench_prefill, "recurrent": bench_recurrent}[args.what](args, device)
 
 if __name__ == "__main__":
     run_main(main)

@@ -71,6 +71,11 @@ class GPTConfig:
               f"source_layer {self.source_layer} is out of range: {self.n_layer} layers are numbered 0 to {self.n_layer - 1}")
 
     @property
+    def label(self):
+        """What the scripts call a model of this kind."""
+        return f"lrt={self.lrt}" if self.arch == "gpt" else self.arch
+
+    @property
     def head_dim(self):
         return self.n_embd // self.n_head
 

@@ -39,16 +39,20 @@ class RecurrentBlock(Block):
         """u (B, P, D) -> keys and values (B, G, P, d), rotated and normed."""
         return self.attn.finish_kv(*self.attn.local_kv(u, value_embed), None, rotary)
 
+    def arguments(self, x, value_embed, rotary):
+        """What tiled() and reference() take, for all positions of x (B, T, D)."""
+        u, attn, mlp = norm(x), self.attn, self.mlp
+        pair_rows = [m.weight for m in (attn.c_k, attn.c_v, attn.gate) if m is not None]
+        weights = [w.to(x.dtype) for w in (attn.c_proj.weight, torch.cat(pair_rows), mlp.c_fc.weight, mlp.c_proj.weight)]
+        return x, attn.query(u, rotary), *self.pair(u, value_embed, rotary), value_embed, rotary, weights, self.window
+
     def forward(self, x, value_embed, memory_kv, rotary, positions, mask, kv):
         """As Block.forward, for one position (decoding) or for all from 0 on. Raises ValueError for any other range."""
         if len(positions) == 1:  # attention finds the temporary pair in the place that the final one takes afterwards
             y = super().forward(x, value_embed, memory_kv, rotary, positions, mask, kv)
             k, v = self.pair(norm(y), value_embed, rotary)
         elif positions == range(len(positions)):
-            u, attn, mlp = norm(x), self.attn, self.mlp
-            kv_rows = [attn.c_k.weight, attn.c_v.weight] + ([] if attn.gate is None else [attn.gate.weight])
-            weights = [w.to(x.dtype) for w in (attn.c_proj.weight, torch.cat(kv_rows), mlp.c_fc.weight, mlp.c_proj.weight)]
-            y, k, v = tiled(x, attn.query(u, rotary), *self.pair(u, value_embed, rotary), value_embed, rotary, weights, self.window, kv.start)
+            y, k, v = tiled(*self.arguments(x, value_embed, rotary), kv.start)
         else:
             raise ValueError(f"a recurrent layer runs from position 0 on, or one position at a time, not at {positions}")
         kv.write(self.attn.layer, positions, k, v)
@@ -108,6 +112,7 @@ def keys_read(T, window):
     tiles = filter(None, (tile(t, T, window) for t in range(T)))
     return sum(keys.stop - keys.start for keys, _ in tiles)
 
+@torch.compiler.disable  # nobody wants T steps unrolled in one graph
 def tiled(x, q, k, v, value_embed, rotary, weights, window, start=None, qk_norm=True):
     """
     One recurrent layer over positions 0 .. T-1, differentiable once.

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from eval_core import evaluate_bpb, first_rows
 from interleave import Schedule, TrainStep, plain
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, KVCache
 from prepare_data import ArgumentParser, UserError, at_least, lock, open_data, run_main, write_atomic
 from sample import complete, compute_dtype, find_checkpoint, load_checkpoint, load_weights, pick_device
 
@@ -187,14 +187,16 @@ class Plan:
     schedule: Schedule
     counts: dict  # parameters by group
     flops_per_token: float
+    passes_cost: float  # those of the schedule over those of one plain pass
+    kv_bytes: int  # the KV cache of one sequence that fills the context, as it is decoded
     total_batch: int  # tokens a step
     rows_per_step: int
     device_batch: int  # rows a forward and device
     micro_steps: int  # forwards a step and device
     num_iterations: int
 
-def make_plan(args, vocab_size, world):
-    """From the flags to sizes, batch and horizon. Raises UserError for what does not fit together."""
+def make_plan(args, vocab_size, world, dtype):
+    """From the flags to sizes, batch and horizon; dtype: of the activations. Raises UserError for what does not fit together."""
     config, schedule, T = make_config(args, args.depth, vocab_size), make_schedule(args), args.max_seq_len
     try:
         with torch.device("meta"):  # shapes without storage
@@ -202,6 +204,7 @@ def make_plan(args, vocab_size, world):
     except RuntimeError as e:
         raise UserError(f"no model of width {config.n_embd} can be built ({e})")
     counts, flops_per_token = model.parameter_counts(), model.flops_per_token(schedule.passes(T), T)
+    kv = KVCache(config, 1, T, "meta", dtype, rolling=True)
     total_batch = args.total_batch_size
     if total_batch is None:  # nanochat's rule: tokens^0.383, from 2^19 at depth 12 (Power Lines, arXiv 2505.13738)
         ideal = 2**19 * (counts["scaling"] / depth_12.parameter_counts()["scaling"]) ** 0.383
@@ -220,7 +223,22 @@ def make_plan(args, vocab_size, world):
         num_iterations = max(round(args.target_flops / (flops_per_token * total_batch)), 1)
     else:
         num_iterations = max(round(args.target_param_data_ratio * counts["scaling"] / total_batch), 1)
-    return Plan(config, schedule, counts, flops_per_token, total_batch, rows * world, device_batch, rows // device_batch, num_iterations)
+    return Plan(config, schedule, counts, flops_per_token, flops_per_token / model.flops_per_token(plain(T), T),
+                sum(x.nbytes for x in kv.k + kv.v), total_batch, rows * world, device_batch, rows // device_batch, num_iterations)
+
+def describe(plan, world, device, dtype, rows_per_epoch):
+    """The plan in lines, for --dry-run and for the start of a run."""
+    config, schedule, counts, T = plan.config, plan.schedule, plan.counts, plan.config.sequence_len
+    tokens = plan.num_iterations * plan.total_batch
+    return [
+        f"{counts['total']:,} parameters (" + ", ".join(f"{k} {v:,}" for k, v in counts.items() if v and k not in ("total", "scaling")) + ")",
+        f"{world} x {device}, {str(dtype)[6:]} | depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, {config.label}"
+        + (f", memory from layer {config.source_layer}, {schedule.kind}, {len(schedule.passes(T))} passes" if config.lrt != "none" else ""),
+        f"{plan.num_iterations} steps of {plan.total_batch:,} tokens ({plan.rows_per_step} rows of {T}: {world} x {plan.micro_steps} x {plan.device_batch}) = "
+        f"{tokens:,} tokens, {tokens / counts['scaling']:.1f} a parameter, {plan.num_iterations * plan.rows_per_step / rows_per_epoch:.2f} epochs",
+        f"{tokens * plan.flops_per_token:.2e} FLOPs, {plan.passes_cost:.2f} times those of plain passes over the same tokens; "
+        f"KV cache {plan.kv_bytes:,} bytes a sequence of {T} tokens",
+    ]
 
 # -----------------------------------------------------------------------------
 # Data: rows of T+1 tokens, T apart, in an order that only the seed decides
@@ -325,7 +343,7 @@ def main():
     args, checkpoint = parse_args()
 
     # device and processes
-    ddp = "RANK" in os.environ
+    ddp = "RANK" in os.environ and not args.dry_run
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = pick_device(args.device)
     if device.type == "cuda":
@@ -341,13 +359,14 @@ def main():
     say = tqdm.write if master else lambda *_: None
 
     # data and plan
-    data = open_data(args.data, verify=master)  # one process reads every byte, the others trust it
+    data = open_data(args.data, verify=master and not args.dry_run)  # one process reads every byte, the others trust it
     shards_sha256 = [shard["sha256"] for shard in data.meta["train"]]
     if checkpoint and checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
         raise UserError(f"{data.folder} has another tokenizer than {args.resume} was trained with: give that run's --data")
     if checkpoint and checkpoint["shards_sha256"] != shards_sha256:
         raise UserError(f"{data.folder} has other training shards than {args.resume} was trained on: give that run's --data")
-    plan, T = make_plan(args, data.meta["vocab_size"], world), args.max_seq_len
+    dtype = compute_dtype(device)
+    plan, T = make_plan(args, data.meta["vocab_size"], world, dtype), args.max_seq_len
     args.total_batch_size, args.num_iterations = plan.total_batch, plan.num_iterations  # a continuation keeps them
     config, schedule, num_iterations, passes = plan.config, plan.schedule, plan.num_iterations, plan.schedule.passes(T)
     rows, val_rows = Rows(data.train, T, args.seed), first_rows(data.val, T, max(args.eval_tokens // T, 1))
@@ -357,11 +376,16 @@ def main():
     if not len(val_rows):
         raise UserError(f"{data.folder} has no validation shard of more than {T} tokens, one row: lower --max-seq-len or prepare more text")
 
+    lines = describe(plan, world, device, dtype, rows.per_epoch)
+    if args.dry_run:
+        say("\n".join(lines))
+        return
+
     # the model, its optimizers, and what DDP and torch.compile wrap: all passes of a step are one forward
     torch.manual_seed(args.seed)
     with torch.device(device):
         model = GPT(config)
-    model.compute_dtype = compute_dtype(device)
+    model.compute_dtype = dtype
     optimizers = make_optimizers(model, args, batch_scale=max(math.sqrt(plan.total_batch / 2**19), 1.0))
     use_compile = device.type == "cuda" if args.compile is None else args.compile
     train_step = TrainStep(model, schedule)
@@ -389,13 +413,7 @@ def main():
         dist.broadcast_object_list(told)
         folder, evaluated = told
 
-    tokens = num_iterations * plan.total_batch
-    say(f"{folder}: {plan.counts['total']:,} parameters (" + ", ".join(f"{k} {v:,}" for k, v in plan.counts.items() if v and k not in ("total", "scaling")) + ")")
-    say(f"{world} x {device}, {str(model.compute_dtype)[6:]} | depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, lrt {config.lrt}"
-        + (f", memory from layer {config.source_layer}, {schedule.kind}, {len(passes)} passes" if config.lrt != "none" else ""))
-    say(f"{num_iterations} steps of {plan.total_batch:,} tokens ({plan.rows_per_step} rows of {T}: {world} x {plan.micro_steps} x {plan.device_batch}) = "
-        f"{tokens:,} tokens, {tokens / plan.counts['scaling']:.1f} a parameter, {num_iterations * plan.rows_per_step / rows.per_epoch:.2f} epochs")
-    say(f"{tokens * plan.flops_per_token:.2e} FLOPs, {plan.flops_per_token / model.flops_per_token(plain(T), T):.2f} times those of plain passes over the same tokens")
+    say(f"{folder}: " + "\n".join(lines))
     peak = next((f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
 
     def record(**row):
