@@ -75,6 +75,31 @@ def position(x, a, value_embed, cos, sin, w_o, w_kv, w_fc, w_proj, n_kv_head, qk
         v = torch.addcmul(v, 2 * torch.sigmoid(gate), value_embed.view(v.shape))
     return y, norm(k) if qk_norm else k, v
 
+def position_backward(dy, dk, dv, k, r_k, dv_dgate, normed_y, r_y, dhidden, normed_h, r_h, cos, sin, w_o, w_kv, w_fc, w_proj, qk_norm=True):
+    """
+    position() backwards by hand, for rows (B, D): dy and dk, dv (B, G, d), and what it computed on the way -> da, and the
+    gradients of the outputs of Wo, W1, W2 and Wk, Wv, gate. r is of norm(x) = x * r; dv_dgate (B, G, d) and dhidden
+    (B, 4D) are derivatives of v in the gate and of relu(..)**2. Tables as position(), weights (out, in).
+    """
+    dk = rotate(norm_backward(dk, k, r_k) if qk_norm else dk, cos, -sin)
+    dpair = [dk.flatten(1), dv.flatten(1)]
+    if dv_dgate is not None:
+        dpair.append((dv * dv_dgate).sum(-1))
+    dpair = torch.cat(dpair, dim=1).to(dy.dtype)
+    dy = dy + norm_backward(dpair @ w_kv, normed_y, r_y)
+    dhidden = dy @ w_proj * dhidden
+    dh = dy + norm_backward(dhidden @ w_fc, normed_h, r_h)
+    return dh @ w_o, dh, dhidden, dy, dpair
+
+def norm_backward(dy, y, r):
+    """The gradient of x where y = norm(x) = x * r."""
+    return torch.addcmul(dy, y, (dy * y).sum(-1, keepdim=True), value=-1 / y.size(-1)) * r
+
+def inverse_rms(x):
+    """r of norm(x) = x * r, which rms_norm computes in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(wide.dtype).eps).to(x.dtype)
+
 def split_pair(pair, n_kv_head, gated):
     """Columns of Wk, Wv and the gate: pair (.., 2*G*d [+ G]) -> views k, v (.., G, d) and gate (.., G, 1) or None."""
     G = n_kv_head
@@ -168,12 +193,14 @@ class Tiled(torch.autograd.Function):
         pair = normed_y @ w_kv.t()
         local_k, _, gate = split_pair(pair, G, gated)
         gate = torch.sigmoid(gate) if gated else None
-        # what the walk sends into the output of every matrix, to be multiplied with its input afterwards: dx = dh
-        dh, dhidden, dy, dpair = torch.empty_like(x), 2 * hidden, grad_y.clone(), torch.empty_like(pair)
+        dv_dgate = 2 * gate * (1 - gate) * value_embed.unflatten(-1, (G, d)) if gated else None
+        # gradients: of the output of every matrix, to be multiplied with its input after the walk; of pairs and queries
+        dh, dhidden, dy, dpair = sent = [torch.empty_like(i) for i in (h, hidden, y, pair)]
         dk, dv = (grad.reshape(k.shape).to(wide, copy=True) for grad in (grad_k, grad_v))
         da, dq, delta = torch.empty_like(q), torch.zeros_like(q, dtype=wide), torch.empty_like(lse)
-        here = by_position(1, a, dh, dhidden, dy, dpair, normed_h, normed_y, inverse_rms(h), inverse_rms(y), inverse_rms(rotate(local_k, cos, sin)), gate, value_embed)
-        pairs = by_position(2, *(i.view(B, G, T, d) for i in (dk, dv, final_k)))
+        sent = by_position(1, *sent)
+        heads = [i.view(B, G, T, d).transpose(1, 2) for i in (dk, dv, final_k)]
+        kept = by_position(1, grad_y, *heads, inverse_rms(rotate(local_k, cos, sin)), dv_dgate, normed_y, inverse_rms(y), 2 * hidden, normed_h, inverse_rms(h))
         for t in reversed(range(T)):
             for rows, keys, queries in parts(t, T, R, len(q), window):  # the queries are done: pass on what they send to the keys
                 p = scores(q, final_k, rows, keys, queries, window, start).sub_(lse[rows, queries, None]).exp_()
@@ -181,20 +208,12 @@ class Tiled(torch.autograd.Function):
                 dq[rows, queries] += torch.bmm(ds, final_k[rows, keys])
                 dk[rows, keys] += torch.bmm(ds.mT, q[rows, queries])
                 dv[rows, keys] += torch.bmm(p.to(q.dtype).mT, da[rows, queries])
-            # dk_t and dv_t are complete: position() backwards
-            a_t, dh_t, dhidden_t, dy_t, dpair_t, normed_h_t, normed_y_t, scale_h, scale_y, scale_k, gate_t, value_embed_t = here[t]
-            dk_t, dv_t, k_t = pairs[t]
-            dk_t = rotate(norm_backward(dk_t, k_t, scale_k) if qk_norm else dk_t, cos[t], -sin[t])
-            sent = [dk_t.flatten(1), dv_t.flatten(1)]
-            if gated:
-                sent.append((dv_t * value_embed_t.view(dv_t.shape)).sum(-1) * (2 * gate_t * (1 - gate_t))[..., 0])
-            dpair_t.copy_(torch.cat(sent, dim=1))
-            dy_t += norm_backward(dpair_t @ w_kv, normed_y_t, scale_y)
-            dhidden_t *= dy_t @ w_proj
-            torch.add(dy_t, norm_backward(dhidden_t @ w_fc, normed_h_t, scale_h), out=dh_t)
-            da_t = dh_t @ w_o
-            da[:, t * R:t * R + R] = da_t.view(-1, R, d)
-            delta[:, t * R:t * R + R] = (da_t * a_t).view(-1, R, d).sum(-1)
+            da_t, *new = position_backward(*kept[t], cos[t], sin[t], w_o, w_kv, w_fc, w_proj, qk_norm)  # dk and dv are complete
+            for store, gradient in zip(sent[t], new):
+                store.copy_(gradient)
+            now = slice(t * R, t * R + R)
+            da[:, now] = da_t.view(-1, R, d)
+            delta[:, now] = (da_t * a[:, t]).view(-1, R, d).sum(-1)
         # the temporary pairs, then the weights
         per_query = [i.repeat_interleave(R, dim=1) for i in (k, v)]
         p = torch.exp((q * per_query[0]).sum(-1, dtype=wide) - lse)[..., None]
@@ -228,11 +247,3 @@ def scores(q, k, rows, keys, queries, window, start):
         beyond = torch.arange(queries.start, queries.stop, device=q.device)[:, None] // R - window
         first = beyond if first is None else torch.maximum(first, beyond)
     return s if first is None else s.masked_fill_(torch.arange(keys.start, keys.stop, device=q.device) < first, -torch.inf)
-
-def inverse_rms(x):
-    """r of norm(x) = x * r."""
-    return torch.rsqrt(x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps)
-
-def norm_backward(dy, y, r):
-    """The gradient of x where y = norm(x) = x * r."""
-    return torch.addcmul(dy, y, (dy * y).sum(-1, keepdim=True), value=-1 / y.size(-1)) * r

@@ -111,8 +111,8 @@ def test_tiled_in_pieces(monkeypatch):
 
 def test_gradcheck():
     for options in (dict(), dict(qk_norm=False)):
-        model = make_recurrent(n_embd=8, n_head=2, n_kv_head=1)
-        x, value_embed, _ = layer_inputs(model, 5, B=2)
+        model = make_recurrent(n_embd=4, n_head=2, n_kv_head=1)
+        x, value_embed, _ = layer_inputs(model, 5, B=1)
         x, q, k, v, value_embed, rotary, weights, window = model.h[0].arguments(x, value_embed, (model.cos[:5], model.sin[:5]))
         leaves = [i.detach().requires_grad_() for i in (x, q, k, v, value_embed, *weights)]
         assert torch.autograd.gradcheck(lambda x, q, k, v, value_embed, *weights: tiled(x, q, k, v, value_embed, rotary, weights, window, **options), leaves)
@@ -139,6 +139,15 @@ def test_traffic_and_memory_grow_as_they_should():
         x, value_embed, leaves = layer_inputs(model, T)
         return saved_bytes(lambda: form(*model.h[0].arguments(x, value_embed, (model.cos[:T], model.sin[:T]))), leaves)
     assert kept(tiled, 96) < 2.1 * kept(tiled, 48) and kept(reference, 96) > 3 * kept(reference, 48)
+
+def test_the_walk_depends_on_no_value():
+    """Forward and backward on tensors without data: no step waits for a number, so that a GPU's queue never runs dry."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(sequence_len=32, vocab_size=8, n_layer=1, n_head=4, n_kv_head=2, n_embd=16, arch="recurrent"))
+        x, value_embed, start = torch.empty(3, 19, 16, requires_grad=True), torch.empty(3, 19, 8), torch.zeros(3, dtype=torch.int64)
+        y, _, _ = tiled(*model.h[0].arguments(x, value_embed, (model.cos[:19], model.sin[:19]))[:-1], 5, start)
+        y.sum().backward()
+    assert x.grad.is_meta and x.grad.shape == x.shape
 
 def test_causality():
     model, T = make_recurrent(window_pattern="SL", sequence_len=24), 21
@@ -289,10 +298,10 @@ def test_flops_count_the_second_projection():
 # The command lines
 
 def test_train_evaluate_sample_resume(data, here):
-    flags = ["--data", data, *SMALL, "--arch", "recurrent", "--num-iterations", 60, "--eval-every", 20]
+    flags = ["--data", data, *SMALL, "--arch", "recurrent", "--num-iterations", 30, "--eval-every", 15]
     done = shell("train.py", *flags, "--name", "whole")
     assert done.returncode == 0 and "recurrent" in done.stdout, done.stderr
-    assert sum(x["loss"] for x in log("runs/whole")[-10:]) / 10 < 5.2 < log("runs/whole")[0]["loss"]
+    assert sum(x["loss"] for x in log("runs/whole")[-5:]) / 5 < 5.8 < log("runs/whole")[0]["loss"]
     last = log("runs/whole", "eval")[-1]["decode_rows"]
     assert last["decode"] == pytest.approx(last["merged"], rel=1e-5)
 
@@ -312,7 +321,7 @@ def test_train_evaluate_sample_resume(data, here):
             process.send_signal(signal.SIGTERM)
             break
     process.stdout.read()
-    assert process.wait() == 0 and 10 < len(log("runs/cut")) < 60
+    assert process.wait() == 0 and 10 < len(log("runs/cut")) < 30
     code, _, err = cli("train.py", "--resume", "runs/cut")
     assert code == 0, err
     assert [x["loss"] for x in log("runs/cut")] == [x["loss"] for x in log("runs/whole")]
