@@ -100,7 +100,7 @@ def parse_args():
     if args.resume is not None:
         path = find_checkpoint(args.resume)
         checkpoint = load_checkpoint(path)
-        before = checkpoint["args"] | {"name": path.parent.name, "out": str(path.parent.parent)}
+        before = vars(parser.parse_args([])) | checkpoint["args"] | {"name": path.parent.name, "out": str(path.parent.parent)}
         args = parser.parse_args(namespace=Namespace(**before))  # argparse leaves what is there, unless given
         changed = [k for k, v in before.items() if k not in MAY_CHANGE and v != getattr(args, k)]
         if changed:
