@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from model import Block, norm, rotate
 
-SCRATCH = 2**22  # scores computed at once: a larger tile is worked off some heads at a time
+SCRATCH = 2**20  # scores computed at once, 4 MiB of float32: a larger tile is worked off some heads at a time
 
 
 class RecurrentBlock(Block):
