@@ -30,7 +30,7 @@ class KVBuffer:
         """keep_local: also keep what the first pass computed without memory in each layer, for GPT.refresh."""
         self.parts = [()] * n_layer
         self.local = [None] * n_layer if keep_local else None
-        self.first = 0  # where text starts, for the check of the context
+        self.first, self.start = 0, None  # where text starts: rows are not padded
 
     def write(self, layer, positions, k, v):
         """Keys and values (B, n_kv_head, P, d) of one layer at `positions`, in place of any that were there."""

@@ -4,10 +4,12 @@ Timings and counts, measured side by side in one process: the variants take turn
     python bench.py decode                                   latency a token of none, shared and layerwise
     python bench.py prefill --checkpoint runs/d4_shared      exact parallel prefill against token by token
     python bench.py step                                     time and memory of a training step, S = 1, 2, 4, 8
+    python bench.py recurrent                                a recurrent layer, tiled and by plain autograd, and a plain layer
 
 Every command prints a table and, with --json FILE, writes the same figures with the machine and the commit.
 """
 
+import ctypes
 import json
 import multiprocessing
 import platform
@@ -23,9 +25,11 @@ import numpy as np
 import torch
 
 from eval_core import first_rows
+from attention import KVBuffer
 from interleave import Schedule, TrainStep, prefill
 from model import GPT, GPTConfig, KVCache
-from prepare_data import ArgumentParser, UserError, at_least, check_folder, open_data, run_main, write_atomic
+from prepare_data import ArgumentParser, UserError, check_folder, open_data, run_main, write_atomic
+from recurrent import keys_read, reference, tiled
 from sample import compute_dtype, find_checkpoint, load_checkpoint, load_model, pick_device
 from train import Rows, make_optimizers, make_parser, peak_flops
 
@@ -108,7 +112,7 @@ def bench_prefill(args, device):
         config, dtype = model.config, model.compute_dtype or model.wte.weight.dtype
         lengths = [n for n in (128, 256, 512, 1024, 2048, 4096) if n < config.sequence_len] + [config.sequence_len]
         for T in lengths:
-            idx = first_rows(data.val, T, args.batch[0])[:, :T].to(device)
+            idx = first_rows(data.val, T, args.batch)[:, :T].to(device)
             def decode():
                 kv, memory = KVCache(config, len(idx), T, device, dtype), None
                 for t in range(T):
@@ -129,7 +133,7 @@ def bench_prefill(args, device):
                 rows.append(dict(run=path.parent.name, T=T, S=S, sweeps=sweeps[S], seconds=statistics.median(times[S]),
                                  token_by_token=statistics.median(serial), error=error[S],
                                  speedup=statistics.median(a / b for a, b in zip(serial, times[S]))))
-    report(args, device, f"prefill: batch {args.batch[0]}", rows)
+    report(args, device, f"prefill: batch {args.batch}", rows)
 
 def training_step(args, device, lrt, subsets, recompute):
     """
@@ -137,11 +141,11 @@ def training_step(args, device, lrt, subsets, recompute):
     and the FLOPs of the step by count.
     """
     torch.manual_seed(0)
-    head_dim, T = 64 if args.width % 128 else 128, args.context[0]
+    head_dim, T = 64 if args.width % 128 else 128, args.context
     config = GPTConfig(sequence_len=T, vocab_size=args.vocab_size, n_layer=args.depth, n_head=args.width // head_dim, n_kv_head=args.width // head_dim,
                        n_embd=args.width, window_pattern=args.window_pattern, lrt=lrt)
     with torch.device(device):
-        model, idx = GPT(config), torch.randint(args.vocab_size, (args.batch[0], T))
+        model, idx = GPT(config), torch.randint(args.vocab_size, (args.batch, T))
     model.compute_dtype = compute_dtype(device)
     model.recompute = recompute and not args.compile
     schedule = Schedule("plain") if lrt == "none" else Schedule(subsets=subsets)
@@ -178,6 +182,12 @@ def bench_step(args, device):
     checkpointing. On a CPU the variants take turns in one process, and peak memory is that of a child process each. A GPU
     holds one variant at a time (its timings are steady); the baseline comes first and last there.
     """
+    gpu = device.type == "cuda"
+    args.depth = args.depth or (12 if gpu else 4)
+    sizes = dict(width=64 * args.depth, vocab_size=32768, context=2048, window_pattern="SSSL", compile=True) if gpu else \
+        dict(width=128, vocab_size=4096, context=256, window_pattern="L", compile=False)
+    for name, value in sizes.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     variants = [("none", 1, False)] + [(lrt, S, False) for lrt in ("shared", "layerwise") for S in args.subsets] + [("shared", min(2, max(args.subsets)), True)]
     times, flops, memory = {v: [] for v in variants}, {}, {}
     def measure(variant, gradients, update):
@@ -215,47 +225,129 @@ def bench_step(args, device):
         seconds = statistics.median(total[v])
         ratio = statistics.median(a / b for a, b in zip(total[v], total[base])) if device.type == "cpu" else seconds / statistics.median(total[base])
         rows.append(dict(lrt=v[0], S=v[1] if v != base else 0, checkpointing=v[2], step_ms=1000 * seconds, quartiles=f"{1000 * quartiles[0]:.0f}-{1000 * quartiles[2]:.0f}",
-                         over_none=round(ratio, 3), update_ms=1000 * statistics.median(t[1] for t in times[v]), tokens_per_s=round(args.batch[0] * args.context[0] / seconds),
+                         over_none=round(ratio, 3), update_ms=1000 * statistics.median(t[1] for t in times[v]), tokens_per_s=round(args.batch * args.context / seconds),
                          peak_MiB=round(memory[v] / 2**20), memory_over_none=round(memory[v] / max(memory[base], 1), 3), TFLOP=flops[v] / 1e12,
                          mfu=f"{100 * flops[v] / seconds / peak:.1f}%" if peak else "?"))
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "shard.npy", np.random.default_rng(0).integers(args.vocab_size, size=10**7).astype(np.uint16))
-        data = Rows([np.load(Path(folder) / "shard.npy", mmap_mode="r")], args.context[0], seed=0)
-        loading = statistics.median(clock(device, lambda: data.batch(i * args.batch[0], args.batch[0], device)) for i in range(20))
-    report(args, device, f"step: depth {args.depth}, width {args.width}, vocabulary {args.vocab_size}, {args.batch[0]} rows of {args.context[0]}, windows {args.window_pattern}, "
+        data = Rows([np.load(Path(folder) / "shard.npy", mmap_mode="r")], args.context, seed=0)
+        loading = statistics.median(clock(device, lambda: data.batch(i * args.batch, args.batch, device)) for i in range(20))
+    report(args, device, f"step: depth {args.depth}, width {args.width}, vocabulary {args.vocab_size}, {args.batch} rows of {args.context}, windows {args.window_pattern}, "
            f"{'compiled' if args.compile else 'eager'}; loading a batch {1000 * loading:.2f} ms", rows)
+
+def saved_bytes(work, parameters):
+    """What autograd keeps from a forward pass, work(), for the backward: bytes of all storages, but not the parameters'."""
+    held, own = {}, {p.untyped_storage().data_ptr() for p in parameters}
+    def keep(x):
+        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = work()  # noqa: F841 (alive, and so are the storages, until they are counted)
+    return sum(n for pointer, n in held.items() if pointer not in own)
+
+def peak_bytes(device, work):
+    """By how much memory grows at most while work() runs: of the GPU, or on Linux of this process; None elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system,
+        Path("/proc/self/clear_refs").write_text("5")  # and the high-water mark starts again here
+    except (OSError, AttributeError):
+        return None
+    before = resident("VmRSS")
+    work()
+    return resident("VmHWM") - before
+
+def bench_recurrent(args, device):
+    """
+    One layer, forward and backward: a plain one, a recurrent one by tiles, and a recurrent one by autograd over t. Beside
+    time and memory, how many keys of a head (and as many values) the forward pass reads from memory: by tiles, or a row a
+    position; the plain layer's one kernel is not counted.
+    """
+    batch, rows, dtype = args.batch, [], compute_dtype(device)
+    for T in args.context:
+        torch.manual_seed(0)
+        heads = max(args.width // 64, 1)
+        config = dict(sequence_len=T, vocab_size=1, n_layer=1, n_head=heads, n_kv_head=heads, n_embd=args.width)
+        with torch.device(device):
+            plain, recurrent = GPT(GPTConfig(**config)), GPT(GPTConfig(**config, arch="recurrent"))
+            for p in [*plain.h.parameters(), *recurrent.h.parameters()]:
+                torch.nn.init.normal_(p, std=args.width**-0.5)
+            x, value_embed = (torch.randn(batch, T, args.width, dtype=dtype).requires_grad_() for _ in range(2))
+        rotary = plain.cos[:T], plain.sin[:T]
+        forms = {
+            "plain": lambda: plain.h[0](x, value_embed, None, rotary, range(T), T, KVBuffer(1)),
+            "tiled": lambda: tiled(*recurrent.h[0].arguments(x, value_embed, rotary))[0],
+            "reference": lambda: reference(*recurrent.h[0].arguments(x, value_embed, rotary))[0],
+        }
+        if T > args.reference_up_to:
+            del forms["reference"]
+        def step(form):
+            forms[form]().sum().backward()
+        read = {"plain": None, "tiled": keys_read(T, T), "reference": T * (T - 1) // 2}
+        memory = {form: [saved_bytes(work, [*plain.parameters(), *recurrent.parameters()]), peak_bytes(device, lambda: step(form))]
+                  for form, work in forms.items()}
+        times = {form: [] for form in forms}
+        for _ in range(args.repeats):
+            for form in forms:
+                times[form].append(1000 * clock(device, lambda: step(form)))
+        for form in forms:
+            saved, peak = (None if n is None else round(n / 2**20, 1) for n in memory[form])
+            rows.append(dict(T=T, form=form, ms=statistics.median(times[form]), over_plain=statistics.median(
+                a / b for a, b in zip(times[form], times["plain"])), saved_mib=saved, peak_mib=peak, keys_read=read[form]))
+    report(args, device, f"recurrent: one layer of width {args.width}, batch {batch}, forward and backward", rows)
 
 def main():
     parser = ArgumentParser(description="Timings and counts, measured side by side in one process.")
-    parser.add_argument("what", choices=["decode", "prefill", "step"], help="decode: latency a token; prefill: parallel against token by token; step: a training step")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file, too")
-    parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
-    parser.add_argument("--repeats", type=int, default=9, help="measurements of each variant, taking turns")
-    parser.add_argument("--batch", type=int, nargs="+", help="rows at a time (default: 1 16 for decode, 1 for prefill, 16 for step)")
-    parser.add_argument("--depth", type=int, help="decode, step: layers (default: 6; step 4, on a GPU 12)")
-    parser.add_argument("--width", type=int, help="decode, step: width, heads of 64, or of 128 if they fit (default: 768; step 128, on a GPU 64 times the depth)")
-    parser.add_argument("--vocab-size", type=int, help="decode, step: vocabulary (default: 32768; step on a CPU 4096)")
-    parser.add_argument("--context", type=int, nargs="+", help="decode: positions in the cache; step: tokens a row (default: 128 1024; step 256, on a GPU 2048)")
-    parser.add_argument("--tokens", type=int, default=8, help="decode: tokens a measurement")
-    parser.add_argument("--checkpoint", nargs="+", metavar="PATH", help="prefill: trained runs (default: the newest in runs/)")
-    parser.add_argument("--data", metavar="DIR", help="prefill: prepared data (default: what the run was trained on)")
-    parser.add_argument("--subsets", type=int, nargs="+", help="subsets a sweep or step (default: 1 2 4; step 1 2 4 8)")
-    parser.add_argument("--window-pattern", help="step: as for train.py (default: L, on a GPU SSSL)")
-    parser.add_argument("--compile", action=BooleanOptionalAction, help="step: torch.compile (default: on CUDA)")
-    args = parser.parse_args()
-    device = pick_device(args.device)
-    gpu, depth = device.type == "cuda", args.depth or (12 if device.type == "cuda" else 4)
-    defaults = {"decode": dict(batch=[1, 16], depth=6, width=768, vocab_size=32768, context=[128, 1024]), "prefill": dict(batch=[1], subsets=[1, 2, 4]),
-                "step": dict(batch=[16], depth=depth, width=64 * depth if gpu else 128, vocab_size=32768 if gpu else 4096, context=[2048 if gpu else 256],
-                             subsets=[1, 2, 4, 8], window_pattern="SSSL" if gpu else "L", compile=gpu)}[args.what]
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    at_least(args, repeats=2, depth=1, width=2, vocab_size=1, tokens=1)
+    commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
+    def command(run, name, about):
+        p = commands.add_parser(name, help=about, description=about)
+        p.set_defaults(run=run)
+        p.add_argument("--json", metavar="FILE", help="write the figures to this file, too")
+        p.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
+        p.add_argument("--repeats", type=int, default=9, help="measurements of each variant, taking turns")
+        return p
+
+    p = command(bench_step, "step", "time and memory of a training step: none, shared and layerwise, S = 1, 2, 4, 8 (defaults: CPU, GPU)")
+    p.add_argument("--depth", type=int, help="layers (4, 12)")
+    p.add_argument("--width", type=int, help="heads of 128, or of 64 if they do not fit (128, 64 times the depth)")
+    p.add_argument("--vocab-size", type=int, help="vocabulary (4096, 32768)")
+    p.add_argument("--batch", type=int, default=16, help="rows")
+    p.add_argument("--context", type=int, help="tokens a row (256, 2048)")
+    p.add_argument("--subsets", type=int, nargs="+", default=[1, 2, 4, 8], help="S")
+    p.add_argument("--window-pattern", help="as for train.py (L, SSSL)")
+    p.add_argument("--compile", action=BooleanOptionalAction, help="torch.compile (no, yes)")
+
+    p = command(bench_decode, "decode", "latency a token: none, shared and layerwise")
+    p.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="rows at a time")
+    p.add_argument("--depth", type=int, default=6, help="layers")
+    p.add_argument("--width", type=int, default=768, help="width, heads of 64")
+    p.add_argument("--vocab-size", type=int, default=32768, help="vocabulary")
+    p.add_argument("--context", type=int, nargs="+", default=[128, 1024], help="positions in the cache")
+    p.add_argument("--tokens", type=int, default=8, help="tokens a measurement")
+
+    p = command(bench_prefill, "prefill", "exact parallel prefill against token by token")
+    p.add_argument("--checkpoint", nargs="+", metavar="PATH", help="trained runs (default: the newest in runs/)")
+    p.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
+    p.add_argument("--batch", type=int, default=1, help="rows at a time")
+    p.add_argument("--subsets", type=int, nargs="+", default=[1, 2, 4], help="subsets a sweep")
+
+    p = command(bench_recurrent, "recurrent", "a layer of the Recurrent Transformer: tiled, by autograd over t, and a plain one")
+    p.add_argument("--batch", type=int, default=4, help="rows at a time")
+    p.add_argument("--width", type=int, default=128, help="width, heads of 64")
+    p.add_argument("--context", type=int, nargs="+", default=[128, 256, 512, 1024], help="tokens a row")
+    p.add_argument("--reference-up-to", type=int, default=1024, help="leave out autograd over t for more tokens: its memory grows with their square")
+
+    args, least = parser.parse_args(), dict(repeats=2, width=2)
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, list) else [value]:
+            if type(x) is int and x < least.get(name, 1):
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least.get(name, 1)}, not {x}")
     check_folder(args.json)
-    if min((args.batch or [1]) + (args.context or [1]) + (args.subsets or [1])) < 1:
-        raise UserError("--batch, --context and --subsets must be at least 1")
-    {"decode": bench_decode, "prefill": bench_prefill, "step": bench_step}[args.what](args, device)
+    args.run(args, pick_device(args.device))
 
 if __name__ == "__main__":
     run_main(main)

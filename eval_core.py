@@ -108,7 +108,7 @@ def main():
                         "give the run's own data with --data")
     model, schedule = load_model(checkpoint, pick_device(args.device)), Schedule(**checkpoint["schedule"])
     T = model.config.sequence_len
-    print(f"{path}, step {checkpoint['step']}, lrt={model.config.lrt}, {schedule.kind}, rows of {T} tokens")
+    print(f"{path}, step {checkpoint['step']}, {model.config.label}, {schedule.kind}, rows of {T} tokens")
     results = {"checkpoint": str(path), "step": checkpoint["step"]}
     for split in ("train", "val") if args.split == "both" else (args.split,):
         rows = first_rows(getattr(data, split), T, args.rows)

@@ -49,6 +49,7 @@ class GPTConfig:
     lrt: str = "none"  # none: plain GPT | shared: one memory projection for all layers | layerwise: one a layer
     source_layer: int | None = None  # 0-based: memory is read after this block; None: upper-middle, 3/4 of the way up
     inject: str = "both"  # how memory enters: kv | residual | both
+    arch: str = "gpt"  # gpt | recurrent: layers attend to keys and values of their own outputs, see recurrent.py
 
     def __post_init__(self):
         """Raises ValueError, in one line, for a model that cannot be built."""
@@ -63,12 +64,18 @@ class GPTConfig:
         check(self.window_pattern and set(self.window_pattern) <= set("SL"),
               f"window_pattern {self.window_pattern!r} must be made of the letters S and L")
         for name, allowed in (("value_embeds", ("none", "alternate", "all")), ("lrt", ("none", "shared", "layerwise")),
-                              ("inject", ("kv", "residual", "both"))):
+                              ("inject", ("kv", "residual", "both")), ("arch", ("gpt", "recurrent"))):
             check(getattr(self, name) in allowed, f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
+        check(self.arch == "gpt" or self.lrt == "none", f"arch recurrent goes with lrt none, not with {self.lrt}: one recurrence at a time")
         if self.source_layer is None:  # the paper finds an upper-middle layer strongest
             self.source_layer = max(round(0.75 * self.n_layer) - 1, 0)
         check(0 <= self.source_layer < self.n_layer,
               f"source_layer {self.source_layer} is out of range: {self.n_layer} layers are numbered 0 to {self.n_layer - 1}")
+
+    @property
+    def label(self):
+        """What the scripts call a model of this kind."""
+        return f"lrt={self.lrt}" if self.arch == "gpt" else self.arch
 
     @property
     def head_dim(self):
@@ -169,13 +176,15 @@ class KVCache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
 
-    def attend(self, layer, positions, q, k, v, window):
-        slots = positions
+    def write(self, layer, positions, k, v):
         if positions[-1] >= self.k[layer].size(2):  # around the end of a rolling layer
             slot = positions[-1] % self.k[layer].size(2)
-            slots = range(slot, slot + 1)
-        take(self.k[layer], slots, dim=2).copy_(k)
-        take(self.v[layer], slots, dim=2).copy_(v)
+            positions = range(slot, slot + 1)
+        take(self.k[layer], positions, dim=2).copy_(k)
+        take(self.v[layer], positions, dim=2).copy_(v)
+
+    def attend(self, layer, positions, q, k, v, window):
+        self.write(layer, positions, k, v)
         if (positions, window) not in self.masks:  # one for all layers of a pass
             self.masks = {key: mask for key, mask in self.masks.items() if key[0] == positions}
             self.masks[positions, window] = self.visible(positions, window, q.device)
@@ -244,13 +253,16 @@ class Attention(nn.Module):
             v = torch.addcmul(v, g_mem, memory_kv[1].view(v.shape))
         return norm(rotate(k, *rotary)).transpose(1, 2), v.transpose(1, 2)
 
+    def query(self, u, rotary):
+        """u (B, P, D) -> queries (B, H, P, d), rotated and normed."""
+        return norm(rotate(self.c_q(u).view(*u.shape[:2], self.n_head, self.head_dim), *rotary)).transpose(1, 2)
+
     def forward(self, u, value_embed, memory_kv, rotary, positions, window, kv):
         B, P, D = u.shape
         local = self.local_kv(u, value_embed)
         if kv.local is not None and kv.local[self.layer] is None:
             kv.local[self.layer] = local
-        q = norm(rotate(self.c_q(u).view(B, P, self.n_head, self.head_dim), *rotary)).transpose(1, 2)
-        y = kv.attend(self.layer, positions, q, *self.finish_kv(*local, memory_kv, rotary), window)
+        y = kv.attend(self.layer, positions, self.query(u, rotary), *self.finish_kv(*local, memory_kv, rotary), window)
         return self.c_proj(y.transpose(1, 2).reshape(B, P, D))
 
 class MLP(nn.Module):
@@ -300,8 +312,8 @@ class HeadLoss(torch.autograd.Function):
                 total, valid = p.sum(-1, keepdim=True), (y >= 0).unsqueeze(1)
                 y = y.clamp(min=0).unsqueeze(1)
                 losses.append((total.log() - 15 * t.gather(1, y)) * valid)
-                unit = valid * (scale / len(target))
-                p.mul_(unit / total).scatter_add_(1, y, -unit.to(p.dtype))  # d loss / d logits
+                unit = valid.to(p.dtype) * (scale / len(target))
+                p.mul_(unit / total).scatter_add_(1, y, -unit)  # d loss / d logits
                 p = p.mul_(t.square_().neg_().add_(1)).to(x.dtype)
                 torch.mm(p, w, out=dx_i)
                 dw += p.T @ x_i
@@ -329,7 +341,10 @@ class GPT(nn.Module):
         D, L, V, kv_dim = config.n_embd, config.n_layer, config.vocab_size, config.n_kv_head * config.head_dim
         self.wte = nn.Embedding(V, D)
         self.value_embeds = nn.ModuleDict({str(l): nn.Embedding(V, kv_dim) for l in range(L) if config.has_value_embed(l)})
-        self.h = nn.ModuleList(Block(config, l) for l in range(L))
+        block = Block
+        if config.arch == "recurrent":
+            from recurrent import RecurrentBlock as block  # here, as it builds on this file
+        self.h = nn.ModuleList(block(config, l) for l in range(L))
         self.lm_head = Linear(D, V)
         # a, b and c of equation (1)
         self.resid_lambdas = nn.Parameter(torch.ones(L))
@@ -468,12 +483,15 @@ class GPT(nn.Module):
         Training FLOPs (forward and backward) per token of a sequence of T tokens (default: the context) on which the
         schedule `passes` (list of ranges; default: one full pass) runs. A matrix entry costs 6 FLOPs a position, and
         attention 12 * width * keys in the window (PaLM, arXiv 2204.02311, appendix B, causality not counted off).
-        The head is counted in every pass; memory projections from the first pass that has memory on.
+        The head is counted in every pass; memory projections from the first pass that has memory on; a recurrent layer's
+        second key/value projection, but not what its backward pass recomputes.
         """
         T = T or self.config.sequence_len
         passes = passes or [range(T)]
         counts = self.parameter_counts()
         plain = counts["matrices"] + counts["gates"] + counts["head"]
+        if self.config.arch == "recurrent":  # keys, values and their gate, once more from the layer's output
+            plain += counts["gates"] + sum(p.numel() for block in self.h for m in (block.attn.c_k, block.attn.c_v) for p in m.parameters())
         keys = sum(min(self.config.window(l) + 1, T) for l in range(self.config.n_layer))
         total = 0
         for i, positions in enumerate(passes):

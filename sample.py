@@ -281,7 +281,7 @@ def main():
                     num_samples, args.stop, not args.no_memory)
 
     encoded = encode(prompts)
-    print(f"{path}, step {checkpoint['step']}, lrt={model.config.lrt}, memory {'off' if args.no_memory else 'on'}", file=sys.stderr)
+    print(f"{path}, step {checkpoint['step']}, {model.config.label}, memory {'off' if args.no_memory else 'on'}", file=sys.stderr)
     if args.interactive:
         interact(lambda prompt: sample(generate, encode([prompt]), 1))
     elif args.out or args.prompt_file:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from eval_core import evaluate_bpb, first_rows
 from interleave import Schedule, TrainStep, plain
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, KVCache
 from prepare_data import ArgumentParser, UserError, at_least, lock, open_data, run_main, write_atomic
 from sample import complete, compute_dtype, find_checkpoint, load_checkpoint, load_weights, pick_device
 
@@ -41,13 +41,15 @@ def make_parser():
     parser = ArgumentParser(description="Train a Latent Recurrent Transformer. --depth is the one dial; the rest follows from it.")
     g = parser.add_argument_group("run")
     g.add_argument("--data", default="data", help="folder that prepare_data.py made")
-    g.add_argument("--name", metavar="NAME", help="the run's folder is OUT/NAME (default: d<depth>_<lrt>, numbered if it exists)")
+    g.add_argument("--name", metavar="NAME", help="the run's folder is OUT/NAME (default: d<depth>_<lrt>, or d<depth>_recurrent; numbered if it exists)")
     g.add_argument("--out", default="runs", help="where run folders go")
     g.add_argument("--resume", metavar="PATH", help="run folder or checkpoint to go on with; its flags apply, those given here on top")
     g.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the data")
     g.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
     g.add_argument("--compile", action=BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    g.add_argument("--dry-run", action="store_true", help="print the plan, parameters to KV cache, and end: nothing is trained or written")
     g = parser.add_argument_group("model")
+    g.add_argument("--arch", choices=["gpt", "recurrent"], default="gpt", help="recurrent: layers attend to keys and values of their own outputs, without --lrt")
     g.add_argument("--depth", type=int, default=20, help="number of layers; width = depth * aspect ratio, up to whole heads")
     g.add_argument("--aspect-ratio", type=int, default=64, help="width per layer")
     g.add_argument("--head-dim", type=int, default=128, help="head size")
@@ -56,7 +58,7 @@ def make_parser():
     g.add_argument("--window-pattern", default="SSSL", help="tiled over layers: L full attention, S half the context; the last layer is always L")
     g.add_argument("--value-embeds", choices=["none", "alternate", "all"], default="all", help="which layers have a value embedding")
     g = parser.add_argument_group("latent recurrence")
-    g.add_argument("--lrt", choices=["none", "shared", "layerwise"], default="shared", help="none: plain GPT; shared: one memory projection for all layers; layerwise: one a layer")
+    g.add_argument("--lrt", choices=["none", "shared", "layerwise"], help="none: plain GPT; shared: one memory projection for all layers; layerwise: one a layer (default: shared, with --arch recurrent none)")
     g.add_argument("--source-layer", type=int, help="memory is read after this layer, 0-based (default: 3/4 of the way up)")
     g.add_argument("--inject", choices=["kv", "residual", "both"], default="both", help="how memory enters a layer")
     g.add_argument("--schedule", choices=["interleaved", "refine", "chunked", "sequential"], default="interleaved", help="the passes of a training step, see interleave.py")
@@ -94,7 +96,7 @@ def make_parser():
 
 # what may change from a run to its continuation; anything else would make it another run
 MAY_CHANGE = {"resume", "data", "device", "compile", "device_batch_size", "activation_checkpointing", "eval_every", "eval_tokens", "decode_tokens",
-              "save_every", "keep", "log_every"}
+              "save_every", "keep", "log_every", "dry_run"}
 
 def parse_args():
     """The flags, and the checkpoint to go on with or None. A resumed run's own flags stand in for the defaults."""
@@ -103,12 +105,13 @@ def parse_args():
     if args.resume is not None:
         path = find_checkpoint(args.resume)
         checkpoint = load_checkpoint(path)
-        before = checkpoint["args"] | {"name": path.parent.name, "out": str(path.parent.parent)}
+        before = vars(parser.parse_args([])) | checkpoint["args"] | {"name": path.parent.name, "out": str(path.parent.parent)}
         args = parser.parse_args(namespace=Namespace(**before))  # argparse leaves what is there, unless given
         changed = [k for k, v in before.items() if k not in MAY_CHANGE and v != getattr(args, k)]
         if changed:
             raise UserError(f"{path} was trained with " + ", ".join(f"--{k.replace('_', '-')} {before[k]}" for k in changed)
                             + ": resume without that flag, or start another run")
+    args.lrt = args.lrt or ("none" if args.arch == "recurrent" else "shared")
     at_least(args, depth=1, subsets=1, refinements=1, chunk=1, seed=0, num_iterations=1, target_flops=1, total_batch_size=1, device_batch_size=1, aspect_ratio=1, head_dim=1,
              matrix_lr=0, embedding_lr=0, head_lr=0, scalar_lr=0, weight_decay=0, grad_clip=0, warmup_steps=0, warmdown_ratio=0,
              final_lr_frac=0, eval_every=0, eval_tokens=1, decode_tokens=0, save_every=0, keep=1, log_every=1, target_param_data_ratio=0)
@@ -127,7 +130,7 @@ def make_config(args, depth, vocab_size):
         return GPTConfig(sequence_len=args.max_seq_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head,
                          n_kv_head=n_head if args.n_kv_head is None else args.n_kv_head, n_embd=n_head * args.head_dim,
                          window_pattern=args.window_pattern, value_embeds=args.value_embeds, lrt=args.lrt,
-                         source_layer=args.source_layer, inject=args.inject)
+                         source_layer=args.source_layer, inject=args.inject, arch=args.arch)
     except ValueError as e:
         raise UserError(e)
 
@@ -196,14 +199,16 @@ class Plan:
     schedule: Schedule
     counts: dict  # parameters by group
     flops_per_token: float
+    passes_cost: float  # those of the schedule over those of one plain pass
+    kv_bytes: int  # the KV cache of one sequence that fills the context, as it is decoded
     total_batch: int  # tokens a step
     rows_per_step: int
     device_batch: int  # rows a forward and device
     micro_steps: int  # forwards a step and device
     num_iterations: int
 
-def make_plan(args, vocab_size, world):
-    """From the flags to sizes, batch and horizon. Raises UserError for what does not fit together."""
+def make_plan(args, vocab_size, world, dtype):
+    """From the flags to sizes, batch and horizon; dtype: of the activations. Raises UserError for what does not fit together."""
     config, schedule, T = make_config(args, args.depth, vocab_size), make_schedule(args), args.max_seq_len
     try:
         with torch.device("meta"):  # shapes without storage
@@ -211,6 +216,7 @@ def make_plan(args, vocab_size, world):
     except RuntimeError as e:
         raise UserError(f"no model of width {config.n_embd} can be built ({e})")
     counts, flops_per_token = model.parameter_counts(), model.flops_per_token(schedule.passes(T), T)
+    kv = KVCache(config, 1, T, "meta", dtype, rolling=True)
     total_batch = args.total_batch_size
     if total_batch is None:  # nanochat's rule: tokens^0.383, from 2^19 at depth 12 (Power Lines, arXiv 2505.13738)
         ideal = 2**19 * (counts["scaling"] / depth_12.parameter_counts()["scaling"]) ** 0.383
@@ -229,7 +235,22 @@ def make_plan(args, vocab_size, world):
         num_iterations = max(round(args.target_flops / (flops_per_token * total_batch)), 1)
     else:
         num_iterations = max(round(args.target_param_data_ratio * counts["scaling"] / total_batch), 1)
-    return Plan(config, schedule, counts, flops_per_token, total_batch, rows * world, device_batch, rows // device_batch, num_iterations)
+    return Plan(config, schedule, counts, flops_per_token, flops_per_token / model.flops_per_token(plain(T), T),
+                sum(x.nbytes for x in kv.k + kv.v), total_batch, rows * world, device_batch, rows // device_batch, num_iterations)
+
+def describe(plan, world, device, dtype, rows_per_epoch):
+    """The plan in lines, for --dry-run and for the start of a run."""
+    config, schedule, counts, T = plan.config, plan.schedule, plan.counts, plan.config.sequence_len
+    tokens = plan.num_iterations * plan.total_batch
+    return [
+        f"{counts['total']:,} parameters (" + ", ".join(f"{k} {v:,}" for k, v in counts.items() if v and k not in ("total", "scaling")) + ")",
+        f"{world} x {device}, {str(dtype)[6:]} | depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, {config.label}"
+        + (f", memory from layer {config.source_layer}, {schedule.kind}, {len(schedule.passes(T))} passes" if config.lrt != "none" else ""),
+        f"{plan.num_iterations} steps of {plan.total_batch:,} tokens ({plan.rows_per_step} rows of {T}: {world} x {plan.micro_steps} x {plan.device_batch}) = "
+        f"{tokens:,} tokens, {tokens / counts['scaling']:.1f} a parameter, {plan.num_iterations * plan.rows_per_step / rows_per_epoch:.2f} epochs",
+        f"{tokens * plan.flops_per_token:.2e} FLOPs, {plan.passes_cost:.2f} times those of plain passes over the same tokens; "
+        f"KV cache {plan.kv_bytes:,} bytes a sequence of {T} tokens",
+    ]
 
 # -----------------------------------------------------------------------------
 # Data: rows of T+1 tokens, T apart, in an order that only the seed decides
@@ -279,7 +300,7 @@ class Rows:
 
 def new_run_folder(args):
     """Make the run's folder, numbered if it exists and no name was asked for. Raises UserError if the name is taken."""
-    name = args.name or f"d{args.depth}_{args.lrt}"
+    name = args.name or f"d{args.depth}_{args.lrt if args.arch == 'gpt' else args.arch}"
     for i in range(1, 10000):
         folder = Path(args.out) / (name if i == 1 else f"{name}_{i}")
         try:
@@ -334,7 +355,7 @@ def main():
     args, checkpoint = parse_args()
 
     # device and processes
-    ddp = "RANK" in os.environ
+    ddp = "RANK" in os.environ and not args.dry_run
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = pick_device(args.device)
     if device.type == "cuda":
@@ -350,13 +371,14 @@ def main():
     say = tqdm.write if master else lambda *_: None
 
     # data and plan
-    data = open_data(args.data, verify=master)  # one process reads every byte, the others trust it
+    data = open_data(args.data, verify=master and not args.dry_run)  # one process reads every byte, the others trust it
     shards_sha256 = [shard["sha256"] for shard in data.meta["train"]]
     if checkpoint and checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
         raise UserError(f"{data.folder} has another tokenizer than {args.resume} was trained with: give that run's --data")
     if checkpoint and checkpoint["shards_sha256"] != shards_sha256:
         raise UserError(f"{data.folder} has other training shards than {args.resume} was trained on: give that run's --data")
-    plan, T = make_plan(args, data.meta["vocab_size"], world), args.max_seq_len
+    dtype = compute_dtype(device)
+    plan, T = make_plan(args, data.meta["vocab_size"], world, dtype), args.max_seq_len
     args.total_batch_size, args.num_iterations = plan.total_batch, plan.num_iterations  # a continuation keeps them
     config, schedule, num_iterations, passes = plan.config, plan.schedule, plan.num_iterations, plan.schedule.passes(T)
     rows, val_rows = Rows(data.train, T, args.seed), first_rows(data.val, T, max(args.eval_tokens // T, 1))
@@ -366,11 +388,16 @@ def main():
     if not len(val_rows):
         raise UserError(f"{data.folder} has no validation shard of more than {T} tokens, one row: lower --max-seq-len or prepare more text")
 
+    lines = describe(plan, world, device, dtype, rows.per_epoch)
+    if args.dry_run:
+        say("\n".join(lines))
+        return
+
     # the model, its optimizers, and what DDP and torch.compile wrap: all passes of a step are one forward
     torch.manual_seed(args.seed)
     with torch.device(device):
         model = GPT(config)
-    model.compute_dtype = compute_dtype(device)
+    model.compute_dtype = dtype
     use_compile = device.type == "cuda" if args.compile is None else args.compile
     if args.activation_checkpointing and use_compile:  # the compiler picks what to run again
         torch._functorch.config.activation_memory_budget = 0.2
@@ -401,13 +428,7 @@ def main():
         dist.broadcast_object_list(told)
         folder, evaluated = told
 
-    tokens = num_iterations * plan.total_batch
-    say(f"{folder}: {plan.counts['total']:,} parameters (" + ", ".join(f"{k} {v:,}" for k, v in plan.counts.items() if v and k not in ("total", "scaling")) + ")")
-    say(f"{world} x {device}, {str(model.compute_dtype)[6:]} | depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, lrt {config.lrt}"
-        + (f", memory from layer {config.source_layer}, {schedule.kind}, {len(passes)} passes" if config.lrt != "none" else ""))
-    say(f"{num_iterations} steps of {plan.total_batch:,} tokens ({plan.rows_per_step} rows of {T}: {world} x {plan.micro_steps} x {plan.device_batch}) = "
-        f"{tokens:,} tokens, {tokens / plan.counts['scaling']:.1f} a parameter, {num_iterations * plan.rows_per_step / rows.per_epoch:.2f} epochs")
-    say(f"{tokens * plan.flops_per_token:.2e} FLOPs, {plan.flops_per_token / model.flops_per_token(plain(T), T):.2f} times those of plain passes over the same tokens")
+    say(f"{folder}: " + "\n".join(lines))
     peak = peak_flops(device)
 
     def record(**row):
