@@ -31,7 +31,7 @@ from model import GPT, GPTConfig, KVCache
 from prepare_data import ArgumentParser, UserError, check_folder, open_data, run_main, write_atomic
 from recurrent import keys_read, reference, tiled
 from sample import compute_dtype, find_checkpoint, load_checkpoint, load_model, pick_device
-from train import Rows, make_optimizers, make_parser, peak_flops
+from train import Rows, make_optimizers, make_parser, peak_flops, saved_bytes
 
 
 def machine(device):
@@ -234,16 +234,6 @@ def bench_step(args, device):
         loading = statistics.median(clock(device, lambda: data.batch(i * args.batch, args.batch, device)) for i in range(20))
     report(args, device, f"step: depth {args.depth}, width {args.width}, vocabulary {args.vocab_size}, {args.batch} rows of {args.context}, windows {args.window_pattern}, "
            f"{'compiled' if args.compile else 'eager'}; loading a batch {1000 * loading:.2f} ms", rows)
-
-def saved_bytes(work, parameters):
-    """What autograd keeps from a forward pass, work(), for the backward: bytes of all storages, but not the parameters'."""
-    held, own = {}, {p.untyped_storage().data_ptr() for p in parameters}
-    def keep(x):
-        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = work()  # noqa: F841 (alive, and so are the storages, until they are counted)
-    return sum(n for pointer, n in held.items() if pointer not in own)
 
 def peak_bytes(device, work):
     """By how much memory grows at most while work() runs: of the GPU, or on Linux of this process; None elsewhere."""

@@ -492,3 +492,31 @@ def test_bad_sampling_flags(trained, monkeypatch):
     assert_refused(cli("sample.py", "--prompt", "word " * 100), "prompt 1 has", "the context 32")
     assert_refused(cli("eval_core.py", "--rows", "0"), "--rows must be a number of at least 1")
     assert_refused(cli("eval_core.py", "--json", "nowhere/x.json"), "there is no folder nowhere")
+
+# -----------------------------------------------------------------------------
+# The plan
+
+def test_dry_run_needs_no_data_and_writes_nothing(here):
+    """The plan of a model far too large for this machine, in seconds; 8 processes share the optimizer's state."""
+    code, out, err = cli("train.py", "--dry-run", "--depth", 20, "--lrt", "shared")
+    assert code == 0 and not list(here.iterdir()), err
+    for words in ("1,320,007,740 parameters", "memory projections 3,276,800", "interleaved, 3 passes", "FLOPs, 2.01 times those of plain passes", "1 x 64 x 8",
+                  "KV cache 262,297,600 bytes", "memory a process, bfloat16, 8 rows: weights 4.92 + gradients 4.92 + optimizers 8.36 + activations"):
+        assert words in out, out
+
+def test_dry_run_counts_what_a_step_keeps():
+    """The estimate, on tensors without storage, is what autograd and the store really hold after a forward."""
+    import gc
+    import train
+    from interleave import TrainStep
+    from model import GPT
+    args = train.make_parser().parse_args(["--depth", "2", "--aspect-ratio", "32", "--head-dim", "16", "--max-seq-len", "64", "--num-iterations", "1",
+                                           "--total-batch-size", "256", "--lrt", "shared"])
+    plan = train.make_plan(args, 64, 1, torch.float32)
+    for recompute in (False, True):
+        counted = train.memory(plan, 1, torch.float32, recompute)["activations"]
+        model, idx = GPT(plan.config), torch.zeros(plan.device_batch, 64, dtype=torch.int64)
+        model.recompute = recompute
+        gc.collect()
+        real = train.saved_bytes(lambda: TrainStep(model, plan.schedule)(idx, idx), model.parameters())
+        assert counted == real > 0

@@ -7,6 +7,7 @@ Train a Latent Recurrent Transformer, or the plain GPT under it. --depth is the 
 """
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -74,7 +76,7 @@ def make_parser():
     g.add_argument("--target-param-data-ratio", type=float, default=10, help="tokens per parameter of the matrices and the head")
     g = parser.add_argument_group("optimization", "matrices: Muon; embeddings, head and scalars: AdamW, all scaled with batch size and width")
     g.add_argument("--total-batch-size", type=int, help="tokens a step (default: from the horizon, 524288 at depth 12)")
-    g.add_argument("--device-batch-size", type=int, help="rows a forward and device; lower it when memory runs out (default: the largest of 16, 8, .. that divides)")
+    g.add_argument("--device-batch-size", type=int, help="rows a forward and device; lower it when memory runs out (default: the largest of 16, 8, .. that divides, with at most 32768 positions in all passes)")
     g.add_argument("--activation-checkpointing", action="store_true", help="save memory: keep each layer's input only, and run the layer again in the backward")
     g.add_argument("--matrix-lr", type=float, default=0.02, help="Muon")
     g.add_argument("--embedding-lr", type=float, default=0.3, help="embedding and value embeddings")
@@ -225,7 +227,8 @@ def make_plan(args, vocab_size, world, dtype):
     if total_batch % (world * T):
         raise UserError(f"--total-batch-size {total_batch} is not divisible by {world} processes * {T} tokens a row = {world * T}")
     rows = total_batch // T // world
-    device_batch = args.device_batch_size or max(b for b in (16, 8, 4, 2, 1) if rows % b == 0)
+    positions = sum(map(len, schedule.passes(T)))  # of a row, all passes: memory grows with them
+    device_batch = args.device_batch_size or max(b for b in (16, 8, 4, 2, 1) if rows % b == 0 and (b * positions <= 2**15 or b == 1))
     if rows % device_batch:
         raise UserError(f"--device-batch-size {device_batch} does not divide the {rows} rows a step of each process "
                         f"(--total-batch-size {total_batch} / {world} processes / {T} tokens)")
@@ -239,7 +242,7 @@ def make_plan(args, vocab_size, world, dtype):
                 sum(x.nbytes for x in kv.k + kv.v), total_batch, rows * world, device_batch, rows // device_batch, num_iterations)
 
 def describe(plan, world, device, dtype, rows_per_epoch):
-    """The plan in lines, for --dry-run and for the start of a run."""
+    """The plan in lines, for --dry-run and for the start of a run. rows_per_epoch: None if there is no data yet."""
     config, schedule, counts, T = plan.config, plan.schedule, plan.counts, plan.config.sequence_len
     tokens = plan.num_iterations * plan.total_batch
     return [
@@ -247,10 +250,51 @@ def describe(plan, world, device, dtype, rows_per_epoch):
         f"{world} x {device}, {str(dtype)[6:]} | depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, {config.label}"
         + (f", memory from layer {config.source_layer}, {schedule.kind}, {len(schedule.passes(T))} passes" if config.lrt != "none" else ""),
         f"{plan.num_iterations} steps of {plan.total_batch:,} tokens ({plan.rows_per_step} rows of {T}: {world} x {plan.micro_steps} x {plan.device_batch}) = "
-        f"{tokens:,} tokens, {tokens / counts['scaling']:.1f} a parameter, {plan.num_iterations * plan.rows_per_step / rows_per_epoch:.2f} epochs",
-        f"{tokens * plan.flops_per_token:.2e} FLOPs, {plan.passes_cost:.2f} times those of plain passes over the same tokens; "
+        f"{tokens:,} tokens, {tokens / counts['scaling']:.1f} a parameter" + (f", {plan.num_iterations * plan.rows_per_step / rows_per_epoch:.2f} epochs" if rows_per_epoch else ""),
+        f"{tokens * plan.flops_per_token:.2e} FLOPs, {plan.passes_cost:.2f} times those of plain passes over the same tokens "
+        f"({tokens * plan.passes_cost:,.0f} tokens of baseline-equivalent compute); "
         f"KV cache {plan.kv_bytes:,} bytes a sequence of {T} tokens",
     ]
+
+def saved_bytes(work, parameters):
+    """What work(), a forward pass, leaves for its backward: bytes of all new storages that autograd or Python holds, parameters not."""
+    def live():
+        return {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) in (torch.Tensor, FakeTensor)}
+    before, held = live().keys() | {p.untyped_storage()._cdata for p in parameters}, {}
+    def keep(x):
+        held[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = work()  # noqa: F841 (alive, and so are the storages, until they are counted)
+    gc.collect()
+    return sum(n for storage, n in (held | live()).items() if storage not in before)
+
+def memory(plan, world, dtype, recompute):
+    """
+    Bytes that one process needs at least, a dict: weights, gradients and optimizer state in float32, the state shared by
+    all processes, and what the forward of a device batch in this dtype keeps for its backward, counted on tensors without
+    storage. That is without compilation, which keeps less; long schedules and recurrent layers are not counted.
+    """
+    total, T = plan.counts["total"], plan.config.sequence_len
+    muon = plan.counts["matrices"] + plan.counts["memory projections"]  # one momentum each, AdamW keeps two
+    parts = dict(weights=4 * total, gradients=4 * total, optimizers=(8 * total - 4 * muon) // world)
+    if plan.config.arch == "gpt" and len(plan.schedule.passes(T)) <= 16:
+        with FakeTensorMode():
+            model, idx = GPT(plan.config), torch.zeros(plan.device_batch, T, dtype=torch.int64)
+            model.compute_dtype, model.recompute = dtype, recompute
+            parts["activations"] = saved_bytes(lambda: TrainStep(model, plan.schedule)(idx, idx), model.parameters())
+    return parts
+
+def dry_run(args):
+    """Print the plan and end: no model is built, no data needed (the default vocabulary is assumed then)."""
+    device, world = pick_device(args.device), int(os.environ.get("WORLD_SIZE", 1))
+    dtype, data = compute_dtype(device), open_data(args.data, verify=False) if Path(args.data).exists() else None
+    plan = make_plan(args, data.meta["vocab_size"] if data else 32768, world, dtype)
+    print("\n".join(describe(plan, world, device, dtype, Rows(data.train, args.max_seq_len, args.seed).per_epoch if data else None)))
+    for dtype in {dtype: 0, torch.bfloat16: 0}:  # that of a GPU, too
+        parts = memory(plan, world, dtype, args.activation_checkpointing)
+        print(f"memory a process, {str(dtype)[6:]}, {plan.device_batch} rows: " + " + ".join(f"{name} {n / 2**30:.2f}" for name, n in parts.items())
+              + f" = {sum(parts.values()) / 2**30:.2f} GiB")
 
 # -----------------------------------------------------------------------------
 # Data: rows of T+1 tokens, T apart, in an order that only the seed decides
@@ -353,9 +397,11 @@ def load_state(checkpoint, path, model, optimizers):
 
 def main():
     args, checkpoint = parse_args()
+    if args.dry_run:
+        return dry_run(args)
 
     # device and processes
-    ddp = "RANK" in os.environ and not args.dry_run
+    ddp = "RANK" in os.environ
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = pick_device(args.device)
     if device.type == "cuda":
@@ -371,7 +417,7 @@ def main():
     say = tqdm.write if master else lambda *_: None
 
     # data and plan
-    data = open_data(args.data, verify=master and not args.dry_run)  # one process reads every byte, the others trust it
+    data = open_data(args.data, verify=master)  # one process reads every byte, the others trust it
     shards_sha256 = [shard["sha256"] for shard in data.meta["train"]]
     if checkpoint and checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
         raise UserError(f"{data.folder} has another tokenizer than {args.resume} was trained with: give that run's --data")
@@ -389,10 +435,6 @@ def main():
         raise UserError(f"{data.folder} has no validation shard of more than {T} tokens, one row: lower --max-seq-len or prepare more text")
 
     lines = describe(plan, world, device, dtype, rows.per_epoch)
-    if args.dry_run:
-        say("\n".join(lines))
-        return
-
     # the model, its optimizers, and what DDP and torch.compile wrap: all passes of a step are one forward
     torch.manual_seed(args.seed)
     with torch.device(device):
