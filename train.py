@@ -9,7 +9,6 @@ Train a Latent Recurrent Transformer, or the plain GPT under it. --depth is the 
 import dataclasses
 import json
 import math
-import os
 import signal
 import time
 from argparse import BooleanOptionalAction, Namespace
@@ -27,7 +26,7 @@ from eval_core import evaluate_bpb, first_rows
 from interleave import Schedule, TrainStep, plain
 from model import GPT, GPTConfig
 from prepare_data import ArgumentParser, UserError, at_least, lock, open_data, run_main, write_atomic
-from sample import complete, compute_dtype, find_checkpoint, load_checkpoint, load_weights, pick_device
+from sample import complete, compute_dtype, find_checkpoint, join_processes, load_checkpoint, load_weights
 
 # peak dense bf16 FLOP/s, for MFU (vendors' data sheets)
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
@@ -322,18 +321,8 @@ def main():
     args, checkpoint = parse_args()
 
     # device and processes
-    ddp = "RANK" in os.environ
-    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = pick_device(args.device)
-    if device.type == "cuda":
-        if ddp:
-            device = torch.device("cuda", local_rank)
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"{device} does not exist: this machine has {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if ddp:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device, rank, world = join_processes(args.device)
+    ddp = dist.is_initialized()
     master = rank == 0
     say = tqdm.write if master else lambda *_: None
 
