@@ -3,6 +3,7 @@ Timings and counts, measured side by side in one process: the variants take turn
 
     python bench.py decode                                   latency a token of none, shared and layerwise
     python bench.py prefill --checkpoint runs/d4_shared      exact parallel prefill against token by token
+    python bench.py core --bundle DIR                        CORE in batches against one example at a time
 
 Every command prints a table and, with --json FILE, writes the same figures with the machine and the commit.
 """
@@ -16,11 +17,13 @@ from datetime import date
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
+from core import batches, load_tasks, make_example, score
 from eval_core import first_rows
 from interleave import prefill
-from model import GPT, GPTConfig, KVCache
-from prepare_data import ArgumentParser, UserError, at_least, check_folder, open_data, run_main, write_atomic
+from model import GPT, GPTConfig, KVBuffer, KVCache
+from prepare_data import ArgumentParser, UserError, at_least, check_folder, load_tokenizer, open_data, run_main, write_atomic
 from sample import compute_dtype, find_checkpoint, load_checkpoint, load_model, pick_device
 
 
@@ -125,29 +128,78 @@ def bench_prefill(args, device):
                                  speedup=statistics.median(a / b for a, b in zip(serial, times[S]))))
     report(args, device, f"prefill: batch {args.batch[0]}", rows)
 
+@torch.no_grad()
+def one_at_a_time(model, example, use_memory):
+    """The field's habit: one forward over all choices of an example, padded on the right, and the losses of all positions."""
+    rows = [torch.cat([torch.from_numpy(example.prefix), torch.from_numpy(tail)]) for tail in example.tails]
+    idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.wte.weight.device)
+    if use_memory:
+        kv = KVCache(model.config, *idx.shape, idx.device, model.compute_dtype or model.wte.weight.dtype)
+        hidden, _, _ = prefill(model, idx, kv)
+    else:
+        hidden, _ = model(idx, range(idx.size(1)), KVBuffer(model.config.n_layer))
+    logits = model.logits(hidden[:, :-1])
+    losses = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(len(rows), -1)
+    means = [losses[c, start - 1:len(row) - 1].mean().item() for c, (row, start) in enumerate(zip(rows, example.starts))]
+    return means, logits.argmax(-1)
+
+@torch.no_grad()
+def bench_core(args, device):
+    """
+    Examples a second of every CORE task in the bundle, in batches and one at a time, on the same examples and taking turns.
+    Tokenizing is not counted on either side. The last rows are all tasks, each weighed with all the examples it has.
+    """
+    path = find_checkpoint(args.checkpoint and args.checkpoint[0])
+    checkpoint = load_checkpoint(path)
+    model, tokenizer, tasks = load_model(checkpoint, device), load_tokenizer(path.parent), load_tasks(args.bundle)
+    context, rows, totals = model.config.sequence_len, [], {}
+    for task in tasks:
+        examples = [make_example(task, i, tokenizer, context) for i in range(min(args.examples, len(task.examples)))]
+        for use_memory in (True, False) if model.config.lrt != "none" else (False,):
+            def alone():
+                found["alone"] = [loss for e in few for loss in one_at_a_time(model, e, use_memory)[0]]
+            def batched():
+                scored = {e.index: x for batch in batches(examples, args.batch[0] * context) for e, x in zip(batch, score(model, batch, use_memory))}
+                found["batched"] = [loss for e in few for loss in scored[e.index][0]]
+            few, found, times = examples[:args.alone], {}, []
+            for _ in range(args.repeats):  # taking turns
+                times.append((clock(device, alone) / len(few), clock(device, batched) / len(examples)))
+            slow, fast = (statistics.median(x) for x in zip(*times))
+            apart = max(abs(a - b) for a, b in zip(*found.values()))
+            rows.append(dict(task=task.name, memory=use_memory, one_at_a_time=1 / slow, batched=1 / fast,
+                             speedup=statistics.median(a / b for a, b in times), apart=apart))
+            before = totals.setdefault(use_memory, [0, 0.0, 0.0, 0.0])
+            totals[use_memory] = [before[0] + len(task.examples), before[1] + slow * len(task.examples), before[2] + fast * len(task.examples), max(before[3], apart)]
+    for use_memory, (n, slow, fast, apart) in totals.items():
+        rows.append(dict(task="all", memory=use_memory, one_at_a_time=n / slow, batched=n / fast, speedup=slow / fast, apart=apart))
+    report(args, device, f"core: {path.parent.name}, context {context}, examples a second, batches of {args.batch[0]} rows", rows)
+
 def main():
     parser = ArgumentParser(description="Timings and counts, measured side by side in one process.")
-    parser.add_argument("what", choices=["decode", "prefill"], help="decode: latency a token; prefill: parallel against token by token")
+    parser.add_argument("what", choices=["decode", "prefill", "core"], help="decode: latency a token; prefill: parallel against token by token; core: in batches against one at a time")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file, too")
     parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
     parser.add_argument("--repeats", type=int, default=9, help="measurements of each variant, taking turns")
-    parser.add_argument("--batch", type=int, nargs="+", help="rows at a time (default: 1 16 for decode, 1 for prefill)")
+    parser.add_argument("--batch", type=int, nargs="+", help="rows at a time (default: 1 16 for decode, 1 for prefill, 64 of the context's length for core)")
     parser.add_argument("--depth", type=int, default=6, help="decode: layers")
     parser.add_argument("--width", type=int, default=768, help="decode: width, heads of 64")
     parser.add_argument("--vocab-size", type=int, default=32768, help="decode: vocabulary")
     parser.add_argument("--context", type=int, nargs="+", default=[128, 1024], help="decode: positions in the cache")
     parser.add_argument("--tokens", type=int, default=8, help="decode: tokens a measurement")
-    parser.add_argument("--checkpoint", nargs="+", metavar="PATH", help="prefill: trained runs (default: the newest in runs/)")
+    parser.add_argument("--checkpoint", nargs="+", metavar="PATH", help="prefill, core: trained runs, core takes one (default: the newest in runs/)")
     parser.add_argument("--data", metavar="DIR", help="prefill: prepared data (default: what the run was trained on)")
     parser.add_argument("--subsets", type=int, nargs="+", default=[1, 2, 4], help="prefill: subsets a sweep")
+    parser.add_argument("--bundle", metavar="DIR", help="core: folder with core.yaml (default: downloaded once)")
+    parser.add_argument("--examples", type=int, default=64, help="core: examples of each task that go through in batches")
+    parser.add_argument("--alone", type=int, default=8, help="core: examples of them that go through one at a time")
     args = parser.parse_args()
-    at_least(args, repeats=2, depth=1, width=2, vocab_size=1, tokens=1)
+    at_least(args, repeats=2, depth=1, width=2, vocab_size=1, tokens=1, examples=1, alone=1)
     check_folder(args.json)
-    args.batch = args.batch or ([1, 16] if args.what == "decode" else [1])
+    args.batch = args.batch or {"decode": [1, 16], "prefill": [1], "core": [64]}[args.what]
     if min(args.batch + args.context + args.subsets) < 1:
         raise UserError("--batch, --context and --subsets must be at least 1")
     device = pick_device(args.device)
-    {"decode": bench_decode, "prefill": bench_prefill}[args.what](args, device)
+    {"decode": bench_decode, "prefill": bench_prefill, "core": bench_core}[args.what](args, device)
 
 if __name__ == "__main__":
     run_main(main)

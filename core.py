@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from interleave import prefill
 from model import KVCache
-from prepare_data import UserError, download, lock, sha256_file, write_atomic
+from prepare_data import UserError, download, lock, sha256_file, write_atomic, write_json
 
 
 # -----------------------------------------------------------------------------
@@ -100,21 +100,24 @@ def fetch_bundle(folder=BUNDLE, url=BUNDLE_URL):
 
 def read_examples(path, kind, shots):
     """The examples of a .jsonl file in the established order. Raises UserError with the line of a bad one."""
+    def is_good(x):
+        texts = [x[key] for key in KINDS[kind]]
+        options = texts.pop() if kind != "language_modeling" else None
+        return all(isinstance(text, str) for text in texts + (options or [])) and (options is None or 0 <= x["gold"] < len(options))
     examples = []
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
+            if not line.strip():
+                continue
             try:
-                x = json.loads(line)
-                for key in KINDS[kind]:
-                    options = x[key] if key in ("choices", "context_options") else None
-                    if not all(isinstance(text, str) for text in (options or [x[key]])) or options is not None and not 0 <= x["gold"] < len(options):
-                        raise TypeError
+                examples.append(json.loads(line))
+                if not is_good(examples[-1]):
+                    raise TypeError
             except (KeyError, TypeError):
                 raise UserError(f"{path} line {n}: a {kind} example has {' and '.join(KINDS[kind])}"
                                 + (" as text" if kind == "language_modeling" else " as texts, and gold, the number of the right one"))
             except (ValueError, RecursionError) as e:
                 raise UserError(f"{path} line {n}: not valid JSON ({e})")
-            examples.append(x)
     if len(examples) <= shots:
         raise UserError(f"{path} has {len(examples)} examples: {shots}-shot prompts need at least {shots + 1}")
     random.Random(1337).shuffle(examples)
@@ -130,7 +133,7 @@ def load_tasks(bundle=None, names=None):
             fetch_bundle()
         if dist.is_initialized():
             dist.barrier()
-    bundle, tasks = Path(bundle or BUNDLE), []
+    bundle, tasks, found = Path(bundle or BUNDLE), [], []
     try:
         listed = yaml.safe_load((bundle / "core.yaml").read_text("utf-8"))["icl_tasks"]
         with open(bundle / "eval_meta_data.csv", newline="", encoding="utf-8") as f:
@@ -142,6 +145,8 @@ def load_tasks(bundle=None, names=None):
             shots, delimiter = int(x["num_fewshot"][0]), x.get("continuation_delimiter", " ")
             if x["icl_task_type"] not in KINDS:
                 raise ValueError(f"{x['label']} is a {x['icl_task_type']}, which is none of {', '.join(KINDS)}")
+            if path.is_file():
+                found.append(x["label"])
             if path.is_file() and (names is None or x["label"] in names):
                 sha256 = hashlib.sha256((sha256_file(path) + repr((x["icl_task_type"], shots, delimiter))).encode()).hexdigest()
                 tasks.append(Task(x["label"], x["icl_task_type"], shots, delimiter, baselines[x["label"]], sha256,
@@ -150,9 +155,9 @@ def load_tasks(bundle=None, names=None):
         raise UserError(f"no CORE bundle in {bundle}: {e.filename} is missing")
     except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
         raise UserError(f"the CORE bundle in {bundle} is damaged: {e!r}")
-    unknown = set(names or ()) - {task.name for task in tasks}
+    unknown = [name for name in names or () if name not in found]
     if unknown or not tasks:
-        raise UserError(f"{bundle} has no data for {', '.join(sorted(unknown)) or 'any task'}; it has {', '.join(t.name for t in tasks) or 'none'}")
+        raise UserError(f"{bundle} has no data for {', '.join(unknown) or 'any task'}; it has {', '.join(found) or 'none'}")
     return tasks
 
 
@@ -355,18 +360,19 @@ def evaluate_core(model, tokenizer, tasks, folder, step, max_per_task=None, use_
     path, context, device = Path(folder) / f"{name}.json", model.config.sequence_len, model.wte.weight.device
     if context < 2:
         raise UserError(f"CORE needs a context of 2 tokens or more, the model has {context}")
-    results = dict(step=step, weights_sha256=weights_sha256(model), memory=use_memory and model.config.lrt != "none",
-                   max_per_task=max_per_task, tasks={})
+    header = dict(step=step, weights_sha256=weights_sha256(model), memory=use_memory and model.config.lrt != "none", max_per_task=max_per_task)
+    finished = {}
     if rank == 0 and path.exists():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: from the beginning
             kept = json.loads(path.read_text("utf-8"))
-            if all(kept[key] == results[key] for key in ("weights_sha256", "memory", "max_per_task")):
-                results["tasks"] = {t.name: kept["tasks"][t.name] for t in tasks if kept["tasks"].get(t.name, {}).get("sha256") == t.sha256}
+            if all(kept[key] == header[key] for key in header):
+                changed = [task.name for task in tasks if kept["tasks"].get(task.name, {}).get("sha256") != task.sha256]
+                finished = {name: t for name, t in kept["tasks"].items() if name not in changed}
     if world > 1:
-        told = [results["tasks"]]
+        told = [finished]
         dist.broadcast_object_list(told, device=device)
-        results["tasks"], = told
-    todo = [task for task in tasks if task.name not in results["tasks"]]
+        finished, = told
+    todo = [task for task in tasks if task.name not in finished]
     n = {task.name: min(max_per_task or len(task.examples), len(task.examples)) for task in todo}
     # an example's work: characters of its prompt, as many as the context could hold
     work = {t.name: min((t.shots + 1) * sum(len(json.dumps(x)) for x in t.examples[:100]) / len(t.examples[:100]), 4 * context) for t in todo}
@@ -381,30 +387,30 @@ def evaluate_core(model, tokenizer, tasks, folder, step, max_per_task=None, use_
                 dist.all_reduce(correct)
             accuracy = correct.item() / n[task.name]
             stderr = math.sqrt(accuracy * (1 - accuracy) / n[task.name])
-            results["tasks"][task.name] = dict(
+            finished[task.name] = dict(
                 kind=task.kind, shots=task.shots, n=n[task.name], of=len(task.examples), correct=correct.item(), accuracy=accuracy,
                 stderr=stderr, baseline=task.baseline, centered=(accuracy - task.baseline) / (1 - task.baseline),
                 centered_stderr=stderr / (1 - task.baseline), sha256=task.sha256)
             if rank == 0:
-                save_core(path, results)
-    save_core(path if rank == 0 else None, results)
-    return results
+                write_core(path, header | total(finished))
+    return header | total({task.name: finished[task.name] for task in tasks})
 
-def save_core(path, results):
-    """Add what follows from the finished tasks, and write it all to path, .json, and beside it as .csv; None: do not write."""
-    tasks = results["tasks"]
-    results["missing"] = [name for name in CORE if name not in tasks]
-    results["core"] = results["core_stderr"] = None
+def total(tasks):
+    """CORE of finished tasks, or which are missing: what evaluate_core returns of them."""
+    missing = [name for name in CORE if name not in tasks]
+    core = None if missing else sum(tasks[name]["centered"] for name in CORE) / len(CORE)
+    stderr = None if missing else math.sqrt(sum(tasks[name]["centered_stderr"] ** 2 for name in CORE)) / len(CORE)
+    return dict(core=core, core_stderr=stderr, missing=missing, tasks=tasks)
+
+def write_core(path, results):
+    """Write results to path, .json, and its figures beside it as .csv."""
+    lines = ["task,n,of,accuracy,stderr,centered,centered_stderr"]
+    lines += [f"{name},{t['n']},{t['of']},{t['accuracy']:.6f},{t['stderr']:.6f},{t['centered']:.6f},{t['centered_stderr']:.6f}"
+              for name, t in results["tasks"].items()]
     if not results["missing"]:
-        results["core"] = sum(tasks[name]["centered"] for name in CORE) / len(CORE)
-        results["core_stderr"] = math.sqrt(sum(tasks[name]["centered_stderr"] ** 2 for name in CORE)) / len(CORE)
-    if path is not None:
-        lines = ["task,n,of,accuracy,stderr,centered,centered_stderr"]
-        lines += [f"{name},{t['n']},{t['of']},{t['accuracy']:.6f},{t['stderr']:.6f},{t['centered']:.6f},{t['centered_stderr']:.6f}" for name, t in tasks.items()]
-        if not results["missing"]:
-            lines.append(f"CORE,,,,,{results['core']:.6f},{results['core_stderr']:.6f}")
-        write_atomic(path.with_suffix(".csv"), lambda f: f.write(("\n".join(lines) + "\n").encode()))
-        write_atomic(path, lambda f: f.write(json.dumps(results, indent=1).encode()))
+        lines.append(f"CORE,,,,,{results['core']:.6f},{results['core_stderr']:.6f}")
+    write_atomic(path.with_suffix(".csv"), lambda f: f.write(("\n".join(lines) + "\n").encode()))
+    write_json(path, results)
 
 def describe_core(results):
     """The line to show: CORE, or why there is none."""
