@@ -240,14 +240,14 @@ def batches(examples, budget):
     The examples in batches of like length, longest first: at most `budget` positions (one example at least), choices
     and padding counted.
     """
-    batch = []
+    batch, width, rows = [], 0, 0
     for e in sorted(examples, key=lambda e: (len(e.prefix), max(map(len, e.tails))), reverse=True):
-        grown = batch + [e]
-        width = max(len(x.prefix) + max(map(len, x.tails)) for x in grown)
-        if batch and (width * sum(len(x.tails) for x in grown) > budget or len(batch[0].prefix) - len(e.prefix) > SPREAD):
+        length = len(e.prefix) + max(map(len, e.tails))
+        if batch and (max(width, length) * (rows + len(e.tails)) > budget or len(batch[0].prefix) - len(e.prefix) > SPREAD):
             yield batch
-            grown = [e]
-        batch = grown
+            batch, width, rows = [], 0, 0
+        batch.append(e)
+        width, rows = max(width, length), rows + len(e.tails)
     if batch:
         yield batch
 
@@ -284,8 +284,8 @@ def score(model, batch, use_memory=True):
     if shared:
         prefix_kv = KVCache(config, len(batch), shared, device, dtype)
         idx = torch.from_numpy(np.stack([e.prefix[:shared] for e in batch])).to(device)
-        last, memory = read(model, idx, prefix_kv, use_memory)
-        hidden.append(last[:, -1:].repeat_interleave(repeats, dim=0))
+        through, memory = read(model, idx, prefix_kv, use_memory)
+        hidden.append(through[:, -1:].repeat_interleave(repeats, dim=0))
         memory = None if memory is None else memory.repeat_interleave(repeats, dim=0)
     if T:
         idx, ends = torch.zeros(len(rests), T, dtype=torch.int64), torch.tensor([shared + len(rest) - 1 for rest in rests])
