@@ -159,7 +159,8 @@ def bench_core(args, device):
             def alone():
                 found["alone"] = [loss for e in few for loss in one_at_a_time(model, e, use_memory)[0]]
             def batched():
-                scored = {e.index: x for batch in batches(examples, args.batch[0] * context) for e, x in zip(batch, score(model, batch, use_memory))}
+                scored = {e.index: x for batch in batches(examples, args.batch[0] * context)
+                          for e, x in zip(batch, score(model, batch, use_memory))}
                 found["batched"] = [loss for e in few for loss in scored[e.index][0]]
             few, found, times = examples[:args.alone], {}, []
             for _ in range(args.repeats):  # taking turns
@@ -168,8 +169,9 @@ def bench_core(args, device):
             apart = max(abs(a - b) for a, b in zip(*found.values()))
             rows.append(dict(task=task.name, memory=use_memory, one_at_a_time=1 / slow, batched=1 / fast,
                              speedup=statistics.median(a / b for a, b in times), apart=apart))
-            before = totals.setdefault(use_memory, [0, 0.0, 0.0, 0.0])
-            totals[use_memory] = [before[0] + len(task.examples), before[1] + slow * len(task.examples), before[2] + fast * len(task.examples), max(before[3], apart)]
+            n, alone_s, batched_s, most = totals.get(use_memory, (0, 0.0, 0.0, 0.0))
+            totals[use_memory] = (n + len(task.examples), alone_s + slow * len(task.examples), batched_s + fast * len(task.examples),
+                                  max(most, apart))
     for use_memory, (n, slow, fast, apart) in totals.items():
         rows.append(dict(task="all", memory=use_memory, one_at_a_time=n / slow, batched=n / fast, speedup=slow / fast, apart=apart))
     report(args, device, f"core: {path.parent.name}, context {context}, examples a second, batches of {args.batch[0]} rows", rows)

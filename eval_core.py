@@ -132,7 +132,8 @@ def report_core(args, path, checkpoint, model, tokenizer, say):
     results = evaluate_core(model, tokenizer, tasks, path.parent, checkpoint["step"], args.max_per_task, not args.no_memory, args.batch_size)
     say("\n| task | shots | n | accuracy | standard error | centered |\n|---|---:|---:|---:|---:|---:|")
     for name, t in results["tasks"].items():
-        say(f"| {name} | {t['shots']} | {t['n']}{' of %d' % t['of'] if t['n'] < t['of'] else ''} | {t['accuracy']:.4f} | {t['stderr']:.4f} | {t['centered']:.4f} |")
+        of = f" of {t['of']}" if t["n"] < t["of"] else ""
+        say(f"| {name} | {t['shots']} | {t['n']}{of} | {t['accuracy']:.4f} | {t['stderr']:.4f} | {t['centered']:.4f} |")
     say(describe_core(results))
     return results
 
