@@ -5,6 +5,7 @@ Timings and counts, measured side by side in one process: the variants take turn
     python bench.py prefill --checkpoint runs/d4_shared      exact parallel prefill against token by token
     python bench.py step                                     time and memory of a training step, S = 1, 2, 4, 8
     python bench.py recurrent                                a recurrent layer, tiled and by plain autograd, and a plain layer
+    python bench.py core --bundle DIR                        CORE in batches against one example at a time
 
 Every command prints a table and, with --json FILE, writes the same figures with the machine and the commit.
 """
@@ -23,12 +24,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from core import batches, load_tasks, make_example, score
 from eval_core import first_rows
 from attention import KVBuffer
 from interleave import Schedule, TrainStep, prefill
 from model import GPT, GPTConfig, KVCache
-from prepare_data import ArgumentParser, UserError, check_folder, open_data, run_main, write_atomic
+from prepare_data import ArgumentParser, UserError, check_folder, load_tokenizer, open_data, run_main, write_atomic
 from recurrent import keys_read, reference, tiled
 from sample import compute_dtype, find_checkpoint, load_checkpoint, load_model, pick_device
 from train import Rows, make_optimizers, make_parser, peak_flops, saved_bytes
@@ -290,6 +293,54 @@ def bench_recurrent(args, device):
                 a / b for a, b in zip(times[form], times["plain"])), saved_mib=saved, peak_mib=peak, keys_read=read[form]))
     report(args, device, f"recurrent: one layer of width {args.width}, batch {batch}, forward and backward", rows)
 
+@torch.no_grad()
+def one_at_a_time(model, example, use_memory):
+    """The field's habit: one forward over all choices of an example, padded on the right, and the losses of all positions."""
+    rows = [torch.cat([torch.from_numpy(example.prefix), torch.from_numpy(tail)]) for tail in example.tails]
+    idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.wte.weight.device)
+    if use_memory:
+        kv = KVCache(model.config, *idx.shape, idx.device, model.compute_dtype or model.wte.weight.dtype)
+        hidden, _, _ = prefill(model, idx, kv)
+    else:
+        hidden, _ = model(idx, range(idx.size(1)), KVBuffer(model.config.n_layer))
+    logits = model.logits(hidden[:, :-1])
+    losses = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(len(rows), -1)
+    means = [losses[c, start - 1:len(row) - 1].mean().item() for c, (row, start) in enumerate(zip(rows, example.starts))]
+    return means, logits.argmax(-1)
+
+@torch.no_grad()
+def bench_core(args, device):
+    """
+    Examples a second of every CORE task in the bundle, in batches and one at a time, on the same examples and taking turns.
+    Tokenizing is not counted on either side. The last rows are all tasks, each weighed with all the examples it has.
+    """
+    path = find_checkpoint(args.checkpoint)
+    checkpoint = load_checkpoint(path)
+    model, tokenizer, tasks = load_model(checkpoint, device), load_tokenizer(path.parent), load_tasks(args.bundle)
+    context, rows, totals = model.config.sequence_len, [], {}
+    for task in tasks:
+        examples = [make_example(task, i, tokenizer, context) for i in range(min(args.examples, len(task.examples)))]
+        for use_memory in (True, False) if model.config.lrt != "none" else (False,):
+            def alone():
+                found["alone"] = [loss for e in few for loss in one_at_a_time(model, e, use_memory)[0]]
+            def batched():
+                scored = {e.index: x for batch in batches(examples, args.batch * context)
+                          for e, x in zip(batch, score(model, batch, use_memory))}
+                found["batched"] = [loss for e in few for loss in scored[e.index][0]]
+            few, found, times = examples[:args.alone], {}, []
+            for _ in range(args.repeats):  # taking turns
+                times.append((clock(device, alone) / len(few), clock(device, batched) / len(examples)))
+            slow, fast = (statistics.median(x) for x in zip(*times))
+            apart = max(abs(a - b) for a, b in zip(*found.values()))
+            rows.append(dict(task=task.name, memory=use_memory, one_at_a_time=1 / slow, batched=1 / fast,
+                             speedup=statistics.median(a / b for a, b in times), apart=apart))
+            n, alone_s, batched_s, most = totals.get(use_memory, (0, 0.0, 0.0, 0.0))
+            totals[use_memory] = (n + len(task.examples), alone_s + slow * len(task.examples), batched_s + fast * len(task.examples),
+                                  max(most, apart))
+    for use_memory, (n, slow, fast, apart) in totals.items():
+        rows.append(dict(task="all", memory=use_memory, one_at_a_time=n / slow, batched=n / fast, speedup=slow / fast, apart=apart))
+    report(args, device, f"core: {path.parent.name}, context {context}, examples a second, batches of {args.batch} rows", rows)
+
 def main():
     parser = ArgumentParser(description="Timings and counts, measured side by side in one process.")
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
@@ -324,6 +375,13 @@ def main():
     p.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
     p.add_argument("--batch", type=int, default=1, help="rows at a time")
     p.add_argument("--subsets", type=int, nargs="+", default=[1, 2, 4], help="subsets a sweep")
+
+    p = command(bench_core, "core", "CORE in batches against one example at a time")
+    p.add_argument("--checkpoint", metavar="PATH", help="trained run (default: the newest in runs/)")
+    p.add_argument("--bundle", metavar="DIR", help="folder with core.yaml (default: downloaded once)")
+    p.add_argument("--batch", type=int, default=64, help="rows of the context's length at a time")
+    p.add_argument("--examples", type=int, default=64, help="examples of each task that go through in batches")
+    p.add_argument("--alone", type=int, default=8, help="examples of them that go through one at a time")
 
     p = command(bench_recurrent, "recurrent", "a layer of the Recurrent Transformer: tiled, by autograd over t, and a plain one")
     p.add_argument("--batch", type=int, default=4, help="rows at a time")

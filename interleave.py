@@ -133,7 +133,7 @@ def run(model, idx, passes, kv_refresh=False, detach=False):
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 @torch.no_grad()
-def prefill(model, idx, kv, subsets=2, max_sweeps=24, tolerance=None):
+def prefill(model, idx, kv, subsets=2, max_sweeps=24, tolerance=None, first=0, memory=None, ends=None):
     """
     Exact parallel prefill: fill the cache for tokens idx (B, T) as decoding them one by one would, in a few passes.
     The recurrence is a fixed point; sweeps over S interleaved subsets repeat from the latest iterate until no memory
@@ -141,42 +141,50 @@ def prefill(model, idx, kv, subsets=2, max_sweeps=24, tolerance=None):
     behind the positions that are final: those that stopped moving together with all before them, and S more each time
     in any case. What is not final after max_sweeps is decoded token by token, so the result is never an unconverged
     one. A last full pass computes all layers of all final positions.
-    kv: a KVCache that is not rolling, of length T at least; its `start` tells rows of different lengths, aligned at
-    their ends, apart. subsets: 2 was the fastest at long prompts (bench.py prefill).
-    Returns hidden (B, T, D); the memory of the last token (B, 1, D), None where lrt is none; and the number of sweeps,
+    kv: a KVCache that is not rolling, of length first + T at least; its `start` tells rows of different lengths, aligned
+    at their ends, apart. subsets: 2 was the fastest at long prompts (bench.py prefill).
+    first: how many positions the cache holds already, idx being the next ones, and memory (B, 1, D) that of the last of
+    them (None: zero). ends (B,) int64: the position at which each row's text ends; what follows is padding, for which
+    nothing waits, and whose memory is zero.
+    Returns hidden (B, T, D); the memory of the last position (B, 1, D), None where lrt is none; and the number of sweeps,
     the first included.
     """
     T, config = idx.size(1), model.config
     if config.lrt == "none":
-        return model(idx, range(T), kv)[0], None, 1
+        return model(idx, range(first, first + T), kv)[0], None, 1
     tolerance = TOLERANCE[kv.k[0].dtype] if tolerance is None else tolerance
-    padding = None if kv.start is None else torch.arange(T, device=idx.device)[:, None] < kv.start[:, None, None]
+    p, padding = torch.arange(first, first + T, device=idx.device)[:, None], None
+    for outside in (kv.start is not None and p < kv.start[:, None, None], ends is not None and p >= ends[:, None, None]):
+        if outside is not False:
+            padding = outside if padding is None else padding | outside
 
     def sweep(positions, memory, n_layer=None):
-        """Recompute positions with the newest memory: hidden, and the new memory with padding kept at zero."""
-        recurrent = None if memory is None else previous(memory, positions)
-        hidden, source = model(take(idx, positions), positions, kv, recurrent, n_layer)
+        """Recompute positions (from `first` on) with this memory: hidden, and the new memory with padding kept at zero."""
+        at = range(first + positions.start, first + positions.stop, positions.step)
+        hidden, source = model(take(idx, positions), at, kv, memory, n_layer)
         return hidden, source if padding is None else source.masked_fill(take(padding, positions), 0)
 
-    _, memory = sweep(range(T), None, config.source_layer + 1)
-    final, sweeps = 1, 1  # the first token has no memory to wait for
+    _, source = sweep(range(T), None if memory is None else F.pad(memory, (0, 0, 0, T - 1)), config.source_layer + 1)
+    # memory[:, p] is what position p reads, equation (5); memory[:, p + 1] is what it leaves
+    memory = torch.cat([torch.zeros_like(source[:, :1]) if memory is None else memory, source], dim=1)
+    final, sweeps = 1, 1  # the first token's memory was there from the start
     while final < T and sweeps < max_sweeps:
         moved = memory.new_zeros(T)
         for i in range(final, min(final + subsets, T)):
             positions = range(i, T, subsets)
-            _, source = sweep(positions, memory, config.source_layer + 1)
-            old = take(memory, positions)
+            _, source = sweep(positions, take(memory, positions), config.source_layer + 1)
+            old = take(memory, range(i + 1, T + 1, subsets))
             take(moved, positions, dim=0).copy_((source - old).square().mean(-1).sqrt().amax(0))  # memories have RMS 1
             old.copy_(source)
         moving = (moved > tolerance).nonzero()
         final = min(max(final + subsets, moving[0].item()), T) if len(moving) else T
         sweeps += 1
-    hidden, source = sweep(range(final), memory)
-    done, memory = [hidden], source[:, -1:]
+    hidden, last = sweep(range(final), memory[:, :final])
+    done, last = [hidden], last[:, -1:]
     for t in range(final, T):
-        hidden, memory = model(idx[:, t:t + 1], range(t, t + 1), kv, memory if padding is None else memory.masked_fill(padding[:, t - 1:t], 0))
+        hidden, last = sweep(range(t, t + 1), last)
         done.append(hidden)
-    return torch.cat(done, dim=1), memory, sweeps
+    return torch.cat(done, dim=1), last, sweeps
 
 class TrainStep(nn.Module):
     """All passes of a training step as one module, for DDP and torch.compile to wrap."""

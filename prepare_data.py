@@ -435,7 +435,7 @@ def describe_shard(path, sizes, bos):
 # -----------------------------------------------------------------------------
 # FineWeb-Edu
 
-def fetch(url, part):
+def fetch(url, part, hint):
     """One attempt to append what is missing to the file part; requests.RequestException means: worth another try."""
     import requests
     have = part.stat().st_size if part.exists() else 0
@@ -448,7 +448,7 @@ def fetch(url, part):
         if code == 429 or code >= 500:
             raise requests.HTTPError(f"HTTP {code}", response=reply)
         if code not in (200, 206, 416):
-            raise UserError(f"{url}: HTTP {code} {reply.reason}: check --base-url and --num-shards")
+            raise UserError(f"{url}: HTTP {code} {reply.reason}: {hint}")
         if code == 200:  # from the start, asked for or not
             have, total = 0, reply.headers.get("Content-Length")
         elif span and (code == 416 or span[1] == str(have)):
@@ -473,10 +473,11 @@ def fetch(url, part):
         part.unlink()
         raise requests.RequestException("the bytes received do not match the announced size or checksum")
 
-def download(url, path):
+def download(url, path, check, what, hint):
     """
-    Fetch the parquet file at url to path, unless it is there. Dropped connections, 429 and 5xx are tried again,
-    continuing by HTTP Range; UserError after RETRIES attempts without progress, and at once for a 404.
+    Fetch the file at url to path, unless it is there. Dropped connections, 429 and 5xx are tried again, continuing by
+    HTTP Range; UserError, with the hint, after RETRIES attempts without progress, and at once for a 404 or where
+    check(file) raises one because it is not `what`.
     """
     import requests
     if path.exists():
@@ -486,22 +487,22 @@ def download(url, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             try:
-                fetch(url, part)
+                fetch(url, part, hint)
                 break
             except requests.RequestException as e:
                 size = part.stat().st_size if part.exists() else 0
                 best, failures = max(best, size), 0 if size > best else failures + 1
                 if failures >= RETRIES or isinstance(e, ValueError):  # ValueError: a malformed URL
-                    raise UserError(f"cannot download {url} ({e}): check --base-url, or re-run the same command to continue") from e
+                    raise UserError(f"cannot download {url} ({e}): {hint}, or re-run the same command to continue") from e
                 after = e.response.headers.get("Retry-After", "") if e.response is not None else ""
                 pause = min(60, int(after) if after.isdecimal() else RETRY_SECONDS * 2 ** failures)
                 print(f"{path.name}: {e}; trying again in {pause:.0f} s", flush=True)
                 time.sleep(pause)
         try:
-            open_parquet(part)
+            check(part)
         except UserError as e:
             part.unlink()
-            raise UserError(f"what {url} served is not a parquet file with a column `text`: check --base-url") from e
+            raise UserError(f"what {url} served is not {what}: {hint}") from e
         publish(part, path)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
@@ -656,7 +657,8 @@ def main():
         if fineweb:
             def stream(number):
                 name = f"shard_{number:05d}.parquet"
-                yield from read_documents(download(f"{args.base_url}/{name}", out / "download" / name))
+                yield from read_documents(download(f"{args.base_url}/{name}", out / "download" / name, open_parquet,
+                                                   "a parquet file with a column `text`", "check --base-url and --num-shards"))
             streams = [("val", 0, partial(stream, FINEWEB_LAST), None)]
             streams += [("train", i, partial(stream, i), None) for i in range(args.num_shards)]
             total = None

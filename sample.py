@@ -7,10 +7,12 @@ Sample from a trained run, with memory carried from token to token: one forward 
 
 import codecs
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from interleave import Schedule, prefill
 from model import GPT, GPTConfig, KVCache
@@ -86,6 +88,24 @@ def pick_device(name=None):
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"device {name!r} cannot be used here: {str(e).split(chr(10))[0]}")
     return torch.device(name)
+
+def join_processes(name=None):
+    """
+    Under torchrun, join its processes: this one's device (as pick_device, one GPU each), its rank and how many there
+    are; 0 and 1 without torchrun. Raises UserError.
+    """
+    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = pick_device(name)
+    if device.type == "cuda":
+        if "RANK" in os.environ:
+            device = torch.device("cuda", local_rank)
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"{device} does not exist: this machine has {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, rank, world
 
 def compute_dtype(device):
     """Activations: bf16 on GPUs that have it, fp32 elsewhere; the weights are fp32 everywhere."""

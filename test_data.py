@@ -576,7 +576,7 @@ def server(tmp_path, monkeypatch):
 
 def get(server, tmp_path):
     path = tmp_path / "download" / "shard_00000.parquet"
-    prepare_data.download(f"{server.url}/{path.name}", path)
+    prepare_data.download(f"{server.url}/{path.name}", path, prepare_data.open_parquet, "a parquet file", "check --base-url")
     assert path.read_bytes() == server.files[f"/{path.name}"] and not list(path.parent.glob("*.part"))
     return [span for _, span in server.log]
 

@@ -129,6 +129,34 @@ def test_prefill_of_prompts_of_different_lengths(overrides, max_sweeps):
                 if memory is not None:
                     torch.testing.assert_close(memory[i:i + 1], expected[:, -1:], rtol=0, atol=2e-6)
 
+@pytest.mark.parametrize("overrides", [{}, dict(lrt="layerwise", window_pattern="SL"), dict(lrt="none")], ids=["shared", "windows", "none"])
+@pytest.mark.parametrize("max_sweeps", [24, 2])
+def test_prefill_goes_on_behind_what_the_cache_holds(overrides, max_sweeps):
+    """In pieces, then from copies of the cache with rows that end at different places: as decoding each row by itself."""
+    model, first, lengths = make(sequence_len=16, **overrides), 7, [5, 9, 1]
+    idx, _ = tokens(first, B=1)
+    rows = [torch.cat([idx[0], tokens(n, B=1, seed=n)[0][0]]) for n in lengths]
+    kv, copies, memory = KVCache(model.config, 1, first, "cpu", torch.float64), KVCache(model.config, 3, 16, "cpu", torch.float64), None
+    with torch.no_grad():
+        for piece in (range(4), range(4, 5), range(5, 7)):
+            _, memory, _ = prefill(model, idx[:, piece.start:piece.stop], kv, max_sweeps=max_sweeps, first=piece.start, memory=memory)
+        copies.copy_from(kv, first, 3)
+        padded = torch.nn.utils.rnn.pad_sequence([row[first:] for row in rows], batch_first=True, padding_value=5)
+        ends = torch.tensor([first + n for n in lengths])
+        hidden, _, sweeps = prefill(model, padded, copies, max_sweeps=max_sweeps, first=first, ends=ends,
+                                    memory=None if memory is None else memory.expand(3, -1, -1))
+        for i, row in enumerate(rows):
+            expected, _ = decode(model, row[None])
+            torch.testing.assert_close(model.logits(hidden[i:i + 1, :lengths[i]]), expected[:, first:], rtol=0, atol=1e-9)
+
+def test_nothing_waits_for_padding():
+    """Rows that end early converge early, whatever stands behind their ends."""
+    model = adversarial()
+    idx, _ = tokens(40)
+    sweeps = [prefill(model, idx, KVCache(model.config, 2, 40, "cpu", torch.float64), subsets=1, max_sweeps=99, ends=ends)[2]
+              for ends in (None, torch.tensor([6, 3]))]
+    assert sweeps[0] == 40 and sweeps[1] <= 8
+
 def test_rolling_cache_keeps_only_the_window_and_decodes_the_same():
     model = make(sequence_len=16, window_pattern="SSL", n_layer=4)
     idx, _ = tokens(16)

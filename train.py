@@ -25,11 +25,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
+from core import describe_core, evaluate_core, load_tasks
 from eval_core import evaluate_bpb, first_rows
 from interleave import Schedule, TrainStep, plain
 from model import GPT, GPTConfig, KVCache
 from prepare_data import ArgumentParser, UserError, at_least, lock, open_data, run_main, write_atomic
-from sample import complete, compute_dtype, find_checkpoint, load_checkpoint, load_weights, pick_device
+from sample import complete, compute_dtype, find_checkpoint, join_processes, load_checkpoint, load_weights, pick_device
 
 # peak dense bf16 FLOP/s, for MFU (vendors' data sheets)
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
@@ -91,6 +92,9 @@ def make_parser():
     g.add_argument("--eval-every", type=int, default=250, help="validation BPB")
     g.add_argument("--eval-tokens", type=int, default=2**20, help="tokens scored in parallel")
     g.add_argument("--decode-tokens", type=int, default=2**15, help="tokens decoded one by one with the exact recurrence, 0: none")
+    g.add_argument("--core-every", type=int, help="CORE with memory (default: never, as it can take longer than a small run)")
+    g.add_argument("--core-bundle", metavar="DIR", help="folder with core.yaml (default: data_core/eval_bundle, downloaded once)")
+    g.add_argument("--core-max-per-task", type=int, metavar="N", help="run only so many examples of each task: an estimate")
     g.add_argument("--save-every", type=int, default=1000, help="checkpoint")
     g.add_argument("--keep", type=int, default=2, help="how many checkpoints stay")
     g.add_argument("--log-every", type=int, default=10, help="console line; log.jsonl has every step")
@@ -98,7 +102,7 @@ def make_parser():
 
 # what may change from a run to its continuation; anything else would make it another run
 MAY_CHANGE = {"resume", "data", "device", "compile", "device_batch_size", "activation_checkpointing", "eval_every", "eval_tokens", "decode_tokens",
-              "save_every", "keep", "log_every", "dry_run"}
+              "core_every", "core_bundle", "core_max_per_task", "save_every", "keep", "log_every", "dry_run"}
 
 def parse_args():
     """The flags, and the checkpoint to go on with or None. A resumed run's own flags stand in for the defaults."""
@@ -116,7 +120,9 @@ def parse_args():
     args.lrt = args.lrt or ("none" if args.arch == "recurrent" else "shared")
     at_least(args, depth=1, subsets=1, refinements=1, chunk=1, seed=0, num_iterations=1, target_flops=1, total_batch_size=1, device_batch_size=1, aspect_ratio=1, head_dim=1,
              matrix_lr=0, embedding_lr=0, head_lr=0, scalar_lr=0, weight_decay=0, grad_clip=0, warmup_steps=0, warmdown_ratio=0,
-             final_lr_frac=0, eval_every=0, eval_tokens=1, decode_tokens=0, save_every=0, keep=1, log_every=1, target_param_data_ratio=0)
+             final_lr_frac=0, eval_every=0, eval_tokens=1, decode_tokens=0, core_every=0, core_max_per_task=1, save_every=0, keep=1, log_every=1, target_param_data_ratio=0)
+    if args.core_every is None and (args.core_bundle or args.core_max_per_task):
+        raise UserError("--core-bundle and --core-max-per-task go with --core-every")
     if args.warmdown_ratio > 1:
         raise UserError(f"--warmdown-ratio must be at most 1, not {args.warmdown_ratio}")
     return args, checkpoint
@@ -401,18 +407,8 @@ def main():
         return dry_run(args)
 
     # device and processes
-    ddp = "RANK" in os.environ
-    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = pick_device(args.device)
-    if device.type == "cuda":
-        if ddp:
-            device = torch.device("cuda", local_rank)
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"{device} does not exist: this machine has {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if ddp:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device, rank, world = join_processes(args.device)
+    ddp = dist.is_initialized()
     master = rank == 0
     say = tqdm.write if master else lambda *_: None
 
@@ -434,7 +430,9 @@ def main():
     if not len(val_rows):
         raise UserError(f"{data.folder} has no validation shard of more than {T} tokens, one row: lower --max-seq-len or prepare more text")
 
+    tasks = load_tasks(args.core_bundle) if args.core_every is not None else []
     lines = describe(plan, world, device, dtype, rows.per_epoch)
+
     # the model, its optimizers, and what DDP and torch.compile wrap: all passes of a step are one forward
     torch.manual_seed(args.seed)
     with torch.device(device):
@@ -513,6 +511,12 @@ def main():
             + (f" | on {len(fewer)} rows: " + ", ".join(f"{k} {decoded[k]:.4f}" for k in ("merged", "decode", "no memory") if k in decoded) if decoded else ""))
         record(kind="eval", step=step, tokens=step * plan.total_batch, bpb=bpb, decode_rows=decoded)
 
+    def evaluate_on_tasks():
+        """CORE, or what the bundle has of it; console, log and the files that evaluate_core keeps."""
+        results = evaluate_core(model, data.tokenizer, tasks, folder, step, args.core_max_per_task, batch_size=plan.device_batch)
+        say(f"step {step:05d} | " + ", ".join(f"{name} {t['centered']:.3f}" for name, t in results["tasks"].items()) + f" | {describe_core(results)}")
+        record(kind="core", step=step, core=results["core"], centered={name: t["centered"] for name, t in results["tasks"].items()})
+
     asked = []  # signals that asked to stop: finish the step, save, end
     def ask_to_stop(*_):
         if asked:
@@ -534,6 +538,8 @@ def main():
             evaluate()
         if step > start and (last or stopping or (args.save_every and step % args.save_every == 0)):
             save()
+        if tasks and step > 0 and (last or (args.core_every and step % args.core_every == 0 and not stopping)):
+            evaluate_on_tasks()  # after save(): it may take long
         if last or stopping:
             break
 
