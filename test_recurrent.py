@@ -341,6 +341,11 @@ def test_dry_run_and_refusals(data, here):
     assert_refused(cli("train.py", *flags, "--arch", "recurrent", "--lrt", "shared"), "recurrent goes with lrt none")
     assert cli("train.py", "--data", data, *SMALL, "--arch", "recurrent", "--num-iterations", 1)[0] == 0
     assert_refused(cli("train.py", "--resume", "runs/d2_recurrent", "--arch", "gpt"), "was trained with --arch recurrent")
+    path = find_checkpoint("runs/d2_recurrent")
+    checkpoint = load_checkpoint(path)
+    del checkpoint["args"]["arch"]  # a run from before the flag existed: it was a gpt
+    torch.save(checkpoint, "old.pt")
+    assert_refused(cli("train.py", "--resume", "old.pt", "--arch", "recurrent"), "was trained with --arch gpt")
 
 def test_bench(here):
     code, out, err = cli("bench.py", "recurrent", "--context", 8, 16, "--width", 16, "--repeats", 2, "--reference-up-to", 8, "--json", "bench.json")
