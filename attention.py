@@ -16,6 +16,8 @@ In the backward every part's kernel is handed the merged out and L, from which i
 as in ring attention (arXiv 2310.01889). So a pass saves q, out, L and its own k and v; all else it shares with other passes.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -34,7 +36,7 @@ class KVBuffer:
 
     def write(self, layer, positions, k, v):
         """Keys and values (B, n_kv_head, P, d) of one layer at `positions`, in place of any that were there."""
-        left = split(self.parts[layer], positions)
+        left = split(self.parts[layer], positions, 2)
         self.parts[layer] = ((positions, k, v), *left)  # the newest first: merging starts with the queries' own keys
 
     def attend(self, layer, positions, q, k, v, window):
@@ -60,22 +62,23 @@ def residues(x, step, dim):
     whole = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, -n % step)) if n % step else x
     return [c.narrow(dim, 0, len(range(i, n, step))) for i, c in enumerate(whole.unflatten(dim, (-1, step)).unbind(dim + 1))]
 
-def split(parts, positions):
+def split(parts, positions, dim):
     """
-    What is left of parts (positions, k, v) when `positions` are taken out, as parts. The first subset takes a contiguous
-    part apart into residue classes, which are views of it. Raises ValueError for a piece in any other pattern.
+    What is left of parts (positions, tensors ..) when `positions`, along dim, are taken out: a list of parts. One residue
+    class of a part goes, the others stay as views of it. Raises ValueError for a piece of a part in any other pattern.
     """
     left = []
-    for p, k, v in parts:
-        apart = p[-1] < positions[0] or positions[-1] < p[0] or (p.step == positions.step and (p[0] - positions[0]) % p.step)
-        covered = p[0] in positions and p[-1] in positions and p.step % positions.step == 0
-        if apart:
-            left.append((p, k, v))
-        elif p.step == 1 and p[0] == 0 and positions[0] < positions.step and positions == range(positions[0], len(p), positions.step):
-            classes = zip(residues(k, positions.step, 2), residues(v, positions.step, 2))
-            left += [(range(i, len(p), positions.step), *kv) for i, kv in enumerate(classes) if i != positions[0] and i < len(p)]
-        elif not covered:
-            raise ValueError(f"{positions} takes a piece out of {p}: write residue classes of a pass, or all of an earlier one")
+    for p, *x in parts:
+        if p[-1] < positions[0] or positions[-1] < p[0] or (p[0] - positions[0]) % math.gcd(p.step, positions.step):
+            left.append((p, *x))  # apart
+        elif p[0] in positions and p[-1] in positions and p.step % positions.step == 0:
+            continue  # covered
+        elif positions[0] in p and positions == p[p.index(positions[0])::max(positions.step // p.step, 1)] and positions[0] - p[0] < positions.step:
+            step = positions.step // p.step
+            classes = zip(*(residues(tensor, step, dim) for tensor in x))
+            left += [(p[i::step], *c) for i, c in enumerate(classes) if p[i::step] != positions and p[i::step]]
+        else:
+            raise ValueError(f"{positions} takes a piece out of {p}: write residue classes of an earlier pass, or all of it")
     return left
 
 def relation(queries, keys, window):

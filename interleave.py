@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import KVBuffer, residues
-from model import put, take
+from attention import KVBuffer, residues, split
+from model import take
 
 
 # -----------------------------------------------------------------------------
@@ -85,49 +85,61 @@ class Schedule:
 # -----------------------------------------------------------------------------
 # Running them
 
-def previous(memory, positions):
+def newest(parts):
+    """The memory of all positions computed so far, (B, n, D), from parts (positions, m) as run() keeps them."""
+    memory = parts[0][1].new_zeros(parts[0][1].size(0), max(p[-1] for p, _ in parts) + 1, parts[0][1].size(2))
+    for positions, m in parts:
+        memory = memory.slice_scatter(m, 1, positions.start, positions.stop, positions.step)
+    return memory
+
+def previous(parts, positions):
     """
-    Equation (5): m_{p-1} for every p in positions, (B, P, D), from memory (B, n, D) of positions 0 .. n-1; zero before
+    Equation (5): m_{p-1} for every p in positions, (B, P, D), from the newest memories, parts (positions, m); zero before
     the first token and where nothing has been computed yet (within a chunk).
     """
-    start, stop, step = positions.start, positions.stop, positions.step
-    first = start if start > 0 else step
-    found = memory[:, first - 1:stop - 1:step]
-    before = int(start == 0)
+    before = int(positions[0] == 0)
+    wanted = range(positions[0] + before * positions.step - 1, positions[-1], positions.step)
+    end = max(p[-1] for p, _ in parts)
+    p, m = next(((p, m) for p, m in parts if wanted and wanted[0] in p and wanted.step % p.step == 0 and p[-1] >= min(wanted[-1], end)), (None, None))
+    if p is None:  # in several parts
+        m = newest(parts)
+        p = range(m.size(1))
+    found = m[:, p.index(wanted[0])::wanted.step // p.step][:, :len(wanted)] if wanted else m[:, :0]
     return F.pad(found, (0, 0, before, len(positions) - before - found.size(1)))
 
 def at(x, passes):
     """x (B, T, D) at the positions of each pass: views, taken so that their gradients meet in few sums."""
-    if len(passes[0]) < x.size(1):  # chunks, one after another
+    ends = [0] + [p.stop for p in passes]
+    if ends[-1] == x.size(1) and all(p.start == end and p.step == 1 for p, end in zip(passes, ends)):  # one after another
         return x.split([len(p) for p in passes], dim=1)
     classes = {p.step: residues(x, p.step, 1) for p in passes if p.step > 1}
-    return [classes[p.step][p.start] if p.step > 1 else x for p in passes]
+    return [classes[p.step][p.start] if p.step > 1 else x if len(p) == x.size(1) else take(x, p) for p in passes]
 
 def run(model, idx, passes, kv_refresh=False, detach=False):
     """
     Run a schedule on tokens idx (B, T): for each pass yields its positions, its hidden states (B, P, D), and the newest
-    memory of all positions computed so far (B, n, D). Gradients flow from later passes into earlier ones through the
-    keys, values and memory, unless detach.
+    memories of all positions computed so far, as parts (see newest()). Gradients flow from later passes into earlier ones
+    through the keys, values and memories, unless detach.
     """
     kv_refresh = kv_refresh and model.config.kv_memory  # without projected memory there is nothing to renew
     kv = KVBuffer(model.config.n_layer, keep_local=kv_refresh)
-    memory = None
-    use_memory = model.config.lrt != "none"
+    memories = []  # parts, as the store keeps keys and values
     x0, value_embeds = model.embed(idx)  # once for all passes
     x0, value_embeds = at(x0, passes), [at(x, passes) if x is not None else [None] * len(passes) for x in value_embeds]
     for i, positions in enumerate(passes):
-        recurrent = previous(memory, positions) if use_memory and memory is not None else None
+        left = split(memories, positions, 1)
+        recurrent = previous(left if positions.step > 1 else memories, positions) if memories and model.config.lrt != "none" else None
         embedded = x0[i], [x[i] for x in value_embeds]
         hidden, source = model(take(idx, positions), positions, kv, recurrent, embedded=embedded)
-        memory = put(memory, positions, source)
-        yield positions, hidden, memory
+        memories = [(positions, source), *left]
+        yield positions, hidden, memories
         kv = kv.copy()  # a layer that is run again in the backward must find the store as it was
         if detach:
             kv.detach()
-            memory = memory.detach()
+            memories = [(p, m.detach()) for p, m in memories]
         if kv_refresh:
             for later in passes[i + 1:]:
-                model.refresh(later, kv, previous(memory, later))
+                model.refresh(later, kv, previous(memories, later))
 
 # relative change of the memories at which prefill takes them for final: some way above the rounding of one pass
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}

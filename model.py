@@ -120,18 +120,6 @@ def take(x, positions, dim=1):
     index = (slice(None),) * dim + (slice(positions.start, positions.stop, positions.step),)
     return x[index]
 
-def put(old, positions, new, dim=1):
-    """
-    `old` (or None: nothing yet) with `new` written at a range of positions along dim, as a new tensor that autograd
-    flows through. Writing just behind the end appends.
-    """
-    length = 0 if old is None else old.size(dim)
-    if positions.start == 0 and positions.step == 1 and len(positions) >= length:
-        return new  # everything is overwritten
-    if positions.start == length and positions.step == 1:
-        return torch.cat([old, new], dim=dim)
-    return old.slice_scatter(new, dim, positions.start, positions.stop, positions.step)
-
 def visible(positions, window, device):
     """
     The attention mask of queries at `positions` over keys 0 .. positions[-1], True where p - window <= key <= p, as
@@ -408,19 +396,20 @@ class GPT(nn.Module):
         rotary = take(self.cos, positions, dim=0), take(self.sin, positions, dim=0)
         memory_kv = self.memory_kv(memory)
         x0, value_embeds = embedded or self.embed(idx)
+        abc = [x.to(x0.dtype).unbind() for x in (self.resid_lambdas, self.x0_lambdas, self.mem_lambdas) if x is not None]
         h = x0
         for l in range(n_layer or config.n_layer):
-            args = l, h, x0, value_embeds[l], memory, memory_kv[l], rotary, positions, kv
+            args = l, [x[l] for x in abc], h, x0, value_embeds[l], memory, memory_kv[l], rotary, positions, kv
             h = checkpoint(self.layer, *args, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else self.layer(*args)
             if l == config.source_layer:
                 source = norm(h)
         return norm(h), source
 
-    def layer(self, l, h, x0, value_embed, memory, memory_kv, rotary, positions, kv):
-        """Equations (1) and (2) of layer l and the rest of its block: h (B, P, D) -> (B, P, D)."""
-        h = torch.addcmul(self.resid_lambdas[l].to(h.dtype) * h, self.x0_lambdas[l].to(h.dtype), x0)
+    def layer(self, l, abc, h, x0, value_embed, memory, memory_kv, rotary, positions, kv):
+        """Equations (1), abc its scalars, and (2) of layer l and the rest of its block: h (B, P, D) -> (B, P, D)."""
+        h = torch.addcmul(abc[0] * h, abc[1], x0)
         if memory is not None and self.config.residual_memory:
-            h = torch.addcmul(h, self.mem_lambdas[l].to(h.dtype), memory)
+            h = torch.addcmul(h, abc[2], memory)
         return self.h[l](h, value_embed, memory_kv, rotary, positions, self.config.window(l), kv)
 
     def refresh(self, positions, kv, memory):
