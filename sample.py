@@ -8,6 +8,7 @@ Sample from a trained run, with memory carried from token to token: one forward 
 import codecs
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -44,9 +45,14 @@ def find_checkpoint(path=None):
 CHECKPOINT = dict(model=dict, optimizers=list, step=int, rows_seen=int, seconds=float, config=dict, schedule=dict, args=dict,
                   torch_rng=torch.Tensor, tokenizer_sha256=str, shards_sha256=list)  # what train.py's save() puts into a checkpoint
 
-def load_checkpoint(path):
-    """The checkpoint at `path`, the dict of CHECKPOINT's keys and types, tensors on the CPU. Raises UserError."""
+def load_checkpoint(path, verify=False):
+    """
+    The checkpoint at `path`, the dict of CHECKPOINT's keys and types, tensors on the CPU. verify reads all of it to
+    compare checksums, which torch.load does not. Raises UserError.
+    """
     try:
+        if verify and (bad := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"{bad} does not match its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         for key, kind in CHECKPOINT.items():
             if not isinstance(checkpoint[key], kind):
