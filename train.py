@@ -4,7 +4,7 @@ Train a Latent Recurrent Transformer, or the plain GPT under it. --depth is the 
     python train.py --depth 4 --lrt shared                                                one process: GPU, Mac or CPU
     torchrun --standalone --nproc_per_node=8 train.py --depth=20 --lrt=shared             one node of 8 GPUs
     python train.py --resume runs/d4_shared                                               go on with a run
-    torchrun --max-restarts=9 .. train.py --name=x --resume=auto                          the same command starts and goes on
+    python train.py --name x --resume auto                                                the same command starts and goes on
 """
 
 import dataclasses
@@ -113,8 +113,12 @@ def parse_args():
         args.name = args.name or default_name(args)
         folder = Path(args.out) / args.name
         args.resume = str(folder) if any(folder.glob("ckpt_*.pt")) else "auto"
-    elif args.resume is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise UserError("--max-restarts needs --resume auto: without it a restart would not go on with this run")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # said now, and not when the first process dies
+        if args.resume is None:
+            raise UserError("--max-restarts needs --resume auto: without it a restart would not go on with this run")
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # pytorch issue 135712
+            raise UserError("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, and --standalone or --rdzv_backend=c10d: "
+                            "otherwise a restart waits for processes that are gone")
     if args.resume not in (None, "auto"):
         path, checkpoint = newest_checkpoint(args.resume)
         before = checkpoint["args"] | {"name": path.parent.name, "out": str(path.parent.parent)}
