@@ -114,8 +114,9 @@ def write_atomic(path, write):
     except BaseException as e:
         with contextlib.suppress(OSError):
             os.unlink(tmp)
-        if isinstance(e, OSError):
-            raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+        cause = e.__context__ if isinstance(e, RuntimeError) else e  # torch.save ends in an error of its own
+        if isinstance(cause, OSError):
+            raise UserError(f"cannot write {path}: {cause.strerror or cause}") from e
         raise
 
 def lock(folder, what):
@@ -216,7 +217,7 @@ def load_tokenizer(folder):
         return tiktoken.Encoding(spec["name"], pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens=specials)
     except FileNotFoundError as e:
         raise UserError(f"no tokenizer in {folder}: run `python prepare_data.py --out {folder}` first") from e
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"the tokenizer files in {folder} are damaged ({e}): re-run prepare_data.py") from e
 
 def tokenizer_sha256(folder):
@@ -535,7 +536,7 @@ def open_data(folder, verify=True):
                   for split in ("train", "val") for entry in meta[split]]
         dtype, vocab_size, bos = np.dtype(meta["dtype"]), meta["vocab_size"], meta["bos_id"]
         digest = meta["tokenizer_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{folder / 'meta.json'} is damaged ({e!r}): delete it and re-run prepare_data.py") from e
     enc = load_tokenizer(folder)
     sizes = token_bytes(enc)
@@ -552,7 +553,12 @@ def open_data(folder, verify=True):
         (data.train if split == "train" else data.val).append(shard)
     if verify:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for (_, path, _, expected), found in zip(shards, pool.map(sha256_file, [shard[1] for shard in shards])):
+            def digest_of(shard):
+                try:
+                    return sha256_file(shard[1])
+                except OSError as e:
+                    raise UserError(f"cannot read {shard[1]} ({e.strerror}): is the disk failing?") from e
+            for (_, path, _, expected), found in zip(shards, pool.map(digest_of, shards)):
                 if found != expected:
                     raise UserError(f"{path} is damaged (sha256 differs from meta.json): delete it and re-run prepare_data.py")
     return data

@@ -9,6 +9,7 @@ import codecs
 import json
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -46,9 +47,14 @@ def find_checkpoint(path=None):
 CHECKPOINT = dict(model=dict, optimizers=list, step=int, rows_seen=int, seconds=float, config=dict, schedule=dict, args=dict,
                   torch_rng=torch.Tensor, tokenizer_sha256=str, shards_sha256=list)  # what train.py's save() puts into a checkpoint
 
-def load_checkpoint(path):
-    """The checkpoint at `path`, the dict of CHECKPOINT's keys and types, tensors on the CPU. Raises UserError."""
+def load_checkpoint(path, verify=False):
+    """
+    The checkpoint at `path`, the dict of CHECKPOINT's keys and types, tensors on the CPU. verify reads all of it to
+    compare checksums, which torch.load does not. Raises UserError.
+    """
     try:
+        if verify and (bad := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"{bad} does not match its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         for key, kind in CHECKPOINT.items():
             if not isinstance(checkpoint[key], kind):
@@ -89,10 +95,10 @@ def pick_device(name=None):
         raise UserError(f"device {name!r} cannot be used here: {str(e).split(chr(10))[0]}")
     return torch.device(name)
 
-def join_processes(name=None):
+def join_processes(name=None, timeout=None):
     """
     Under torchrun, join its processes: this one's device (as pick_device, one GPU each), its rank and how many there
-    are; 0 and 1 without torchrun. Raises UserError.
+    are; 0 and 1 without torchrun. timeout: a timedelta, of a collective. Raises UserError.
     """
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = pick_device(name)
@@ -104,7 +110,7 @@ def join_processes(name=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     return device, rank, world
 
 def compute_dtype(device):

@@ -4,18 +4,22 @@ Train a Latent Recurrent Transformer, or the plain GPT under it. --depth is the 
     python train.py --depth 4 --lrt shared                                                one process: GPU, Mac or CPU
     torchrun --standalone --nproc_per_node=8 train.py --depth=20 --lrt=shared             one node of 8 GPUs
     python train.py --resume runs/d4_shared                                               go on with a run
+    python train.py --name x --resume auto                                                the same command starts and goes on
 """
 
 import dataclasses
+import faulthandler
 import gc
 import json
 import math
 import os
 import signal
 import time
+import warnings
 from argparse import BooleanOptionalAction, Namespace
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +40,9 @@ from sample import complete, compute_dtype, find_checkpoint, join_processes, loa
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
               "L40S": 362e12, "4090": 165e12, "3090": 71e12}
 
+MAX_SKIPS = 10  # --on-nonfinite skip: so many steps in a row are no accident
+TIMEOUT = timedelta(minutes=10)  # of a collective: a process that ends is noticed at once, this is for one that hangs
+
 def peak_flops(device):
     """Peak FLOP/s of a device, None where it is not known."""
     return next((f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
@@ -45,8 +52,9 @@ def make_parser():
     g = parser.add_argument_group("run")
     g.add_argument("--data", default="data", help="folder that prepare_data.py made")
     g.add_argument("--name", metavar="NAME", help="the run's folder is OUT/NAME (default: d<depth>_<lrt>, or d<depth>_recurrent; numbered if it exists)")
-    g.add_argument("--out", default="runs", help="where run folders go")
-    g.add_argument("--resume", metavar="PATH", help="run folder or checkpoint to go on with; its flags apply, those given here on top")
+    g.add_argument("--out", type=os.path.normpath, default="runs", help="where run folders go")
+    g.add_argument("--resume", metavar="PATH", help="run folder or checkpoint to go on with; its flags apply, those given here on top. "
+                   "auto: OUT/NAME from its newest checkpoint, or from the start if it has none, so that the same command starts and restarts")
     g.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the data")
     g.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
     g.add_argument("--compile", action=BooleanOptionalAction, help="torch.compile (default: on CUDA)")
@@ -85,6 +93,8 @@ def make_parser():
     g.add_argument("--scalar-lr", type=float, default=0.5, help="x0 and memory scalars; the residual scalars get a hundredth")
     g.add_argument("--weight-decay", type=float, default=0.2, help="of the matrices, up to depth 12, less for deeper ones; falls to 0 over the run")
     g.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm, 0: no clipping")
+    g.add_argument("--on-nonfinite", choices=["stop", "skip"], default="stop",
+                   help=f"a step whose loss or gradient is not finite: stop, or leave the weights as they are ({MAX_SKIPS} in a row stop in any case)")
     g.add_argument("--warmup-steps", type=int, default=40, help="steps of linear warm-up")
     g.add_argument("--warmdown-ratio", type=float, default=0.5, help="share of the run over which the learning rates fall linearly")
     g.add_argument("--final-lr-frac", type=float, default=0.0, help="where they end, as a share of where they were")
@@ -101,22 +111,32 @@ def make_parser():
     return parser
 
 # what may change from a run to its continuation; anything else would make it another run
-MAY_CHANGE = {"resume", "data", "device", "compile", "device_batch_size", "activation_checkpointing", "eval_every", "eval_tokens", "decode_tokens",
-              "core_every", "core_bundle", "core_max_per_task", "save_every", "keep", "log_every", "dry_run"}
+MAY_CHANGE = {"resume", "data", "device", "compile", "device_batch_size", "activation_checkpointing", "on_nonfinite", "eval_every", "eval_tokens",
+              "decode_tokens", "core_every", "core_bundle", "core_max_per_task", "save_every", "keep", "log_every", "dry_run"}
 
 def parse_args():
     """The flags, and the checkpoint to go on with or None. A resumed run's own flags stand in for the defaults."""
     parser = make_parser()
     args, checkpoint = parser.parse_args(), None
-    if args.resume is not None:
-        path = find_checkpoint(args.resume)
-        checkpoint = load_checkpoint(path)
+    if args.resume == "auto":
+        args.name = args.name or default_name(args)
+        folder = Path(args.out) / args.name
+        args.resume = str(folder) if any(folder.glob("ckpt_*.pt")) else "auto"
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # said now, and not when the first process dies
+        if args.resume is None:
+            raise UserError("--max-restarts needs --resume auto: without it a restart would not go on with this run")
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # pytorch issue 135712
+            raise UserError("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, and --standalone or --rdzv_backend=c10d: "
+                            "otherwise a restart waits for processes that are gone")
+    if args.resume not in (None, "auto"):
+        path, checkpoint = newest_checkpoint(args.resume)
         before = vars(parser.parse_args([])) | checkpoint["args"] | {"name": path.parent.name, "out": str(path.parent.parent)}
         args = parser.parse_args(namespace=Namespace(**before))  # argparse leaves what is there, unless given
         changed = [k for k, v in before.items() if k not in MAY_CHANGE and v != getattr(args, k)]
         if changed:
             raise UserError(f"{path} was trained with " + ", ".join(f"--{k.replace('_', '-')} {before[k]}" for k in changed)
                             + ": resume without that flag, or start another run")
+        args.resume = str(path)
     args.lrt = args.lrt or ("none" if args.arch == "recurrent" else "shared")
     at_least(args, depth=1, subsets=1, refinements=1, chunk=1, seed=0, num_iterations=1, target_flops=1, total_batch_size=1, device_batch_size=1, aspect_ratio=1, head_dim=1,
              matrix_lr=0, embedding_lr=0, head_lr=0, scalar_lr=0, weight_decay=0, grad_clip=0, warmup_steps=0, warmdown_ratio=0,
@@ -305,6 +325,12 @@ def dry_run(args):
 # -----------------------------------------------------------------------------
 # Data: rows of T+1 tokens, T apart, in an order that only the seed decides
 
+def stamp(shard):
+    """Size and time of change of a memory-mapped shard's file; None if it is gone, or if there is no file."""
+    with suppress(FileNotFoundError):
+        if isinstance(shard, np.memmap):
+            return (stat := os.stat(shard.filename)).st_size, stat.st_mtime_ns
+
 class Rows:
     """
     The training rows, numbered 0, 1, 2, .. without end. An epoch goes through the shards in a random order, and
@@ -314,6 +340,7 @@ class Rows:
 
     def __init__(self, shards, T, seed):
         self.shards, self.T, self.seed = shards, T, seed
+        self.stamps = [stamp(shard) for shard in shards]
         self.counts = np.array([max(len(shard) - 1, 0) // T for shard in shards])
         self.per_epoch = int(self.counts.sum())
         self.orders = {}
@@ -328,10 +355,12 @@ class Rows:
         return self.orders[epoch, shard]
 
     def __getitem__(self, n):
-        """Row n: (T+1,) int64."""
+        """Row n: (T+1,) int64. Raises UserError for a shard that is not as it was: behind the end of a truncated one, SIGBUS kills."""
         epoch, n = divmod(n, self.per_epoch)
         for shard in self.order(epoch):
             if n < self.counts[shard]:
+                if stamp(self.shards[shard]) != self.stamps[shard]:
+                    raise UserError(f"{self.shards[shard].filename} was changed or removed while it was in use: re-run prepare_data.py, then --resume")
                 start = self.order(epoch, shard)[n] * self.T
                 return self.shards[shard][start:start + self.T + 1].astype(np.int64)
             n -= self.counts[shard]
@@ -348,19 +377,36 @@ class Rows:
 # -----------------------------------------------------------------------------
 # The run folder
 
+def default_name(args):
+    return f"d{args.depth}_{args.arch if args.arch != 'gpt' else args.lrt or 'shared'}"
+
 def new_run_folder(args):
     """Make the run's folder, numbered if it exists and no name was asked for. Raises UserError if the name is taken."""
-    name = args.name or f"d{args.depth}_{args.lrt if args.arch == 'gpt' else args.arch}"
+    name = args.name or default_name(args)
     for i in range(1, 10000):
         folder = Path(args.out) / (name if i == 1 else f"{name}_{i}")
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=args.resume == "auto")  # it ended before its first checkpoint
             return folder
         except FileExistsError:
             if args.name:
                 raise UserError(f"{folder} exists: go on with it by --resume {folder}, or give another --name")
         except OSError as e:
             raise UserError(f"cannot make {folder}: {e.strerror}")
+
+def newest_checkpoint(path):
+    """
+    (path, checkpoint) of the file that is meant, or of the newest in a run folder that is whole: damaged ones are passed
+    over, saying so. Raises UserError where there is none.
+    """
+    newest = find_checkpoint(path)
+    for path in [newest] if Path(path).is_file() else sorted(newest.parent.glob("ckpt_*.pt"), reverse=True):
+        try:
+            return path, load_checkpoint(path, verify=True)
+        except UserError as e:
+            error = e
+            print(f"warning: {e}", flush=True)
+    raise error
 
 def read_log(folder):
     """The rows of log.jsonl; lines that a crash or a full disk cut short are left out."""
@@ -407,10 +453,14 @@ def main():
         return dry_run(args)
 
     # device and processes
-    device, rank, world = join_processes(args.device)
+    device, rank, world = join_processes(args.device, TIMEOUT)
     ddp = dist.is_initialized()
     master = rank == 0
-    say = tqdm.write if master else lambda *_: None
+
+    def say(text):
+        if master:
+            with suppress(OSError):  # a console that goes to a full disk is no reason to end
+                tqdm.write(text)
 
     # data and plan
     data = open_data(args.data, verify=master)  # one process reads every byte, the others trust it
@@ -446,6 +496,7 @@ def main():
     train_step = TrainStep(model, schedule)
     train_step = torch.compile(train_step, dynamic=False) if use_compile else train_step
     if ddp:
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its new name is not in torch 2.11
         train_step = DDP(train_step, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
 
     # a new run, or an old one taken back to its checkpoint
@@ -456,13 +507,18 @@ def main():
         load_state(checkpoint, args.resume, model, optimizers)
         del checkpoint
     start = step
+    if ddp:
+        starts = [None] * world
+        dist.all_gather_object(starts, start)
+        if len(set(starts)) > 1:
+            raise UserError(f"the processes found checkpoints of different steps, {sorted(set(starts))}: {args.out} must be one folder, shared by all nodes")
     if master:
         folder = folder or new_run_folder(args)
         held = lock(folder, "training")  # noqa: F841 (open, and so locked, until main ends)
-        evaluated = rewind(folder, step) if start else -1
+        evaluated = rewind(folder, step if start else -1)
         for name in ("tokenizer.tiktoken", "tokenizer.json"):
             write_atomic(folder / name, lambda f: f.write((data.folder / name).read_bytes()))
-        log = open(folder / "log.jsonl", "a", buffering=1)  # a line at a time
+        log, unwritten = open(folder / "log.jsonl", "ab", buffering=0), b""
     if ddp:  # the master's word is everybody's
         told = [folder, evaluated]
         dist.broadcast_object_list(told)
@@ -472,15 +528,19 @@ def main():
     peak = peak_flops(device)
 
     def record(**row):
-        """A line of log.jsonl."""
+        """A line of log.jsonl. What a full disk does not take is kept, and tried again with the next line."""
+        nonlocal unwritten
         if master:
-            try:
-                log.write(json.dumps(row) + "\n")
-            except OSError as e:
-                raise UserError(f"cannot write {folder / 'log.jsonl'}: {e.strerror}; go on with --resume {folder} when there is room")
+            unwritten += json.dumps(row).encode() + b"\n"
+            with suppress(OSError):
+                unwritten = unwritten[log.write(unwritten):]
 
     def save():
-        """The checkpoint of this step, and only the newest few kept."""
+        """
+        The log and the checkpoint of this step, and only the newest few kept. A disk that is full now may have room at
+        the next one: a warning. Raises UserError where there will be no next one.
+        """
+        nonlocal unwritten
         path = folder / f"ckpt_{step:07d}.pt"
         for optimizer in optimizers if ddp else ():
             optimizer.consolidate_state_dict()  # every process hands its share to the master
@@ -488,9 +548,18 @@ def main():
             state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step, rows_seen=rows_seen, seconds=seconds,
                          config=dataclasses.asdict(config), schedule=dataclasses.asdict(schedule), args=vars(args), torch_rng=torch.get_rng_state(),
                          tokenizer_sha256=data.meta["tokenizer_sha256"], shards_sha256=shards_sha256)
-            write_atomic(path, lambda f: torch.save(state, f))
+            try:
+                while unwritten:
+                    unwritten = unwritten[log.write(unwritten):]
+                os.fsync(log.fileno())  # a checkpoint is never ahead of its log
+                write_atomic(path, lambda f: torch.save(state, f))
+            except (OSError, UserError) as e:
+                error = UserError(f"step {step} was not saved: {e}; make room")
+                if last or stopping:
+                    raise UserError(f"{error}, then --resume {folder}") from e
+                return say(f"warning: {error}; training goes on, and the next save is the next try")
             for old in sorted(folder.glob("ckpt_*.pt"))[:-args.keep]:
-                old.unlink()
+                old.unlink(missing_ok=True)
         say(f"saved {path}")
 
     def not_finite(what):
@@ -531,7 +600,7 @@ def main():
         """This process's rows of forward i of the step that begins at row `first`; the steps follow each other."""
         return rows.batch(first + (i * world + rank) * plan.device_batch, plan.device_batch, device)
 
-    smooth, stopping, batch = None, False, load(rows_seen, 0)
+    smooth, stopping, skips, batch = None, False, 0, load(rows_seen, 0)
     while True:
         last = step >= num_iterations
         if step > evaluated and (last or (args.eval_every and step % args.eval_every == 0 and not stopping)):
@@ -560,18 +629,26 @@ def main():
             state /= world
         *losses, norm, stop_votes = state.tolist()
         stopping = stop_votes > 0
-        if not (math.isfinite(losses[0]) and math.isfinite(norm)):
-            raise not_finite(f"the loss is {losses[0]}, the gradient's norm {norm}")
+        finite = math.isfinite(losses[0]) and math.isfinite(norm)
+        skips = 0 if finite else skips + 1  # in a row
+        if not finite:
+            what = f"the loss is {losses[0]}, the gradient's norm {norm}"
+            if args.on_nonfinite == "stop" or skips == MAX_SKIPS:
+                raise not_finite(what)
+            say(f"step {step:05d}: skipped, {what}")
+            record(kind="skip", step=step, reason=what)
         for optimizer in optimizers:
-            optimizer.step()
+            if finite:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         dt = time.perf_counter() - t0
         seconds += dt
-        smooth = losses[0] if smooth is None else 0.9 * smooth + 0.1 * losses[0]
         rate = plan.total_batch / dt
-        record(kind="train", step=step, loss=losses[0], passes=losses[1:] if len(passes) <= 16 else None, norm=norm, lrm=multiplier, dt=dt)
-        if step % args.log_every == 0 or step == num_iterations - 1:
+        if finite:
+            smooth = losses[0] if smooth is None else 0.9 * smooth + 0.1 * losses[0]
+            record(kind="train", step=step, loss=losses[0], passes=losses[1:] if len(passes) <= 16 else None, norm=norm, lrm=multiplier, dt=dt)
+        if finite and (step % args.log_every == 0 or step == num_iterations - 1):
             mfu = f" | mfu: {100 * plan.flops_per_token * rate / (peak * world):.1f}%" if peak else ""
             eta = seconds / (step + 1) * (num_iterations - step - 1)
             say(f"step {step:05d}/{num_iterations:05d} ({100 * step / num_iterations:.1f}%) | loss: {smooth:.4f} | norm: {norm:.2f} | lrm: {multiplier:.2f} | "
@@ -581,6 +658,9 @@ def main():
         bar.update()
     bar.close()
 
+    skipped = sum(row["kind"] == "skip" for row in read_log(folder)) if master else 0
+    if skipped:
+        say(f"warning: {skipped} steps were skipped, see {folder / 'log.jsonl'}")
     if not last:
         say(f"stopped at step {step}; go on with: python train.py --resume {folder}")
     elif master:
@@ -592,4 +672,5 @@ def main():
         dist.destroy_process_group()
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a bus error or segmentation fault says where
     run_main(main)
