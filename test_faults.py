@@ -32,6 +32,7 @@ from prepare_data import UserError
 HERE = Path(__file__).parent
 TINY = ("--depth 1 --aspect-ratio 16 --head-dim 8 --max-seq-len 16 --total-batch-size 128 --eval-tokens 112 --decode-tokens 32 "
         "--device cpu --warmup-steps 0 --eval-every 0 --save-every 0").split()
+TWELVE = [*TINY, "--name", "x", "--num-iterations", 12, "--eval-every", 3, "--save-every", 2]
 
 
 # -----------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def same_bits(a, b):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory, fork):
-    """Prepared data: two training shards and one of validation, 300 tokens in the vocabulary."""
+    """Prepared data: some training shards and one of validation, 300 tokens in the vocabulary."""
     folder = tmp_path_factory.mktemp("corpus")
     text = Path(json.__file__).read_text() + Path(contextlib.__file__).read_text()
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in text.split("\n\n")))
@@ -151,7 +152,7 @@ def test_killed_at_24_random_moments(data, here, fork):
     flags = ["--data", data, *TINY, "--num-iterations", 150, "--eval-every", 3, "--save-every", 2, "--resume", "auto"]
     rng, kills, torn = random.Random(6), Counter(), 0
     whole = fork(command, "whole.txt", [*flags, "--name", "whole"])
-    for phase in rng.sample("rrr" + "sssssss" * 1 + "eeeeeee" + "wwwwwww", 24):
+    for phase in rng.sample("rrr" + 7 * "sew", 24):
         ours, theirs = multiprocessing.Pipe(duplex=False)
         process = fork(command, "cut.txt", [*flags, "--name", "cut"], None, tell_phases, theirs)
         theirs.close()
@@ -190,8 +191,6 @@ def trained(data, tmp_path_factory, fork):
     codes, said = run(fork, folder / "out.txt", "--data", data, *TWELVE, "--out", folder / "runs", "--keep", 9)
     assert codes == [0], said
     return folder
-
-TWELVE = [*TINY, "--name", "x", "--num-iterations", 12, "--eval-every", 3, "--save-every", 2]
 
 def test_a_damaged_checkpoint_is_passed_over(trained, here, fork, capsys):
     def flip(path):
