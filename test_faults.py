@@ -114,9 +114,10 @@ def data(tmp_path_factory, fork):
     assert wait(fork(prepare, folder / "text.jsonl", folder / "data", 5000)) == [0]
     return folder / "data"
 
-def prepare(source, out, shard_tokens):
+def prepare(source, out, shard_tokens, said=os.devnull):
     sys.argv = ["prepare_data.py", str(source), "--out", str(out), "--vocab-size", "300", "--shard-tokens", str(shard_tokens)]
-    prepare_data.run_main(prepare_data.main)
+    with open(said, "w") as f, contextlib.redirect_stdout(f):
+        prepare_data.run_main(prepare_data.main)
 
 class Evil:
     """A pickle of this makes a folder when it is loaded."""
@@ -543,8 +544,9 @@ def test_two_nodes(data, here, fork):
 def test_three_prepare_data_at_once(data, here, fork):
     """One works, the others are refused, or find it done; the folder is that of one alone."""
     source = data.parent / "text.jsonl"
-    codes = wait(*[fork(prepare, source, here / "data", 5000) for _ in range(3)])
-    assert set(codes) <= {0, 2} and 0 in codes
+    processes = [fork(prepare, source, here / "data", 5000, f"{i}.txt") for i in range(3)]
+    codes, said = wait(*processes), [Path(f"{i}.txt").read_text() for i in range(3)]
+    assert set(codes) <= {0, 2} and sum("training a tokenizer" in text for text in said) == 1
     names = sorted(p.name for p in data.iterdir())
     assert sorted(p.name for p in Path("data").iterdir()) == names
     assert all((data / name).read_bytes() == (here / "data" / name).read_bytes() for name in names)
