@@ -24,7 +24,7 @@ from attention import KVBuffer
 from core import CORE, batches, common_length, encode, evaluate_task, load_tasks, make_example, render, score
 from model import GPTConfig
 from prepare_data import UserError, load_tokenizer
-from test_cli import SMALL, assert_refused, cli, data, here, log, shell  # noqa: F401 (fixtures)
+from test_cli import SMALL, assert_refused, cli, log, shell
 from test_model import decode, make
 
 BUNDLE = Path(os.environ.get("CORE_DIR", Path(__file__).parent / "../shared/core"))

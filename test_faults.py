@@ -32,6 +32,7 @@ from prepare_data import UserError
 HERE = Path(__file__).parent
 TINY = ("--depth 1 --aspect-ratio 16 --head-dim 8 --max-seq-len 16 --total-batch-size 128 --eval-tokens 112 --decode-tokens 32 "
         "--device cpu --warmup-steps 0 --eval-every 0 --save-every 0").split()
+TWELVE = [*TINY, "--name", "x", "--num-iterations", 12, "--eval-every", 3, "--save-every", 2]
 
 
 # -----------------------------------------------------------------------------
@@ -106,16 +107,17 @@ def same_bits(a, b):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory, fork):
-    """Prepared data: two training shards and one of validation, 300 tokens in the vocabulary."""
+    """Prepared data: some training shards and one of validation, 300 tokens in the vocabulary."""
     folder = tmp_path_factory.mktemp("corpus")
     text = Path(json.__file__).read_text() + Path(contextlib.__file__).read_text()
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in text.split("\n\n")))
     assert wait(fork(prepare, folder / "text.jsonl", folder / "data", 5000)) == [0]
     return folder / "data"
 
-def prepare(source, out, shard_tokens):
+def prepare(source, out, shard_tokens, said=os.devnull):
     sys.argv = ["prepare_data.py", str(source), "--out", str(out), "--vocab-size", "300", "--shard-tokens", str(shard_tokens)]
-    prepare_data.run_main(prepare_data.main)
+    with open(said, "w") as f, contextlib.redirect_stdout(f):
+        prepare_data.run_main(prepare_data.main)
 
 class Evil:
     """A pickle of this makes a folder when it is loaded."""
@@ -151,7 +153,7 @@ def test_killed_at_24_random_moments(data, here, fork):
     flags = ["--data", data, *TINY, "--num-iterations", 150, "--eval-every", 3, "--save-every", 2, "--resume", "auto"]
     rng, kills, torn = random.Random(6), Counter(), 0
     whole = fork(command, "whole.txt", [*flags, "--name", "whole"])
-    for phase in rng.sample("rrr" + "sssssss" * 1 + "eeeeeee" + "wwwwwww", 24):
+    for phase in rng.sample("rrr" + 7 * "sew", 24):
         ours, theirs = multiprocessing.Pipe(duplex=False)
         process = fork(command, "cut.txt", [*flags, "--name", "cut"], None, tell_phases, theirs)
         theirs.close()
@@ -190,8 +192,6 @@ def trained(data, tmp_path_factory, fork):
     codes, said = run(fork, folder / "out.txt", "--data", data, *TWELVE, "--out", folder / "runs", "--keep", 9)
     assert codes == [0], said
     return folder
-
-TWELVE = [*TINY, "--name", "x", "--num-iterations", 12, "--eval-every", 3, "--save-every", 2]
 
 def test_a_damaged_checkpoint_is_passed_over(trained, here, fork, capsys):
     def flip(path):
@@ -518,7 +518,10 @@ def test_two_nodes(data, here, fork):
             assert time.time() < end, "".join(path.read_text()[-3000:] for path in here.glob("agent*.txt"))
             time.sleep(0.02)
     try:
-        first, second = agent(), agent()
+        first = agent()
+        while socket.socket().connect_ex(("127.0.0.1", int(port))):  # it hosts the rendezvous, and stays
+            time.sleep(0.05)
+        second = agent()
         until(12)
         os.kill(children(first.pid)[0], signal.SIGKILL)
         until(32)
@@ -531,7 +534,7 @@ def test_two_nodes(data, here, fork):
             for pid in [*children(process.pid), process.pid] if process.poll() is None else []:
                 os.kill(pid, signal.SIGKILL)
     assert wait(*whole) == [0, 0]
-    assert "Signal 9" in Path("agent0.txt").read_text()  # torchrun gives the reason
+    assert "exitcode: -9" in Path("agent0.txt").read_text()  # torchrun gives the reason
     assert numbers("runs/x") == numbers("runs/whole") and same_bits("runs/x/ckpt_0000060.pt", "runs/whole/ckpt_0000060.pt")
 
 
@@ -541,8 +544,9 @@ def test_two_nodes(data, here, fork):
 def test_three_prepare_data_at_once(data, here, fork):
     """One works, the others are refused, or find it done; the folder is that of one alone."""
     source = data.parent / "text.jsonl"
-    codes = wait(*[fork(prepare, source, here / "data", 5000) for _ in range(3)])
-    assert set(codes) <= {0, 2} and 0 in codes
+    processes = [fork(prepare, source, here / "data", 5000, f"{i}.txt") for i in range(3)]
+    codes, said = wait(*processes), [Path(f"{i}.txt").read_text() for i in range(3)]
+    assert set(codes) <= {0, 2} and sum("training a tokenizer" in text for text in said) == 1
     names = sorted(p.name for p in data.iterdir())
     assert sorted(p.name for p in Path("data").iterdir()) == names
     assert all((data / name).read_bytes() == (here / "data" / name).read_bytes() for name in names)

@@ -22,7 +22,7 @@ from interleave import Schedule, TrainStep, plain, run, sequential
 from model import GPT, GPTConfig, KVCache, norm
 from recurrent import keys_read, reference, tile, tiled
 from sample import complete, find_checkpoint, generate, load_checkpoint
-from test_cli import HERE, SMALL, assert_refused, cli, data, here, log, shell  # noqa: F401 (data and here are fixtures)
+from test_cli import HERE, SMALL, assert_refused, cli, log, shell
 from test_model import PARITY, decode, make, tokens
 from test_sample import BOS, toy_tokenizer
 

@@ -554,10 +554,10 @@ def main():
                 os.fsync(log.fileno())  # a checkpoint is never ahead of its log
                 write_atomic(path, lambda f: torch.save(state, f))
             except (OSError, UserError) as e:
-                error = UserError(f"step {step} was not saved: {e}; make room")
+                what = f"step {step} was not saved: {e}; make room"
                 if last or stopping:
-                    raise UserError(f"{error}, then --resume {folder}") from e
-                return say(f"warning: {error}; training goes on, and the next save is the next try")
+                    raise UserError(f"{what}, then --resume {folder}") from e
+                return say(f"warning: {what}; training goes on, and the next save is the next try")
             for old in sorted(folder.glob("ckpt_*.pt"))[:-args.keep]:
                 old.unlink(missing_ok=True)
         say(f"saved {path}")
