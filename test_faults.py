@@ -7,6 +7,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -420,7 +421,7 @@ def worst_difference(fork, data, names, worlds, *flags, prelude=None):
 def test_1_2_and_4_processes_train_alike(data, here, fork):
     """
     50 steps of every variant and schedule in float32; one and two processes need several forwards a step. A gradient's sum depends, in its
-    last bit, on its order, and optimizers that normalize amplify what is close to zero (at the full learning rates up to 1e-2
+    last bit, on its order, and optimizers that normalize amplify what is close to zero (at the full learning rates up to 3e-3
     here): so these are lower. The next test has no such noise.
     """
     lower = "--matrix-lr 0.0005 --embedding-lr 0.01 --scalar-lr 0.005 --warmup-steps 40".split()
@@ -573,7 +574,7 @@ def test_hostile_data(name, data, here):
     shutil.copytree(data, "data")
     path, meta = Path("data", name), json.loads(Path("data/meta.json").read_text())
     for hostile in (lambda f: np.save(f, np.array([Evil()]), allow_pickle=True), lambda f: np.savez(f, Evil(), allow_pickle=True),
-                    lambda f: torch.save(Evil(), f), lambda f: f.write(b"[" * 100_000), lambda f: f.write(b"\x80\x04" + bytes(1000))):
+                    lambda f: torch.save(Evil(), f), lambda f: f.write(b"[" * 100_000), lambda f: pickle.dump(Evil(), f)):
         with open(path, "wb") as f:
             hostile(f)
         if name != "meta.json":  # its author gives the matching checksum
