@@ -7,6 +7,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -160,16 +161,16 @@ def test_killed_at_24_random_moments(data, here, fork):
         for _ in range(1 if phase == "r" else rng.randint(1, 4)):
             while (last := ours.recv_bytes().decode()) != phase:
                 pass
-        time.sleep(rng.uniform(0, 0.005))
+        time.sleep(rng.uniform(0, 0.002))
         process.kill()
-        assert wait(process) == [-signal.SIGKILL]
+        assert wait(process) == [-signal.SIGKILL], Path("cut.txt").read_text()[-2000:]
         with contextlib.suppress(EOFError):
             while True:
                 last = ours.recv_bytes().decode()
         kills[last] += 1
         torn += any(Path("runs/cut").glob("*.tmp"))
     print(f"kills by phase: {dict(kills)}, {torn} of them left a half-written file")
-    assert sum(kills.values()) == 24 and min(kills[phase] for phase in "sew") >= 3 and torn
+    assert sum(kills.values()) == 24 and min(kills[phase] for phase in "sew") >= 3 and torn, (kills, torn)
     assert 20 < len(log("runs/cut")) < 150
     assert run(fork, "cut.txt", *flags, "--name", "cut")[0] == [0] and wait(whole) == [0]
     assert numbers("runs/cut") == numbers("runs/whole") and len(log("runs/cut")) == 150 and len(log("runs/cut", "eval")) == 51
@@ -420,7 +421,7 @@ def worst_difference(fork, data, names, worlds, *flags, prelude=None):
 def test_1_2_and_4_processes_train_alike(data, here, fork):
     """
     50 steps of every variant and schedule in float32; one and two processes need several forwards a step. A gradient's sum depends, in its
-    last bit, on its order, and optimizers that normalize amplify what is close to zero (at the full learning rates up to 1e-2
+    last bit, on its order, and optimizers that normalize amplify what is close to zero (at the full learning rates up to 3e-3
     here): so these are lower. The next test has no such noise.
     """
     lower = "--matrix-lr 0.0005 --embedding-lr 0.01 --scalar-lr 0.005 --warmup-steps 40".split()
@@ -573,7 +574,7 @@ def test_hostile_data(name, data, here):
     shutil.copytree(data, "data")
     path, meta = Path("data", name), json.loads(Path("data/meta.json").read_text())
     for hostile in (lambda f: np.save(f, np.array([Evil()]), allow_pickle=True), lambda f: np.savez(f, Evil(), allow_pickle=True),
-                    lambda f: torch.save(Evil(), f), lambda f: f.write(b"[" * 100_000), lambda f: f.write(b"\x80\x04" + bytes(1000))):
+                    lambda f: torch.save(Evil(), f), lambda f: f.write(b"[" * 100_000), lambda f: pickle.dump(Evil(), f)):
         with open(path, "wb") as f:
             hostile(f)
         if name != "meta.json":  # its author gives the matching checksum
