@@ -399,8 +399,12 @@ class GPT(nn.Module):
         abc = [x.to(x0.dtype).unbind() for x in (self.resid_lambdas, self.x0_lambdas, self.mem_lambdas) if x is not None]
         h = x0
         for l in range(n_layer or config.n_layer):
-            args = l, [x[l] for x in abc], h, x0, value_embeds[l], memory, memory_kv[l], rotary, positions, kv
-            h = checkpoint(self.layer, *args, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else self.layer(*args)
+            args = l, [x[l] for x in abc], h, x0, value_embeds[l], memory, memory_kv[l], rotary, positions
+            if self.recompute and torch.is_grad_enabled():
+                stores = [kv]  # the run in the backward gets a copy: what it writes must not stay
+                h = checkpoint(lambda *args, stores=stores: self.layer(*args, stores.pop() if stores else kv.copy()), *args, use_reentrant=False)
+            else:
+                h = self.layer(*args, kv)
             if l == config.source_layer:
                 source = norm(h)
         return norm(h), source

@@ -4,6 +4,7 @@ and loss against logits and cross-entropy, recomputed layers against saved ones.
 """
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -129,6 +130,22 @@ def test_recomputed_layers_give_the_same_gradients(schedule):
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert saved[1] < saved[0]
+
+def test_recomputed_layers_leave_nothing_behind(monkeypatch):
+    """What a layer writes when it runs again is gone when the next one does: else its activations would pile up."""
+    written, alive, write = [], [], KVBuffer.write
+    def watched(self, layer, positions, k, v):
+        alive.append(sum(w() is not None for w in written))
+        written.append(weakref.ref(k))
+        write(self, layer, positions, k, v)
+    monkeypatch.setattr(KVBuffer, "write", watched)
+    model, idx = small_model(n_layer=6), torch.randint(37, (2, 12))
+    model.recompute = True
+    loss, _ = TrainStep(model, Schedule())(idx, idx)
+    assert max(alive) >= 6
+    written.clear(), alive.clear()
+    loss.backward()
+    assert len(alive) == 18 and max(alive) <= 1
 
 @pytest.mark.parametrize("window", [3, 12])
 @pytest.mark.parametrize("n_kv_head", [4, 2])

@@ -556,16 +556,15 @@ def test_retry_after(monkeypatch, tmp_path):
     """A server that says how long to wait is given that time, up to a minute."""
     import requests
     slept, attempts = [], iter([("429", "7"), ("503", "3600"), ("503", "")])
-    def fetch(url, part):
+    def fetch(url, part, hint):
         for code, after in attempts:
             reply = requests.Response()
             reply.headers["Retry-After"] = after
             raise requests.HTTPError(code, response=reply)
         part.write_bytes(b"x")
     monkeypatch.setattr(prepare_data, "fetch", fetch)
-    monkeypatch.setattr(prepare_data, "open_parquet", lambda path: None)
     monkeypatch.setattr(prepare_data.time, "sleep", slept.append)
-    prepare_data.download("http://x", tmp_path / "x.parquet")
+    prepare_data.download("http://x", tmp_path / "x.parquet", lambda path: None, "a file", "check the URL")
     assert slept == [7, 60, prepare_data.RETRY_SECONDS * 8]
 
 @pytest.mark.parametrize("name", ["tokenizer.tiktoken", "tokenizer.json", "token_bytes.npy", "train_00000.npy", "meta.json"])

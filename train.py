@@ -284,16 +284,19 @@ def describe(plan, world, device, dtype, rows_per_epoch):
 
 def saved_bytes(work, parameters):
     """What work(), a forward pass, leaves for its backward: bytes of all new storages that autograd or Python holds, parameters not."""
-    def live():
-        return {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) in (torch.Tensor, FakeTensor)}
-    before, held = live().keys() | {p.untyped_storage()._cdata for p in parameters}, {}
+    def tensors():
+        return [x for x in gc.get_objects() if type(x) in (torch.Tensor, FakeTensor)]
+    others = tensors()  # kept, so that none of their addresses is given to another
+    before, held = {x.untyped_storage()._cdata for x in [*others, *parameters]}, {}
     def keep(x):
         held[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         out = work()  # noqa: F841 (alive, and so are the storages, until they are counted)
     gc.collect()
-    return sum(n for storage, n in (held | live()).items() if storage not in before)
+    for x in tensors():
+        keep(x)
+    return sum(n for storage, n in held.items() if storage not in before)
 
 def memory(plan, world, dtype, recompute):
     """
