@@ -144,9 +144,8 @@ def training_step(args, device, lrt, subsets, recompute):
     and the FLOPs of the step by count.
     """
     torch.manual_seed(0)
-    head_dim, T = 64 if args.width % 128 else 128, args.context
-    config = GPTConfig(sequence_len=T, vocab_size=args.vocab_size, n_layer=args.depth, n_head=args.width // head_dim, n_kv_head=args.width // head_dim,
-                       n_embd=args.width, window_pattern=args.window_pattern, lrt=lrt)
+    heads, T = max(args.width // (64 if args.width % 128 else 128), 1), args.context
+    config = GPTConfig(sequence_len=T, vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads, n_kv_head=heads, n_embd=args.width, window_pattern=args.window_pattern, lrt=lrt)
     with torch.device(device):
         model, idx = GPT(config), torch.randint(args.vocab_size, (args.batch, T))
     model.compute_dtype = compute_dtype(device)
@@ -395,7 +394,10 @@ def main():
             if type(x) is int and x < least.get(name, 1):
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least.get(name, 1)}, not {x}")
     check_folder(args.json)
-    args.run(args, pick_device(args.device))
+    try:
+        args.run(args, pick_device(args.device))
+    except ValueError as e:  # sizes of which no model can be built
+        raise UserError(e)
 
 if __name__ == "__main__":
     run_main(main)
