@@ -205,12 +205,14 @@ class TrainStep(nn.Module):
         super().__init__()
         self.model, self.schedule = model, schedule
 
-    def forward(self, idx, targets):
+    def forward(self, idx, targets, memory=True):
         """
         idx, targets (B, T) int64 -> the training loss, equation (4): the mean (or weighted mean) over the passes of the
-        mean cross-entropy over the positions each computed; and those means (passes,), detached. Nats.
+        mean cross-entropy over the positions each computed; and those means (passes,), detached. Nats. memory=False: of
+        one plain pass.
         """
-        schedule, passes = self.schedule, self.schedule.passes(idx.size(1))
+        schedule = self.schedule if memory else Schedule("plain")
+        passes = schedule.passes(idx.size(1))
         hidden = [hidden for _, hidden, _ in run(self.model, idx, passes, schedule.kv_refresh, schedule.detach)]
         weights = schedule.loss_weights or [1.0] * len(passes)
         return self.model.loss(hidden, [take(targets, positions) for positions in passes], [w / sum(weights) for w in weights])

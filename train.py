@@ -78,6 +78,8 @@ def make_parser():
     g.add_argument("--refinements", type=int, default=3, help="refine: K full passes after the first; a step costs 1 + K passes")
     g.add_argument("--chunk", type=int, default=64, help="chunked: tokens a chunk")
     g.add_argument("--detach", action="store_true", help="no gradient from a pass into the ones before it")
+    g.add_argument("--memory-start", type=float, default=0.0, help="cheaper: this share of the steps, from the first one on, runs one plain pass")
+    g.add_argument("--memory-share", type=float, default=1.0, help="cheaper: after that, the share of the steps, drawn at random, that runs the schedule; the others run one plain pass")
     g.add_argument("--loss-weights", type=float, nargs="+", metavar="W", help="one weight a pass (default: the plain mean)")
     g = parser.add_argument_group("horizon", "the first one given counts")
     g.add_argument("--num-iterations", type=int, help="optimizer steps")
@@ -140,11 +142,13 @@ def parse_args():
     args.lrt = args.lrt or ("none" if args.arch == "recurrent" else "shared")
     at_least(args, depth=1, subsets=1, refinements=1, chunk=1, seed=0, num_iterations=1, target_flops=1, total_batch_size=1, device_batch_size=1, aspect_ratio=1, head_dim=1,
              matrix_lr=0, embedding_lr=0, head_lr=0, scalar_lr=0, weight_decay=0, grad_clip=0, warmup_steps=0, warmdown_ratio=0,
-             final_lr_frac=0, eval_every=0, eval_tokens=1, decode_tokens=0, core_every=0, core_max_per_task=1, save_every=0, keep=1, log_every=1, target_param_data_ratio=0)
+             final_lr_frac=0, eval_every=0, eval_tokens=1, decode_tokens=0, core_every=0, core_max_per_task=1, save_every=0, keep=1, log_every=1, target_param_data_ratio=0,
+             memory_start=0, memory_share=0)
     if args.core_every is None and (args.core_bundle or args.core_max_per_task):
         raise UserError("--core-bundle and --core-max-per-task go with --core-every")
-    if args.warmdown_ratio > 1:
-        raise UserError(f"--warmdown-ratio must be at most 1, not {args.warmdown_ratio}")
+    for name in ("warmdown_ratio", "memory_start", "memory_share"):
+        if getattr(args, name) > 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at most 1, not {getattr(args, name)}")
     return args, checkpoint
 
 
@@ -219,6 +223,10 @@ def set_schedule(optimizers, step, num_iterations, args):
                 group["momentum"] = 0.85 + 0.10 * min(step / 300, 1.0)
     return multiplier
 
+def has_memory(args, step, num_iterations):
+    """Does this step run the schedule (True), or one plain pass? Every process, and a resumed run, says the same."""
+    return step >= args.memory_start * num_iterations and np.random.default_rng((args.seed, step)).random() < args.memory_share
+
 
 @dataclass
 class Plan:
@@ -226,7 +234,7 @@ class Plan:
     config: GPTConfig
     schedule: Schedule
     counts: dict  # parameters by group
-    flops_per_token: float
+    flops_per_token: float  # the mean over the steps
     passes_cost: float  # those of the schedule over those of one plain pass
     kv_bytes: int  # the KV cache of one sequence that fills the context, as it is decoded
     total_batch: int  # tokens a step
@@ -243,7 +251,8 @@ def make_plan(args, vocab_size, world, dtype):
             model, depth_12 = GPT(config), GPT(GPTConfig(vocab_size=vocab_size, lrt=args.lrt))
     except RuntimeError as e:
         raise UserError(f"no model of width {config.n_embd} can be built ({e})")
-    counts, flops_per_token = model.parameter_counts(), model.flops_per_token(schedule.passes(T), T)
+    counts, plain_flops, share = model.parameter_counts(), model.flops_per_token(plain(T), T), (1 - args.memory_start) * args.memory_share
+    flops_per_token = share * model.flops_per_token(schedule.passes(T), T) + (1 - share) * plain_flops
     kv = KVCache(config, 1, T, "meta", dtype, rolling=True)
     total_batch = args.total_batch_size
     if total_batch is None:  # nanochat's rule: tokens^0.383, from 2^19 at depth 12 (Power Lines, arXiv 2505.13738)
@@ -264,7 +273,7 @@ def make_plan(args, vocab_size, world, dtype):
         num_iterations = max(round(args.target_flops / (flops_per_token * total_batch)), 1)
     else:
         num_iterations = max(round(args.target_param_data_ratio * counts["scaling"] / total_batch), 1)
-    return Plan(config, schedule, counts, flops_per_token, flops_per_token / model.flops_per_token(plain(T), T),
+    return Plan(config, schedule, counts, flops_per_token, flops_per_token / plain_flops,
                 sum(x.nbytes for x in kv.k + kv.v), total_batch, rows * world, device_batch, rows // device_batch, num_iterations)
 
 def describe(plan, world, device, dtype, rows_per_epoch):
@@ -500,7 +509,8 @@ def main():
     train_step = torch.compile(train_step, dynamic=False) if use_compile else train_step
     if ddp:
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its new name is not in torch 2.11
-        train_step = DDP(train_step, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+        train_step = DDP(train_step, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
+                         find_unused_parameters=args.memory_start > 0 or args.memory_share < 1)  # those of the memory, in plain steps
 
     # a new run, or an old one taken back to its checkpoint
     step, rows_seen, seconds, evaluated, folder = 0, 0, 0.0, -1, None
@@ -618,10 +628,11 @@ def main():
         # one step: gradients of all rows, then the optimizers
         t0 = time.perf_counter()
         multiplier, losses = set_schedule(optimizers, step, num_iterations, args), 0
+        with_memory = has_memory(args, step, num_iterations)
         for i in range(plan.micro_steps):
             idx, targets = batch
             with train_step.no_sync() if ddp and i < plan.micro_steps - 1 else nullcontext():  # gradients meet once a step
-                loss, pass_means = train_step(idx, targets)
+                loss, pass_means = train_step(idx, targets, with_memory)
                 (loss / plan.micro_steps).backward()
             losses = losses + torch.cat([loss.detach().view(1), pass_means]) / plan.micro_steps
             batch = load(rows_seen, i + 1)  # while a GPU is still at work on this one

@@ -1,0 +1,228 @@
+"""
+The experiments behind README.md: sets of training runs by name, and one row a run in results/SET.jsonl.
+
+    python experiments.py --list                          every run: its command, and whether its row is there
+    python experiments.py scaling cheaper --jobs 2        what these sets still lack, two runs at a time
+    python experiments.py scaling --seeds 2 --compile     one more seed; flags it does not know go to the runs
+    python plot.py                                        figures and tables from results/
+
+Every run is one command line, of train.py, ground.py or states.py, that can be repeated by hand and is part of its row. A row
+that is there is not run again; a run that was broken off goes on from its newest checkpoint.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench import machine
+from eval_core import evaluate_bpb, first_rows, recurrent_losses
+from interleave import Schedule
+from prepare_data import ArgumentParser, UserError, at_least, lock, open_data, run_main
+from sample import find_checkpoint, load_checkpoint, load_model
+from train import has_memory, read_log
+
+ROWS = 256  # of the validation text: what every run is scored on
+
+# depth 4, width 128, context 256: what two cores can do
+SIZE = "--depth 4 --aspect-ratio 32 --head-dim 64 --max-seq-len 256 --window-pattern L --total-batch-size 4096 " \
+       "--eval-every 0 --eval-tokens 4096 --decode-tokens 0 --save-every 50 --keep 1"
+
+
+# -----------------------------------------------------------------------------
+# The sets: {set: {name: flags}}, each run once a seed
+
+def scaling():
+    """Can an LRT at R tokens a parameter be read against the baseline at R and at 2R? Steps of 4096 tokens."""
+    return {f"{lrt}_{steps}": f"{SIZE} --lrt {lrt} --num-iterations {steps}"
+            for steps in (250, 500, 1000, 2000) for lrt in ("none", "shared", "layerwise") if steps < 2000 or lrt == "none"}
+
+def ablation(steps=500):
+    """One change each to the shared LRT: source layer 2 of 0 .. 3, injection both, interleaved, S = 2, mean over the passes."""
+    changes = {
+        "shared": "",
+        "inject_kv": "--inject kv", "inject_residual": "--inject residual",
+        "source_0": "--source-layer 0", "source_1": "--source-layer 1", "source_3": "--source-layer 3",
+        "subsets_1": "--subsets 1", "subsets_4": "--subsets 4", "subsets_8": "--subsets 8",
+        "kv_refresh": "--kv-refresh",
+        "refine_1": "--schedule refine --refinements 1", "refine_3": "--schedule refine --refinements 3",
+        "chunked": "--schedule chunked --chunk 64",
+        "loss_memory_passes": "--loss-weights 0 1 1", "refine_1_loss_last": "--schedule refine --refinements 1 --loss-weights 0 1",
+    }
+    return {"none": f"{SIZE} --lrt none --num-iterations {steps}"} | \
+        {name: f"{SIZE} --lrt shared --num-iterations {steps} {change}".strip() for name, change in changes.items()}
+
+def cheaper(steps=1000):
+    """Plain passes in some of the steps: the first ones, or any at random."""
+    base = f"{SIZE} --lrt shared --num-iterations {steps}"
+    return {f"last_{100 - start}": f"{base} --memory-start {start / 100:g}" for start in (75, 50, 25)} \
+        | {f"mixed_{share}": f"{base} --memory-share {share / 100:g}" for share in (25, 50)}
+
+SETS = {"scaling": scaling(), "ablation": ablation(), "cheaper": cheaper()}
+
+
+# -----------------------------------------------------------------------------
+# From a run to its row
+
+@torch.no_grad()
+def learned(model, idx, targets):
+    """
+    What training made of the memory's path, by layer: a, b, c of equation (1); the mean gates of equation (2) over tokens
+    and heads while decoding idx (B, T) with the exact recurrence: local, memory, token (those that the model has).
+    """
+    gates = {}
+    def keep(layer):
+        def hook(module, args, out):
+            gates[layer] = 2 * torch.sigmoid(out.float()).unflatten(-1, (-1, model.config.n_kv_head)).mean((0, 1, 3))
+        return hook
+    hooks = [block.attn.gate.register_forward_hook(keep(layer)) for layer, block in enumerate(model.h) if block.attn.gate is not None]
+    recurrent_losses(model, idx, targets)  # what is kept is of the last pass, over all positions
+    for hook in hooks:
+        hook.remove()
+    names = ["local", "memory"] * model.config.kv_memory + ["token"]
+    scalars = dict(a=model.resid_lambdas, b=model.x0_lambdas, c=model.mem_lambdas)
+    return {name: x.tolist() for name, x in scalars.items() if x is not None} \
+        | {"gates": {layer: dict(zip(names, x.tolist())) for layer, x in gates.items()}}
+
+def score(model, rows, token_bytes, schedule, buckets=16):
+    """
+    Rows (N, T+1) in parallel and with the exact recurrence: `bpb` as evaluate_bpb gives it, `by_position` the same in
+    `buckets` equal stretches of the context, and what was learned.
+    """
+    bpb, at = evaluate_bpb(model, rows, token_bytes, schedule, 16, decode=True)
+    stretches = {name: x.reshape(buckets, -1).sum(1) for name, x in at.items()}
+    n_bytes = stretches.pop("bytes")
+    few = rows[:16].to(model.wte.weight.device)
+    return dict(bpb=bpb, by_position={name: (x / n_bytes).round(4).tolist() for name, x in stretches.items()},
+                learned=learned(model, few[:, :-1], few[:, 1:]))
+
+def curve(log, points=40):
+    """[step, training loss of the first pass, mean loss of the passes with memory or None] of a log's rows, averaged over stretches."""
+    rows = [(x["step"], x["passes"][0], np.mean(x["passes"][1:]) if len(x["passes"]) > 1 else np.nan)
+            for x in log if x["kind"] == "train" and x["passes"]]
+    means = [np.array(part) for part in np.array_split(rows, min(points, len(rows)))] if rows else []
+    return [[round(float(v), 4) if np.isfinite(v) else None for v in (x[:, 0].mean(), x[:, 1].mean(), *([np.nanmean(x[:, 2])] if np.isfinite(x[:, 2]).any() else [np.nan]))]
+            for x in means]
+
+def finished(folder):
+    """The row of a finished run of train.py. compute: baseline-equivalent tokens, the passes counted as the paper does."""
+    checkpoint = load_checkpoint(find_checkpoint(folder))
+    args, data = checkpoint["args"], open_data(checkpoint["args"]["data"], verify=False)
+    schedule, T, steps = Schedule(**checkpoint["schedule"]), args["max_seq_len"], checkpoint["step"]
+    model = load_model(checkpoint, torch.device(args["device"] or "cpu"))
+    with_memory = sum(has_memory(type("Args", (), args), step, steps) for step in range(steps))
+    tokens, passes = steps * args["total_batch_size"], sum(map(len, schedule.passes(T))) / T
+    counts = model.parameter_counts()
+    return dict(steps=steps, tokens=tokens, compute=tokens * (1 + (passes - 1) * with_memory / steps), tokens_per_parameter=tokens / counts["scaling"],
+                parameters=counts["total"], train_seconds=round(checkpoint["seconds"]), curve=curve(read_log(Path(folder))),
+                **score(model, first_rows(data.val, T, ROWS), data.token_bytes, schedule))
+
+
+# -----------------------------------------------------------------------------
+# Running them
+
+@dataclass
+class Run:
+    set: str
+    name: str
+    seed: int
+    flags: str
+
+    def command(self, args, extra=()):
+        """What a reader would type."""
+        return ["train.py", "--data", args.data, *self.flags.split(), "--seed", str(self.seed), *extra,
+                "--out", str(Path(args.out) / self.set), "--name", f"{self.name}_s{self.seed}", "--resume", "auto"]
+
+def read_rows(path):
+    """The rows of a file of JSON lines, [] where there is none."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()] if Path(path).exists() else []
+
+def append_row(path, row):
+    """Add a line to a file of JSON lines that other processes may be adding to: one write, all of it or nothing."""
+    with open(path, "ab", buffering=0) as f:
+        f.write(json.dumps(row).encode() + b"\n")
+
+def run(one, args, extra, where, running):
+    """Train, score and write the row. Returns an error in words, or None."""
+    command, folder = one.command(args, extra), Path(args.out) / one.set / f"{one.name}_s{one.seed}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    threads = max((os.cpu_count() or 1) // args.jobs, 1)
+    with open(f"{folder}.txt", "ab") as console:
+        process = subprocess.Popen([sys.executable, str(Path(__file__).parent / command[0]), *command[1:]], stdout=console, stderr=console,
+                                   env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        running.append(process)
+        code = process.wait()
+    if code:
+        return f"exit code {code}, see {folder}.txt"
+    row = finished(folder)
+    if row["steps"] < load_checkpoint(find_checkpoint(folder))["args"]["num_iterations"]:
+        return "stopped; the same command goes on"
+    append_row(Path(args.results) / f"{one.set}.jsonl", dict(set=one.set, name=one.name, seed=one.seed, command=shlex.join(["python", *command]), **where) | row)
+
+def main():
+    parser = ArgumentParser(description="Run what is missing of named sets of training runs; one row a run in RESULTS/SET.jsonl.",
+                            epilog="Flags that are not listed here go to every run, after its own.", allow_abbrev=False)
+    parser.add_argument("sets", nargs="*", metavar="SET", help=f"any of {', '.join(SETS)} (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="one run each; all runs of the first seed come first")
+    parser.add_argument("--only", metavar="TEXT", help="runs whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time; they share the cores")
+    parser.add_argument("--data", default="data", help="folder that prepare_data.py made")
+    parser.add_argument("--out", default="runs/experiments", help="where run folders go")
+    parser.add_argument("--results", default="results", help="where rows go")
+    parser.add_argument("--list", action="store_true", help="print every run and its command, and end")
+    args, extra = parser.parse_known_args()
+    at_least(args, jobs=1)
+    unknown = [name for name in args.sets if name not in SETS]
+    if unknown:
+        raise UserError(f"there is no set {unknown[0]}: choose from {', '.join(SETS)}")
+    done = {name: {(row["name"], row["seed"]) for row in read_rows(Path(args.results) / f"{name}.jsonl")} for name in SETS}
+    runs = [Run(set_name, name, seed, flags) for seed in args.seeds for set_name in args.sets or SETS for name, flags in SETS[set_name].items()
+            if not args.only or args.only in name]
+    if args.list:
+        for one in runs:
+            print(f"{'done' if (one.name, one.seed) in done[one.set] else '    '} {shlex.join(['python', *one.command(args, extra)])}")
+        return
+    open_data(args.data)
+    Path(args.results).mkdir(parents=True, exist_ok=True)
+    held = lock(args.out, "experiment")  # noqa: F841
+    todo, running, failed, stopped = [one for one in runs if (one.name, one.seed) not in done[one.set]], [], [], []
+    torch.set_num_threads(max((os.cpu_count() or 1) // args.jobs, 1))
+    where = machine(torch.device(extra[extra.index("--device") + 1] if "--device" in extra else "cpu"))
+
+    def stop(*_):
+        """Nothing new is started; what runs saves itself."""
+        stopped.append(True)
+        for process in running:
+            if process.poll() is None:
+                process.terminate()
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, stop)
+
+    def work(one):
+        if stopped:
+            return
+        t0 = time.time()
+        try:
+            error = run(one, args, extra, where, running)
+        except UserError as e:
+            error = str(e)
+        failed.extend([one] * bool(error))
+        print(f"{one.set} {one.name} seed {one.seed}: {error or f'done in {(time.time() - t0) / 60:.0f} min'}", flush=True)
+
+    print(f"{len(todo)} runs to do, {len(runs) - len(todo)} done", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(work, todo))
+    if failed:
+        sys.exit(1)
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,81 @@
+"""
+The ground under every comparison: the authors' released code on a small, exactly repeatable job, and ours on the same job.
+
+    python ground.py --lrt none --num-iterations 1000            and 2000; --lrt layerwise; --seed 0, 1, 2
+
+../shared/reference holds the tokens, the protocol and the release's results: depth 4, width 128, context 256, random windows
+of the tokens, no warm-up, decay or clipping, memory from the last layer. This is train.py's model, step and optimizers with
+train.py's flags, under that protocol; what was tuned is in OURS. Each run adds a row to results/ground.jsonl.
+"""
+
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench import machine
+from eval_core import first_rows
+from experiments import append_row, curve, read_rows, score
+from interleave import TrainStep
+from model import GPT
+from prepare_data import UserError, run_main
+from train import make_config, make_optimizers, make_parser, make_schedule, set_schedule
+
+RELEASE = {("none", 1000): 1.7148, ("none", 2000): 1.6365, ("layerwise", 1000): 1.6839, ("layerwise", 400): 1.8325}  # BPB, merged, one seed
+PROTOCOL = dict(depth=4, aspect_ratio=32, head_dim=64, max_seq_len=256, window_pattern="L", source_layer=3, total_batch_size=4096,
+                embedding_lr=0.2, weight_decay=0.0, grad_clip=0.0, warmup_steps=0, num_iterations=1000)
+OURS = dict(matrix_lr=0.04)  # the release has 0.02, with another variant of Muon
+
+def load(folder):
+    """Training and validation tokens, and the bytes of each token. Raises UserError."""
+    try:
+        return [np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("train", "val", "token_bytes")]
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read the reference job in {folder} ({e}): give its folder with --reference")
+
+def main():
+    parser = make_parser()
+    parser.add_argument("--reference", default="../shared/reference", help="folder with train.npy, val.npy and token_bytes.npy")
+    parser.add_argument("--results", default="results", help="where ground.jsonl is")
+    parser.set_defaults(**PROTOCOL, **OURS)
+    args = parser.parse_args()
+    args.lrt = args.lrt or "none"
+    command = shlex.join(["python", *sys.argv])
+    if any(row["command"] == command for row in read_rows(Path(args.results) / "ground.jsonl")):
+        return print(f"{args.results}/ground.jsonl has a row of {command}")
+    tokens, val, token_bytes = load(args.reference)
+    T, rows = args.max_seq_len, args.total_batch_size // args.max_seq_len
+    torch.set_num_threads(1)  # as the release ran, and the sums come out the same on any machine of this kind
+    torch.manual_seed(args.seed)
+    model = GPT(make_config(args, args.depth, len(token_bytes)))
+    schedule, steps = make_schedule(args), args.num_iterations
+    optimizers = make_optimizers(model, args, batch_scale=1.0)
+    step_module = TrainStep(model, schedule)
+    step_module = torch.compile(step_module, dynamic=False) if args.compile else step_module
+    rng, log, t0 = np.random.default_rng(args.seed), [], time.time()
+    for step in range(steps):
+        starts = rng.integers(0, len(tokens) - T - 1, rows)
+        batch = torch.from_numpy(np.stack([tokens[i:i + T + 1].astype(np.int64) for i in starts]))
+        set_schedule(optimizers, step, steps, args)
+        loss, passes = step_module(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        log.append(dict(kind="train", step=step, passes=passes.tolist()))
+        if step % 50 == 0:
+            print(f"step {step:05d}/{steps:05d} | loss: {loss.item():.4f} | {time.time() - t0:.0f} s", flush=True)
+    seconds = time.time() - t0
+    positions = sum(map(len, schedule.passes(T))) / T
+    row = dict(set="ground", name=f"{args.lrt}_{steps}", seed=args.seed, command=command, **machine(torch.device("cpu")), steps=steps,
+               tokens=steps * rows * T, compute=steps * rows * T * positions, train_seconds=round(seconds), release=RELEASE.get((args.lrt, steps)),
+               curve=curve(log), **score(model, first_rows([val], T, 192), token_bytes, schedule))
+    Path(args.results).mkdir(exist_ok=True)
+    append_row(Path(args.results) / "ground.jsonl", row)
+    print(f"{row['name']} seed {args.seed}: BPB " + ", ".join(f"{name} {x:.4f}" for name, x in row["bpb"].items()) + f"; the release: {row['release']}")
+
+if __name__ == "__main__":
+    run_main(main)

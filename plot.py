@@ -1,0 +1,151 @@
+"""
+Draw results/*.jsonl, the rows that experiments.py, ground.py and states.py wrote, and print their tables.
+
+    python plot.py                      results/*.png and, on the console, the tables of README.md
+
+Points are means over seeds, error bars the range of the seeds. Compute is baseline-equivalent: tokens times passes.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from experiments import read_rows
+from prepare_data import ArgumentParser, UserError, run_main
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
+
+COLORS = {"none": "tab:gray", "shared": "tab:blue", "layerwise": "tab:orange"}
+
+
+def by_name(rows):
+    """{name: its rows, one a seed}, in the order in which they were first written."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["name"]].append(row)
+    return groups
+
+def bpb(row):
+    """How the model decodes, the exact recurrence."""
+    return row["bpb"]["decode"]
+
+def spread(rows, value=bpb):
+    """(mean, lowest, highest) over seeds."""
+    values = [value(row) for row in rows]
+    return np.mean(values), min(values), max(values)
+
+def errorbar(ax, x, groups, value=bpb, **style):
+    mean, low, high = np.array([spread(rows, value) for rows in groups]).T
+    ax.errorbar(x, mean, yerr=[mean - low, high - mean], capsize=3, **style)
+
+def variant(row):
+    """none | shared | layerwise, from the command."""
+    words = row["command"].split()
+    return words[words.index("--lrt") + 1]
+
+def draw_scaling(results, ax):
+    """The paper's scaling figure: one line a variant; cheaper ways to train as points of their own."""
+    lines = defaultdict(list)
+    for rows in by_name(results["scaling"]).values():
+        lines[variant(rows[0])].append(rows)
+    for name, groups in lines.items():
+        groups.sort(key=lambda rows: rows[0]["compute"])
+        errorbar(ax, [rows[0]["compute"] for rows in groups], groups, marker="o", label=name if name != "none" else "baseline", color=COLORS[name])
+    for (name, rows), marker in zip(by_name(results["cheaper"]).items(), "v^<>sDPX*"):
+        errorbar(ax, [rows[0]["compute"]], [rows], marker=marker, linestyle="", label=f"shared, {name.replace('_', ' ')} %")
+    ax.set(xscale="log", xlabel="baseline-equivalent compute (tokens x passes)", ylabel="validation BPB, decoding", title="scaling")
+    ax.legend(fontsize=7)
+
+def largest(rows):
+    """The run of each variant with the most tokens, of those that all variants have; the first seed."""
+    common = set.intersection(*({r["tokens"] for r in rows if variant(r) == v} for v in {variant(r) for r in rows}))
+    return {variant(r): r for r in reversed(rows) if r["tokens"] == max(common)} if common else {}
+
+def draw_curves(results, ax):
+    for name, row in sorted(largest(results["scaling"]).items()):
+        step, first, memory = np.array(row["curve"], dtype=float).T
+        ax.plot(step, first, color=COLORS[name], linestyle=":" if name != "none" else "-", label="baseline" if name == "none" else f"{name}, pass without memory")
+        if name != "none":
+            ax.plot(step, memory, color=COLORS[name], label=f"{name}, passes with memory")
+    ax.set(xlabel="step", ylabel="training loss, nats a token", yscale="log", title="loss curves, seed 0")
+    ax.legend(fontsize=7)
+
+def draw_position(results, ax):
+    for name, row in sorted(largest(results["scaling"]).items()):
+        n = len(row["by_position"]["decode"])
+        x = np.arange(n) + 0.5
+        ax.plot(x, row["by_position"]["decode"], color=COLORS[name], label="baseline" if name == "none" else f"{name}, memory on")
+        if "no memory" in row["by_position"]:
+            ax.plot(x, row["by_position"]["no memory"], color=COLORS[name], linestyle=":", label=f"{name}, memory off")
+    ax.set(xlabel="position, sixteenths of the context", ylabel="validation BPB, decoding", title="by position, memory on and off")
+    ax.legend(fontsize=7)
+
+def draw_learned(results, axes):
+    for name, row in sorted(largest(results["scaling"]).items()):
+        for key in "abc":
+            if key in row["learned"]:
+                axes[0].plot(row["learned"][key], color=COLORS[name], linestyle={"a": "--", "b": ":", "c": "-"}[key], marker=".", label=f"{key}, {name}")
+        for key, style in (("local", "--"), ("memory", "-"), ("token", ":")):
+            gates = [gate[key] for gate in row["learned"]["gates"].values() if key in gate]
+            if gates:
+                axes[1].plot(gates, color=COLORS[name], linestyle=style, marker=".", label=f"{key}, {name}")
+    for ax, title in zip(axes, ("learned a, b, c", "mean gates, decoding")):
+        ax.set(xlabel="layer", title=title)
+        ax.locator_params(axis="x", integer=True)
+        ax.legend(fontsize=6, ncols=2)
+
+def draw_ablation(results, ax):
+    groups = sorted(by_name(results["ablation"]).items(), key=lambda item: spread(item[1])[0])
+    for i, (name, rows) in enumerate(groups):
+        mean, low, high = spread(rows)
+        ax.errorbar([mean], [i], xerr=[[mean - low], [high - mean]], marker="o", capsize=3, color="tab:gray" if name == "none" else "tab:blue")
+    ax.set(yticks=range(len(groups)), yticklabels=[name for name, _ in groups], xlabel="validation BPB, decoding", title="ablation, one change each")
+    ax.tick_params(axis="y", labelsize=7)
+
+def table(name, rows):
+    """A set as a table in Markdown: means over seeds, and how far apart the seeds are."""
+    print(f"\n{name}: {', '.join(sorted({row['commit'] for row in rows}))}; {', '.join(sorted({row['device'] for row in rows}))}; "
+          f"{min(row['date'] for row in rows)} to {max(row['date'] for row in rows)}\n")
+    print("| run | seeds | tokens | compute | first pass | merged | decoding | range of seeds | no memory | minutes |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for run, rows in by_name(rows).items():
+        def mean(key):
+            return f"{np.mean([row['bpb'][key] for row in rows]):.4f}" if key in rows[0]["bpb"] else ""
+        _, low, high = spread(rows)
+        print(f"| {run} | {len(rows)} | {rows[0]['tokens'] / 1e6:.2f} M | {np.mean([row['compute'] for row in rows]) / 1e6:.2f} M | {mean('pass 0')} | {mean('merged')} | "
+              f"{mean('decode')} | {high - low:.4f} | {mean('no memory')} | {np.mean([row['train_seconds'] for row in rows]) / 60:.0f} |")
+
+def save(figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(path)
+
+def main():
+    parser = ArgumentParser(description="Draw results/*.jsonl and print their tables.")
+    parser.add_argument("--results", default="results", help="folder with the rows; the figures go there, too")
+    args = parser.parse_args()
+    folder = Path(args.results)
+    results = {name: read_rows(folder / f"{name}.jsonl") for name in ("ground", "scaling", "cheaper", "ablation")}
+    if not any(results.values()):
+        raise UserError(f"{folder} has no rows: run `python experiments.py` first")
+    if results["scaling"]:
+        figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
+        draw_scaling(results, axes[0])
+        draw_curves(results, axes[1])
+        draw_position(results, axes[2])
+        save(figure, folder / "scaling.png")
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+        draw_learned(results, axes)
+        save(figure, folder / "learned.png")
+    if results["ablation"]:
+        figure, ax = plt.subplots(figsize=(7, 5))
+        draw_ablation(results, ax)
+        save(figure, folder / "ablation.png")
+    for name, rows in results.items():
+        if rows:
+            table(name, rows)
+
+if __name__ == "__main__":
+    run_main(main)
