@@ -3,7 +3,7 @@ The experiments behind README.md: sets of training runs by name, and one row a r
 
     python experiments.py --list                          every run: its command, and whether its row is there
     python experiments.py scaling cheaper --jobs 2        what these sets still lack, two runs at a time
-    python experiments.py scaling --seeds 2 --compile     one more seed; flags it does not know go to the runs
+    python experiments.py scaling --seeds 2 --extra="--compile --device cuda"       one more seed; more flags for the runs
     python plot.py                                        figures and tables from results/
 
 Every run is one command line, of train.py, ground.py or states.py, that can be repeated by hand and is part of its row. A row
@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,9 @@ from train import has_memory, read_log
 
 ROWS = 256  # of the validation text: what every run is scored on
 
-# depth 4, width 128, context 256: what two cores can do
+# depth 4, width 128, context 256: what two cores can do, with the recipe that was tuned on ground.py's baseline
 SIZE = "--depth 4 --aspect-ratio 32 --head-dim 64 --max-seq-len 256 --window-pattern L --total-batch-size 4096 " \
+       "--matrix-lr 0.04 --embedding-lr 0.2 --weight-decay 0 --grad-clip 0 --warmup-steps 0 " \
        "--eval-every 0 --eval-tokens 4096 --decode-tokens 0 --save-every 50 --keep 1"
 
 
@@ -106,12 +108,17 @@ def score(model, rows, token_bytes, schedule, buckets=16):
                 learned=learned(model, few[:, :-1], few[:, 1:]))
 
 def curve(log, points=40):
-    """[step, training loss of the first pass, mean loss of the passes with memory or None] of a log's rows, averaged over stretches."""
-    rows = [(x["step"], x["passes"][0], np.mean(x["passes"][1:]) if len(x["passes"]) > 1 else np.nan)
-            for x in log if x["kind"] == "train" and x["passes"]]
-    means = [np.array(part) for part in np.array_split(rows, min(points, len(rows)))] if rows else []
-    return [[round(float(v), 4) if np.isfinite(v) else None for v in (x[:, 0].mean(), x[:, 1].mean(), *([np.nanmean(x[:, 2])] if np.isfinite(x[:, 2]).any() else [np.nan]))]
-            for x in means]
+    """
+    Training loss from a log's rows, averaged over stretches of steps: [first step, the first pass, the mean of the passes
+    with memory, None where there were none].
+    """
+    rows = np.array([(x["step"], x["passes"][0], np.mean(x["passes"][1:]) if len(x["passes"]) > 1 else np.nan)
+                     for x in log if x["kind"] == "train" and x["passes"]])
+    means = []
+    for part in np.array_split(rows, min(points, len(rows))) if len(rows) else []:
+        memory = part[np.isfinite(part[:, 2]), 2]
+        means.append([int(part[0, 0]), round(part[:, 1].mean(), 4), round(memory.mean(), 4) if len(memory) else None])
+    return means
 
 def finished(folder):
     """The row of a finished run of train.py. compute: baseline-equivalent tokens, the passes counted as the paper does."""
@@ -119,7 +126,7 @@ def finished(folder):
     args, data = checkpoint["args"], open_data(checkpoint["args"]["data"], verify=False)
     schedule, T, steps = Schedule(**checkpoint["schedule"]), args["max_seq_len"], checkpoint["step"]
     model = load_model(checkpoint, torch.device(args["device"] or "cpu"))
-    with_memory = sum(has_memory(type("Args", (), args), step, steps) for step in range(steps))
+    with_memory = sum(has_memory(Namespace(**args), step, steps) for step in range(steps))
     tokens, passes = steps * args["total_batch_size"], sum(map(len, schedule.passes(T))) / T
     counts = model.parameter_counts()
     return dict(steps=steps, tokens=tokens, compute=tokens * (1 + (passes - 1) * with_memory / steps), tokens_per_parameter=tokens / counts["scaling"],
@@ -169,8 +176,7 @@ def run(one, args, extra, where, running):
     append_row(Path(args.results) / f"{one.set}.jsonl", dict(set=one.set, name=one.name, seed=one.seed, command=shlex.join(["python", *command]), **where) | row)
 
 def main():
-    parser = ArgumentParser(description="Run what is missing of named sets of training runs; one row a run in RESULTS/SET.jsonl.",
-                            epilog="Flags that are not listed here go to every run, after its own.", allow_abbrev=False)
+    parser = ArgumentParser(description="Run what is missing of named sets of training runs; one row a run in RESULTS/SET.jsonl.")
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"any of {', '.join(SETS)} (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="one run each; all runs of the first seed come first")
     parser.add_argument("--only", metavar="TEXT", help="runs whose name contains this")
@@ -178,8 +184,10 @@ def main():
     parser.add_argument("--data", default="data", help="folder that prepare_data.py made")
     parser.add_argument("--out", default="runs/experiments", help="where run folders go")
     parser.add_argument("--results", default="results", help="where rows go")
+    parser.add_argument("--extra", default="", metavar="FLAGS", help="more flags of train.py for every run, after its own")
     parser.add_argument("--list", action="store_true", help="print every run and its command, and end")
-    args, extra = parser.parse_known_args()
+    args = parser.parse_args()
+    extra = shlex.split(args.extra)
     at_least(args, jobs=1)
     unknown = [name for name in args.sets if name not in SETS]
     if unknown:

@@ -32,7 +32,7 @@ OURS = dict(matrix_lr=0.04)  # the release has 0.02, with another variant of Muo
 def load(folder):
     """Training and validation tokens, and the bytes of each token. Raises UserError."""
     try:
-        return [np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("train", "val", "token_bytes")]
+        return [np.load(Path(folder) / f"{name}.npy") for name in ("train", "val", "token_bytes")]
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read the reference job in {folder} ({e}): give its folder with --reference")
 

@@ -1,0 +1,158 @@
+"""Sets of runs and what they leave: rows that are complete and not written twice, runs that were broken off, the figures; cheaper steps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import experiments
+from interleave import Schedule, TrainStep
+from model import GPT, GPTConfig
+from test_cli import HERE, SMALL, TINY, assert_refused, cli, log, shell
+from train import has_memory, make_plan, parse_args
+
+SETS = """
+import sys
+sys.path.insert(0, {here!r})
+import experiments
+from prepare_data import run_main
+experiments.ROWS, experiments.SETS = 8, {sets!r}
+run_main(experiments.main)
+"""
+RUN = " ".join(SMALL) + " --eval-every 0 --eval-tokens 64 --decode-tokens 0 --save-every 5 --keep 1 --lrt {} --num-iterations {}"
+
+
+def run_sets(sets, *args, start=subprocess.run, **options):
+    """experiments.py with sets of this test, in a process of its own."""
+    return start([sys.executable, "-c", SETS.format(here=str(HERE), sets=sets), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                 env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+# -----------------------------------------------------------------------------
+# Plain passes in some of the steps
+
+@pytest.mark.parametrize("start,share,low,high", [(0, 1, 1000, 1000), (0.75, 1, 250, 250), (0, 0.25, 200, 300), (0.5, 0.5, 220, 280), (1, 1, 0, 0), (0, 0, 0, 0)])
+def test_which_steps_run_the_schedule(start, share, low, high):
+    args = Namespace(memory_start=start, memory_share=share, seed=3)
+    steps = [has_memory(args, step, 1000) for step in range(1000)]
+    assert low <= sum(steps) <= high and not any(steps[:int(1000 * start)])
+    assert steps[::-1] == [has_memory(args, step, 1000) for step in reversed(range(1000))]  # whatever came before
+
+def test_a_plain_step_is_the_baseline_of_the_same_weights():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(sequence_len=16, vocab_size=32, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, lrt="shared"))
+    idx = torch.randint(32, (2, 16))
+    loss, means = TrainStep(model, Schedule())(idx, idx, memory=False)
+    assert loss == TrainStep(model, Schedule("plain"))(idx, idx)[0] and means.shape == (1,)
+    loss.backward()
+    assert model.mem_lambdas.grad is None and model.wte.weight.grad is not None  # optimizers leave the memory alone
+
+def test_mixed_steps_on_one_and_two_processes(data, here):
+    for n in (1, 2):
+        done = shell(str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={n}", HERE / "train.py", "--data", data, *SMALL, "--name", f"on{n}",
+                     "--num-iterations", 12, "--memory-start", 0.25, "--memory-share", 0.5, "--eval-every", 0, "--device-batch-size", 4)
+        assert done.returncode == 0, done.stderr
+    one, two = log("runs/on1"), log("runs/on2")
+    args = Namespace(memory_start=0.25, memory_share=0.5, seed=0)
+    assert [len(row["passes"]) for row in one] == [3 if has_memory(args, step, 12) else 1 for step in range(12)]
+    assert {len(row["passes"]) for row in one} == {1, 3} and max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two)) < 1e-4
+    assert_refused(cli("train.py", "--data", data, "--memory-share", 1.5), "--memory-share", "1.5")
+    assert_refused(cli("train.py", "--data", data, "--memory-start", -1), "--memory-start", "-1")
+    _, half, _ = cli("train.py", *TINY, "--data", data, "--num-iterations", 1000, "--total-batch-size", 512, "--dry-run", "--memory-share", 0.5)
+    assert 1.45 < float(half.split(" times those of plain passes")[0].split()[-1]) < 1.55
+
+
+# -----------------------------------------------------------------------------
+# Sets
+
+@pytest.mark.parametrize("name", experiments.SETS)
+def test_every_run_is_a_command_that_train_py_takes(name, monkeypatch):
+    for run_name, flags in experiments.SETS[name].items():
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(), "--name", run_name])
+        plan = make_plan(parse_args()[0], 4096, 1, torch.float32)
+        assert plan.config.n_embd == 128 and plan.micro_steps == 1, run_name
+
+def test_rows_are_complete_written_once_and_drawn(data, here):
+    sets = {"scaling": {"none_6": RUN.format("none", 6), "shared_6": RUN.format("shared", 6)}, "ablation": {"none": RUN.format("none", 6)}}
+    common = ["--data", data, "--seeds", 0]
+    done = run_sets(sets, "scaling", *common, "--jobs", 2)
+    assert done.returncode == 0 and "2 runs to do, 0 done" in done.stdout, done.stdout + done.stderr
+    rows = {row["name"]: row for row in experiments.read_rows("results/scaling.jsonl")}
+    assert set(rows) == {"none_6", "shared_6"}
+    none, shared = rows["none_6"], rows["shared_6"]
+    assert shared["tokens"] == none["tokens"] == none["compute"] == 6 * 512 and shared["compute"] == 2 * shared["tokens"]
+    assert none["bpb"]["merged"] == pytest.approx(none["bpb"]["decode"]) and set(shared["bpb"]) == {"pass 0", "pass 1", "pass 2", "merged", "decode", "no memory"}
+    assert len(shared["by_position"]["no memory"]) == 16 and len(shared["learned"]["c"]) == 2 and set(shared["learned"]["gates"]["1"]) == {"local", "memory", "token"}
+    assert none["curve"][0][2] is None and shared["curve"][0][2] == pytest.approx(none["curve"][0][1], abs=0.1) and len(shared["curve"]) == 6
+    # the command in the row is the run: without the runner it gives the same model
+    again = shell("train.py", *shared["command"].split()[2:], "--out", "again")
+    assert again.returncode == 0, again.stderr
+    assert [row["loss"] for row in log("again/shared_6_s0")] == [row["loss"] for row in log("runs/experiments/scaling/shared_6_s0")]
+    done = run_sets(sets, "scaling", *common)
+    assert done.returncode == 0 and "0 runs to do, 2 done" in done.stdout and len(experiments.read_rows("results/scaling.jsonl")) == 2
+    code, out, err = cli("plot.py")
+    assert code == 0 and "| shared_6 | 1 |" in out, err
+    assert all((here / "results" / f"{name}.png").stat().st_size > 5000 for name in ("scaling", "learned"))
+    listed = run_sets(sets, *common, "--list").stdout.splitlines()
+    assert [line.startswith("done") for line in listed] == [True, True, False]
+
+def test_a_run_that_was_broken_off_goes_on(data, here):
+    sets = {"scaling": {"shared_40": RUN.format("shared", 40)}}
+    process = run_sets(sets, "--data", data, "--seeds", 0, start=subprocess.Popen)
+    console = here / "runs/experiments/scaling/shared_40_s0.txt"
+    deadline = time.time() + 120
+    while not (console.exists() and "step 00010/" in console.read_text()) and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "goes on" in out, out + err
+    assert not (here / "results/scaling.jsonl").exists()
+    done = run_sets(sets, "--data", data, "--seeds", 0)
+    assert done.returncode == 0, done.stdout + done.stderr
+    row, = experiments.read_rows("results/scaling.jsonl")
+    assert row["steps"] == 40 and console.read_text().count("step 00020/") == 1 and len(log("runs/experiments/scaling/shared_40_s0")) == 40
+
+def test_bad_input_of_the_runner(data, here):
+    assert_refused(cli("experiments.py", "nonsense"), "nonsense", "scaling")
+    assert_refused(cli("experiments.py", "scaling", "--data", "nowhere"), "nowhere", "prepare_data.py")
+    assert_refused(cli("experiments.py", "--jobs", 0), "--jobs")
+    assert_refused(cli("plot.py"), "experiments.py")
+    failed = run_sets({"scaling": {"bad": RUN.format("shared", 5)}}, "--data", data, "--seeds", 0, "--extra", "--depth 0")
+    assert failed.returncode == 1 and "exit code 2" in failed.stdout and "--depth" in Path("runs/experiments/scaling/bad_s0.txt").read_text()
+
+def test_learned_reads_what_the_model_has():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(sequence_len=16, vocab_size=32, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, lrt="layerwise", value_embeds="alternate"))
+    idx = torch.randint(32, (2, 16))
+    start = experiments.learned(model, idx, idx)
+    assert start["c"] == pytest.approx([0.1, 0.1]) and start["gates"] == {0: dict(local=1.0, memory=1.0), 1: dict(local=1.0, memory=1.0, token=1.0)}
+    gate = model.h[1].attn.gate.weight
+    with torch.no_grad():
+        gate[2:4] = 1e4 * torch.randn(2, 16)  # the memory's: all open or shut
+    assert experiments.learned(model, idx, idx)["gates"][1]["local"] == 1.0 and 0 <= experiments.learned(model, idx, idx)["gates"][1]["memory"] <= 2
+
+
+# -----------------------------------------------------------------------------
+# The reference job
+
+def test_ground(here):
+    rng = np.random.default_rng(0)
+    (here / "reference").mkdir()
+    for name, x in (("train", rng.integers(0, 64, 5000)), ("val", rng.integers(0, 64, 2000)), ("token_bytes", np.r_[np.ones(63), 0])):
+        np.save(here / "reference" / f"{name}.npy", x.astype(np.uint16))
+    flags = [*TINY[:-2], "--source-layer", 1, "--total-batch-size", 256, "--lrt", "layerwise", "--num-iterations", 30, "--reference", "reference"]
+    code, out, err = cli("ground.py", *flags)
+    assert code == 0 and "layerwise_30 seed 0: BPB pass 0" in out, err
+    row, = experiments.read_rows("results/ground.jsonl")
+    assert row["tokens"] == 30 * 256 and row["compute"] == 2 * row["tokens"] and json.dumps(row["command"])
+    assert row["curve"][-1][1] < row["curve"][0][1] - 0.02 and row["bpb"]["decode"] == pytest.approx(row["bpb"]["merged"], abs=0.1)
+    code, out, err = cli("ground.py", *flags)
+    assert code == 0 and "has a row" in out and len(experiments.read_rows("results/ground.jsonl")) == 1
+    assert_refused(cli("ground.py", "--reference", "nowhere"), "nowhere", "--reference")
