@@ -33,7 +33,7 @@ from model import Block, norm, rotate
 
 SCRATCH = 2**20  # scores computed at once, 4 MiB of float32: a larger tile is worked off some heads at a time
 BLOCK = 64  # positions walked at once, a power of two
-GRAPHS = 4  # captured blocks that are kept: forward and backward of training, and evaluation or prompts at other batch sizes
+GRAPHS = 8  # kinds of blocks kept: forward and backward, with a value embedding and without, training and another batch size
 
 
 class RecurrentBlock(Block):
@@ -298,35 +298,33 @@ def scores(q, k, rows, keys, queries, padding, window):
 
 
 # -----------------------------------------------------------------------------
-# Blocks, and their capture
+# Blocks, and their capture. A graph of all T positions would have 10^5 nodes and be another one for every T; torch.compile
+# would have thousands of operations to trace and to generate code for, tiles of every size among them.
 
 def by_blocks(walk, weights, read, updated, window, qk_norm, capture):
     """
     A function of the first position of a block that walks it: one of the walks above on the block's part of the tensors of
     read and updated, (.., T * n, ..) with n rows a position. With capture, whole blocks go through a Graph.
     """
-    T, graph, options = read[0].size(1), None, (min(window, BLOCK), qk_norm)
-    def part(x, first):
-        n = x.size(1) // T
-        return x[:, first * n:(first + BLOCK) * n]
+    T, options = read[0].size(1), (min(window, BLOCK), qk_norm)
+    def cut(first):
+        rows = [(x, 0 if x is None else x.size(1) // T) for x in (*read, *updated)]
+        parts = [None if x is None else x[:, first * n:(first + BLOCK) * n] for x, n in rows]
+        return parts[:len(read)], parts[len(read):]
+    graph = graph_of(walk, weights, *cut(0), options) if capture and T >= BLOCK else None
     def run(first):
-        nonlocal graph
-        tensors = [[None if x is None else part(x, first) for x in group] for group in (read, updated)]
-        whole = capture and first + BLOCK <= T
-        if whole and graph is None:
-            graph = graph_of(walk, weights, *tensors, options)
-        if whole and graph:
-            graph.run(*tensors)
+        if graph and first + BLOCK <= T:
+            graph.run(*cut(first))
         else:
-            walk(weights, *tensors, *options)
+            walk(weights, *cut(first), *options)
     return run
 
 graphs = {}  # by kind of block, the least recently used first: a Graph; None: walked once so far; False: capture failed
 
 def graph_of(walk, weights, read, updated, options):
     """
-    The Graph of this kind of block, with these weights, or False: a kind is captured when a second layer or step comes with it,
-    and if that fails (out of memory), a warning says so and it is walked as on a CPU.
+    The Graph of this kind of block, with these weights, if there is one: a kind is captured when a second layer or step comes
+    with it, and if that fails (out of memory), a warning says so and it is walked as on a CPU.
     """
     key = walk, options, *(None if x is None else (x.shape, x.dtype, x.device) for x in (*weights, *read, *updated))
     seen, graph = key in graphs, graphs.pop(key, None)
@@ -340,24 +338,20 @@ def graph_of(walk, weights, read, updated, options):
     if len(graphs) > GRAPHS:
         del graphs[next(iter(graphs))]
     if graph:
-        graph.load(weights)
-    return graph or False
+        copy(graph.own[0], weights)
+    return graph
 
 class Graph:
     """
     walk() over a block, recorded once on tensors of its own and replayed for every block of the same shapes: of all layers,
     whatever T, in training, evaluation and recomputation. It keeps the weights of one layer and BLOCK positions, and
     nothing outlives a run: what goes in and out is copied. Weights are, too: a layer casts and concatenates them anew every
-    time, so they have no address that lasts, and copying them costs what one of the T positions reads anyway. All runs are
-    to be on one stream at a time.
+    time, so they have no address that lasts, and a copy costs what one of T positions reads. Runs are to be on one stream.
     """
 
     def __init__(self, walk, weights, read, updated, options):
         self.own = [[None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in group] for group in (weights, read, updated)]
         self.replay = record(lambda: walk(*self.own, *options), weights[0].device)
-
-    def load(self, weights):
-        copy(self.own[0], weights)
 
     def run(self, read, updated):
         copy(self.own[1], read), copy(self.own[2], updated)

@@ -297,6 +297,18 @@ def test_what_is_captured_and_kept(recorded):
     assert [forward(8, B) for B in (3, 3, 2, 3, 1, 1)] == [2, 3, 3, 3, 3, 4]  # 1 had to go for 3, and 2 for 1
     assert len(recurrent.graphs) == 2
 
+def test_captured_walk_launches_little(monkeypatch):
+    """Forward and backward, with all that is not the walk, a few operations a position are left of about a hundred."""
+    monkeypatch.setattr(recurrent, "graphs", {})
+    monkeypatch.setattr(recurrent, "record", lambda work, device: lambda: None)
+    model, T = make_recurrent(sequence_len=128), 128
+    def launches():
+        with Recorder() as recorder:
+            outputs_and_gradients(partial(tiled, capture=True), model, T)
+        return sum(not kernel.is_view for kernel, *_ in recorder.calls)
+    first, _, third = (launches() for _ in range(3))  # the first has not captured yet, the second does
+    assert first > 90 * T and third < 4 * T
+
 def test_failed_capture_is_one_warning(recorded, monkeypatch):
     """As if memory had run out: the same numbers, and no second try."""
     tries = []
