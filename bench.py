@@ -1,7 +1,7 @@
 """
 Timings and counts, measured side by side in one process: the variants take turns, and medians are compared.
 
-    python bench.py decode                                   latency a token of none, shared and layerwise
+    python bench.py decode                                   latency a token of none, shared, layerwise and recurrent
     python bench.py prefill --checkpoint runs/d4_shared      exact parallel prefill against token by token
     python bench.py step                                     time and memory of a training step, S = 1, 2, 4, 8
     python bench.py recurrent                                a recurrent layer, tiled and by plain autograd, and a plain layer
@@ -32,7 +32,7 @@ from attention import KVBuffer
 from interleave import Schedule, TrainStep, prefill
 from model import GPT, GPTConfig, KVCache
 from prepare_data import ArgumentParser, UserError, check_folder, load_tokenizer, open_data, run_main, write_atomic
-from recurrent import keys_read, reference, tiled
+from recurrent import graphs, keys_read, reference, tiled
 from sample import compute_dtype, find_checkpoint, load_checkpoint, load_model, pick_device
 from train import Rows, make_optimizers, make_parser, peak_flops, saved_bytes
 
@@ -72,18 +72,19 @@ def report(args, device, title, rows):
 def bench_decode(args, device):
     """Milliseconds a token at a given batch and context: one forward, logits and argmax, on a cache that is full up to there."""
     models = {}
-    for lrt in ("none", "shared", "layerwise"):
+    for name in ("none", "shared", "layerwise", "recurrent"):
         torch.manual_seed(0)
+        kind = dict(arch=name) if name == "recurrent" else dict(lrt=name)
         heads = max(args.width // 64, 1)
         with torch.device(device):
-            models[lrt] = GPT(GPTConfig(sequence_len=max(args.context), vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads,
-                                        n_kv_head=heads, n_embd=args.width, lrt=lrt))
-        models[lrt].compute_dtype = compute_dtype(device)
+            models[name] = GPT(GPTConfig(sequence_len=max(args.context), vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads,
+                                         n_kv_head=heads, n_embd=args.width, **kind))
+        models[name].compute_dtype = compute_dtype(device)
     rows = []
     for batch in args.batch:
         for context in args.context:
             steps = {}
-            for lrt, model in models.items():
+            for name, model in models.items():
                 kv = KVCache(model.config, batch, context, device, model.compute_dtype, rolling=True)
                 for tensor in kv.k + kv.v:
                     tensor.normal_()
@@ -92,16 +93,16 @@ def bench_decode(args, device):
                     hidden, source = model(state["token"], range(t, t + 1), kv, state["memory"])
                     state["memory"] = source if model.config.lrt != "none" else None
                     state["token"] = model.logits(hidden).argmax(-1)
-                steps[lrt] = step
+                steps[name] = step
                 step(), step()
-            times = {lrt: [] for lrt in steps}
+            times = {name: [] for name in steps}
             for _ in range(args.repeats):  # taking turns: what the machine does beside this hits all of them
-                for lrt, step in steps.items():
-                    times[lrt].append(1000 * clock(device, lambda: [step() for _ in range(args.tokens)]) / args.tokens)
-            for lrt in times:
-                quartiles = statistics.quantiles(times[lrt], n=4)
-                ratio = statistics.median(a / b for a, b in zip(times[lrt], times["none"]))
-                rows.append(dict(batch=batch, context=context, lrt=lrt, ms_per_token=statistics.median(times[lrt]),
+                for name, step in steps.items():
+                    times[name].append(1000 * clock(device, lambda: [step() for _ in range(args.tokens)]) / args.tokens)
+            for name in times:
+                quartiles = statistics.quantiles(times[name], n=4)
+                ratio = statistics.median(a / b for a, b in zip(times[name], times["none"]))
+                rows.append(dict(batch=batch, context=context, model=name, ms_per_token=statistics.median(times[name]),
                                  quartiles=f"{quartiles[0]:.3f}-{quartiles[2]:.3f}", over_none=round(ratio, 3)))
     report(args, device, f"decode: depth {args.depth}, width {args.width}, vocabulary {args.vocab_size}", rows)
 
@@ -255,13 +256,14 @@ def peak_bytes(device, work):
 
 def bench_recurrent(args, device):
     """
-    One layer, forward and backward: a plain one, a recurrent one by tiles, and a recurrent one by autograd over t. Beside
-    time and memory, how many keys of a head (and as many values) the forward pass reads from memory: by tiles, or a row a
-    position; the plain layer's one kernel is not counted.
+    One layer, forward and backward: a plain one, a recurrent one by tiles, on a GPU captured and uncaptured, and a recurrent one
+    by autograd over t. Beside time and memory, how many keys of a head (and as many values) the forward pass reads from memory:
+    by tiles, or a row a position; the plain layer's one kernel is not counted.
     """
-    batch, rows, dtype = args.batch, [], compute_dtype(device)
-    for T in args.context:
+    batch, rows, dtype, gpu = args.batch, [], compute_dtype(device), device.type == "cuda"
+    for T in args.context or [128, 256, 512, 1024] + [2048] * gpu:
         torch.manual_seed(0)
+        graphs.clear()  # so that what they keep counts in every row
         heads = max(args.width // 64, 1)
         config = dict(sequence_len=T, vocab_size=1, n_layer=1, n_head=heads, n_kv_head=heads, n_embd=args.width)
         with torch.device(device):
@@ -273,14 +275,18 @@ def bench_recurrent(args, device):
         forms = {
             "plain": lambda: plain.h[0](x, value_embed, None, rotary, range(T), T, KVBuffer(1)),
             "tiled": lambda: tiled(*recurrent.h[0].arguments(x, value_embed, rotary))[0],
+            "uncaptured": lambda: tiled(*recurrent.h[0].arguments(x, value_embed, rotary), capture=False)[0],
             "reference": lambda: reference(*recurrent.h[0].arguments(x, value_embed, rotary))[0],
         }
         if T > args.reference_up_to:
             del forms["reference"]
+        if not gpu:
+            del forms["uncaptured"]
         def step(form):
             forms[form]().sum().backward()
-        read = {"plain": None, "tiled": keys_read(T, T), "reference": T * (T - 1) // 2}
-        memory = {form: [saved_bytes(work, [*plain.parameters(), *recurrent.parameters()]), peak_bytes(device, lambda: step(form))]
+        read = {"plain": None, "tiled": keys_read(T, T), "uncaptured": keys_read(T, T), "reference": T * (T - 1) // 2}
+        memory = {form: [saved_bytes(work, [*plain.parameters(), *recurrent.parameters()]),
+                         peak_bytes(device, lambda: [step(form) for _ in range(3 if gpu else 1)])]  # the second captures
                   for form, work in forms.items()}
         times = {form: [] for form in forms}
         for _ in range(args.repeats):
@@ -361,7 +367,7 @@ def main():
     p.add_argument("--window-pattern", help="as for train.py (L, SSSL)")
     p.add_argument("--compile", action=BooleanOptionalAction, help="torch.compile (no, yes)")
 
-    p = command(bench_decode, "decode", "latency a token: none, shared and layerwise")
+    p = command(bench_decode, "decode", "latency a token: none, shared, layerwise and recurrent")
     p.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="rows at a time")
     p.add_argument("--depth", type=int, default=6, help="layers")
     p.add_argument("--width", type=int, default=768, help="width, heads of 64")
@@ -385,7 +391,7 @@ def main():
     p = command(bench_recurrent, "recurrent", "a layer of the Recurrent Transformer: tiled, by autograd over t, and a plain one")
     p.add_argument("--batch", type=int, default=4, help="rows at a time")
     p.add_argument("--width", type=int, default=128, help="width, heads of 64")
-    p.add_argument("--context", type=int, nargs="+", default=[128, 256, 512, 1024], help="tokens a row")
+    p.add_argument("--context", type=int, nargs="+", help="tokens a row (128 256 512 1024, and 2048 on a GPU)")
     p.add_argument("--reference-up-to", type=int, default=1024, help="leave out autograd over t for more tokens: its memory grows with their square")
 
     args, least = parser.parse_args(), dict(repeats=2, width=2)

@@ -8,12 +8,15 @@ import math
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import recurrent
 from attention import KVBuffer
@@ -164,6 +167,197 @@ def test_causality():
     for p in (0, 7, 16):
         grad, = torch.autograd.grad(y[:, p].sum(), x, retain_graph=True)
         assert (grad[:, p + 1:] == 0).all() and (grad[:, :p + 1].abs().amax(dim=(0, 2)) > 0).all()
+
+
+# -----------------------------------------------------------------------------
+# Captured blocks: on a CPU with a recorder in the place of CUDA graphs
+
+def storages(tree):
+    return {x.untyped_storage().data_ptr() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
+
+class Recorder(TorchDispatchMode):
+    """What a CUDA graph is, on a CPU: a list of kernels and of the memory they read and write, without the Python around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+        out = kernel(*args, **(kwargs or {}))
+        self.calls.append((kernel, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for kernel, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(kernel(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # neither a view nor in place
+                    old.copy_(new)
+
+    def external(self):
+        """The storages that were there before: what a replay reads of the outside, and may write to it."""
+        made, found = set(), set()
+        for _, args, kwargs, out in self.calls:
+            found |= storages((args, kwargs)) - made
+            made |= storages(out) - found
+        return found
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Blocks of 8 positions, captured by a Recorder; yields what is recorded. All a graph touches must be its own."""
+    recorders = []
+    def record(work, device):
+        work()  # as the original: once to warm up
+        with Recorder() as recorder:
+            work()
+        recorders.append(recorder)
+        return recorder.replay
+    monkeypatch.setattr(recurrent, "BLOCK", 8)
+    monkeypatch.setattr(recurrent, "GRAPHS", 2)
+    monkeypatch.setattr(recurrent, "record", record)
+    monkeypatch.setattr(recurrent, "graphs", {})
+    monkeypatch.setattr(recurrent, "tiled", partial(tiled, capture=True))  # as the blocks of a model call it
+    yield recorders
+    for graph in filter(None, recurrent.graphs.values()):
+        assert graph.replay.__self__.external() <= storages(graph.own)
+
+def shift(*modules):
+    """As an optimizer, in place."""
+    with torch.no_grad():
+        for p in (p for m in modules for p in m.parameters()):
+            p.add_(0.1 * torch.randn_like(p))
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_captured_blocks_are_the_definition(variant, recorded):
+    """Outputs and gradients of replays: other inputs, other lengths, other weights, another layer, all through the same two graphs."""
+    model, captured = make_recurrent(**VARIANTS[variant]), partial(tiled, capture=True)
+    for T in (8, 24, 8, 37, 40, 7):
+        shift(model)
+        for a, b in zip(*(outputs_and_gradients(form, model, T) for form in (captured, reference)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    assert len(recorded) == 2 and len(recurrent.graphs) == 2
+
+def test_captured_kinds(recorded, monkeypatch):
+    """A window within a block or beyond it, with padding or without, keys normed or not; a graph does not remember where rows started."""
+    monkeypatch.setattr(recurrent, "GRAPHS", 16)
+    model, T, starts = make_recurrent(), 29, [torch.tensor(i) for i in ([0, 0], [3, 12], [28, 1])]
+    for window, start, qk_norm in [(11, None, True), (3, None, True), (3, None, False), (9, None, True), *((w, s, True) for w in (3, 9, 0) for s in starts)] * 2:
+        forms = [partial(tiled, start=start, qk_norm=qk_norm, capture=on) for on in (True, False)]
+        forms += [partial(reference, qk_norm=qk_norm)] * (start is None)
+        captured, *others = (outputs_and_gradients(form, model, T, window=window) for form in forms)
+        for other in others:
+            for x, y in zip(captured, other, strict=True):
+                torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+    assert len(recorded) == 2 * 6  # a window of 11 and one of 9 are the same to 8 positions
+
+def test_captured_in_any_order(recorded, monkeypatch):
+    """Forward twice, then backward in reverse or not at all: nothing that is kept is a graph's own memory. no_grad is the same graph."""
+    models, idx = [make_recurrent(seed=i) for i in range(2)], tokens(27)
+    steps = [TrainStep(m, Schedule("plain")) for m in models]
+    def gradients(i, loss):
+        return torch.autograd.grad(loss, list(models[i].parameters()))
+    with monkeypatch.context() as patched:
+        patched.setattr(recurrent, "tiled", lambda *args: reference(*args[:-1]))  # no start
+        expected = [gradients(i, step(*idx)[0]) for i, step in enumerate(steps)]
+    for order in ((0, 1), (1, 0), (1,)):
+        losses = [step(*idx)[0] for step in steps]
+        with torch.no_grad():
+            steps[0](*tokens(33, seed=9))
+        for i in order:
+            for a, b in zip(gradients(i, losses[i]), expected[i], strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    assert len(recorded) == 2
+
+def test_captured_training_is_the_same(recorded, monkeypatch):
+    """Steps of an optimizer, layers with and without a window, with activation checkpointing and without."""
+    runs = []
+    for form, recompute in ((tiled, False), (partial(tiled, capture=True), False), (partial(tiled, capture=True), True)):
+        monkeypatch.setattr(recurrent, "tiled", form)
+        model = make_recurrent(window_pattern="SL")
+        model.recompute = recompute
+        step, optimizer = TrainStep(model, Schedule("plain")), torch.optim.SGD(model.parameters(), lr=0.1)
+        runs.append([])
+        for i in range(4):
+            loss, _ = step(*tokens(27, seed=i))
+            loss.backward()
+            optimizer.step(), optimizer.zero_grad()
+            runs[-1].append(loss.item())
+    assert runs[0] == pytest.approx(runs[1], abs=1e-10) and runs[0] == pytest.approx(runs[2], abs=1e-10)
+    assert len(recorded) == 2  # one forward and one backward for all layers
+
+def test_what_is_captured_and_kept(recorded):
+    """Nothing of a kind that comes once, or of less than a block; of the others the last GRAPHS."""
+    model = make_recurrent()
+    def forward(T, B):
+        with torch.no_grad():
+            x, value_embed, _ = layer_inputs(model, T, B)
+            recurrent.tiled(*model.h[0].arguments(x, value_embed, (model.cos[:T], model.sin[:T])))
+        return len(recorded)
+    assert [forward(T, 1) for T in (7, 7, 7, 8, 7)] == [0] * 5
+    assert [forward(T, B) for T, B in ((30, 1), (8, 1), (9, 2), (17, 2), (8, 1), (8, 2))] == [1, 1, 1, 2, 2, 2]
+    assert [forward(8, B) for B in (3, 3, 2, 3, 1, 1)] == [2, 3, 3, 3, 3, 4]  # 1 had to go for 3, and 2 for 1
+    assert len(recurrent.graphs) == 2
+
+def test_captured_walk_launches_little(monkeypatch):
+    """Forward and backward, with all that is not the walk, a few operations a position are left of about a hundred."""
+    monkeypatch.setattr(recurrent, "graphs", {})
+    monkeypatch.setattr(recurrent, "record", lambda work, device: lambda: None)
+    model, T = make_recurrent(sequence_len=128), 128
+    def launches():
+        with Recorder() as recorder:
+            outputs_and_gradients(partial(tiled, capture=True), model, T)
+        return sum(not kernel.is_view for kernel, *_ in recorder.calls)
+    first, _, third = (launches() for _ in range(3))  # the first has not captured yet, the second does
+    assert first > 90 * T and third < 4 * T
+
+def test_failed_capture_is_one_warning(recorded, monkeypatch):
+    """As if memory had run out: the same numbers, and no second try."""
+    tries = []
+    def record(work, device):
+        tries.append(device)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB.\nAnd so on.")
+    monkeypatch.setattr(recurrent, "record", record)
+    model = make_recurrent(n_layer=3)
+    step = TrainStep(model, Schedule("plain"))
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph, and slower: CUDA out of memory. Tried to allocate 2 MiB.$") as warned:
+        losses = [step(*tokens(20))[0] for _ in range(3)]
+        torch.autograd.grad(sum(losses), list(model.parameters()))
+    assert losses[0] == losses[1] == losses[2] and len(tries) == len(warned) == 2  # forward and backward
+
+def test_a_cpu_captures_nothing(monkeypatch):
+    monkeypatch.setattr(recurrent, "record", None)
+    monkeypatch.setattr(recurrent, "BLOCK", 4)
+    model = make_recurrent()
+    for _ in range(3):
+        TrainStep(model, Schedule("plain"))(*tokens(20))[0].backward()
+    assert not recurrent.graphs
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; what CUDA graphs record is tested on a CPU above")
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-3), (torch.bfloat16, 0.2)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_captured_on_a_gpu(dtype, tolerance, recompute, monkeypatch, device="cuda"):
+    """Losses and gradients of some steps through real graphs, on autograd's thread too, and the weights they lead to, against none."""
+    monkeypatch.setattr(recurrent, "graphs", {})
+    runs = []
+    for device, capture in [(device, True), (device, False)] + [("cpu", False)] * (dtype == torch.float64):
+        monkeypatch.setattr(recurrent, "tiled", partial(tiled, capture=capture))
+        model = make_recurrent(sequence_len=256, window_pattern="SL", dtype=torch.promote_types(dtype, torch.float32)).to(device)
+        model.compute_dtype, model.recompute, results = dtype, recompute, []
+        step, optimizer = TrainStep(model, Schedule("plain")), torch.optim.SGD(model.parameters(), lr=0.01)
+        def loss(T, B, seed):
+            return step(*(x.to(device) for x in tokens(T, B, seed)))[0]
+        for i, T in enumerate((256, 256, 200, 64, 150)):
+            losses = [loss(T, 2, seed) for seed in (i, 100 + i)]
+            for x in reversed(losses):
+                x.backward()
+            with torch.no_grad():
+                losses.append(loss(T, 5, i))
+            results += [*(x.detach() for x in losses), *(p.grad.clone() for p in model.parameters())]
+            optimizer.step(), optimizer.zero_grad()
+        runs.append([x.detach().cpu() for x in (*results, *model.parameters())])
+    assert sum(isinstance(graph, recurrent.Graph) for graph in recurrent.graphs.values()) == 3  # forward, backward, forward of 5 rows
+    for captured, *others in zip(*runs, strict=True):
+        for x in others:
+            assert (captured - x).norm() <= tolerance * x.norm()
 
 
 # -----------------------------------------------------------------------------
