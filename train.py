@@ -92,6 +92,7 @@ def make_parser():
     g.add_argument("--matrix-lr", type=float, default=0.02, help="Muon")
     g.add_argument("--embedding-lr", type=float, default=0.3, help="embedding and value embeddings")
     g.add_argument("--head-lr", type=float, default=0.004, help="output head")
+    g.add_argument("--gate-lr", type=float, default=0.02, help="gates of keys and values")
     g.add_argument("--scalar-lr", type=float, default=0.5, help="x0 and memory scalars; the residual scalars get a hundredth")
     g.add_argument("--weight-decay", type=float, default=0.2, help="of the matrices, up to depth 12, less for deeper ones; falls to 0 over the run")
     g.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm, 0: no clipping")
@@ -141,7 +142,7 @@ def parse_args():
         args.resume = str(path)
     args.lrt = args.lrt or ("none" if args.arch == "recurrent" else "shared")
     at_least(args, depth=1, subsets=1, refinements=1, chunk=1, seed=0, num_iterations=1, target_flops=1, total_batch_size=1, device_batch_size=1, aspect_ratio=1, head_dim=1,
-             matrix_lr=0, embedding_lr=0, head_lr=0, scalar_lr=0, weight_decay=0, grad_clip=0, warmup_steps=0, warmdown_ratio=0,
+             matrix_lr=0, embedding_lr=0, head_lr=0, gate_lr=0, scalar_lr=0, weight_decay=0, grad_clip=0, warmup_steps=0, warmdown_ratio=0,
              final_lr_frac=0, eval_every=0, eval_tokens=1, decode_tokens=0, core_every=0, core_max_per_task=1, save_every=0, keep=1, log_every=1, target_param_data_ratio=0,
              memory_start=0, memory_share=0)
     if args.core_every is None and (args.core_bundle or args.core_max_per_task):
@@ -196,7 +197,7 @@ def make_optimizers(model, args, batch_scale):
     adamw = make(torch.optim.AdamW, [
         dict(params=groups["embedding"] + groups["value embeddings"], lr=args.embedding_lr * width_scale),
         dict(params=groups["head"], lr=args.head_lr * width_scale),
-        dict(params=groups["gates"], lr=args.matrix_lr),  # too thin for Muon
+        dict(params=groups["gates"], lr=args.gate_lr),  # too thin for Muon
         dict(params=groups["residual scalars"], lr=args.scalar_lr * 0.01),
         dict(params=groups["x0 scalars"], lr=args.scalar_lr, betas=(0.96, 0.95)),
         dict(params=groups["memory scalars"], lr=args.scalar_lr),
