@@ -105,10 +105,42 @@ def draw_ablation(results, ax):
     ax.set(yticks=range(len(groups)), yticklabels=[name for name, _ in groups], xlabel="validation BPB, decoding", title="ablation, one change each")
     ax.tick_params(axis="y", labelsize=7)
 
+def draw_states(results, axes):
+    """Accuracy at the last position by length, as the model decodes; the dashed line is the length of training."""
+    tasks = defaultdict(list)
+    for name, rows in by_name(results["states"]).items():
+        tasks[name.partition("_")[0]].append((name.partition("_")[2], rows))
+    variants = sorted({name for groups in tasks.values() for name, _ in groups})
+    for ax, (task, groups) in zip(axes, sorted(tasks.items())):
+        for name, rows in sorted(groups, key=lambda group: group[0]):
+            lengths = [int(n) for n in rows[0]["decode"]["last"]]
+            mean, low, high = np.array([spread(rows, lambda row: row["decode"]["last"][str(n)]) for n in lengths]).T  # noqa: B023
+            ax.errorbar(lengths, mean, yerr=[mean - low, high - mean], marker="o", capsize=3, color=f"C{variants.index(name)}",
+                        label="baseline" if name == "none" else name.replace("_", " "))
+        ax.axvline(lengths[0], color="black", linestyle="--", linewidth=0.5)
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel="tokens", ylabel="accuracy at the last one", title=task)
+        ax.legend(fontsize=6)
+
+def table_states(name, rows):
+    """Accuracies at the last position."""
+    print(f"\n{provenance(name, rows)}")
+    print("\n| run | seeds | compute | minutes |" + "".join(f" last of {n} |" for n in rows[0]["decode"]["last"]) + " memory off |")
+    print("|---|---:|---:|---:|" + "---:|" * (len(rows[0]["decode"]["last"]) + 1))
+    for name, group in sorted(by_name(rows).items()):
+        cells = [f"{np.mean([row['decode']['last'][n] for row in group]):.3f}" for n in rows[0]["decode"]["last"]]
+        off = [row["no_memory"]["last"][n] for row in group if row.get("no_memory") for n in list(row["no_memory"]["last"])[:1]]
+        print(f"| {name} | {len(group)} | {group[0]['compute'] / 1e6:.2f} M | {np.mean([row['train_seconds'] for row in group]) / 60:.1f} | "
+              + " | ".join(cells) + f" | {f'{np.mean(off):.3f}' if off else ''} |")
+
+def provenance(name, rows):
+    """Where and when the rows of a set were made."""
+    return "; ".join([f"{name}: commits {', '.join(sorted({row['commit'] for row in rows}))}", ", ".join(sorted({row["device"] for row in rows})),
+                      " to ".join(sorted({min(row["date"] for row in rows), max(row["date"] for row in rows)}))])
+
 def table(name, rows):
     """A set as a table in Markdown: means over seeds, and how far apart the seeds are."""
-    print(f"\n{name}: {', '.join(sorted({row['commit'] for row in rows}))}; {', '.join(sorted({row['device'] for row in rows}))}; "
-          f"{min(row['date'] for row in rows)} to {max(row['date'] for row in rows)}\n")
+    print(f"\n{provenance(name, rows)}\n")
     print("| run | seeds | tokens | compute | first pass | merged | decoding | range of seeds | no memory | minutes |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for run, rows in by_name(rows).items():
         def mean(key):
@@ -127,7 +159,7 @@ def main():
     parser.add_argument("--results", default="results", help="folder with the rows; the figures go there, too")
     args = parser.parse_args()
     folder = Path(args.results)
-    results = {name: read_rows(folder / f"{name}.jsonl") for name in ("ground", "scaling", "cheaper", "ablation")}
+    results = {name: read_rows(folder / f"{name}.jsonl") for name in ("ground", "scaling", "cheaper", "ablation", "states")}
     if not any(results.values()):
         raise UserError(f"{folder} has no rows: run `python experiments.py` first")
     if results["scaling"]:
@@ -143,9 +175,14 @@ def main():
         figure, ax = plt.subplots(figsize=(7, 5))
         draw_ablation(results, ax)
         save(figure, folder / "ablation.png")
+    if results["states"]:
+        tasks = {row["name"].partition("_")[0] for row in results["states"]}
+        figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
+        draw_states(results, axes[0])
+        save(figure, folder / "states.png")
     for name, rows in results.items():
         if rows:
-            table(name, rows)
+            (table_states if name == "states" else table)(name, rows)
 
 if __name__ == "__main__":
     run_main(main)
