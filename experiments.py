@@ -179,7 +179,7 @@ def main():
     parser = ArgumentParser(description="Run what is missing of named sets of training runs; one row a run in RESULTS/SET.jsonl.")
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"any of {', '.join(SETS)} (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="one run each; all runs of the first seed come first")
-    parser.add_argument("--only", metavar="TEXT", help="runs whose name contains this")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only the runs of these names")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time; they share the cores")
     parser.add_argument("--data", default="data", help="folder that prepare_data.py made")
     parser.add_argument("--out", default="runs/experiments", help="where run folders go")
@@ -194,7 +194,9 @@ def main():
         raise UserError(f"there is no set {unknown[0]}: choose from {', '.join(SETS)}")
     done = {name: {(row["name"], row["seed"]) for row in read_rows(Path(args.results) / f"{name}.jsonl")} for name in SETS}
     runs = [Run(set_name, name, seed, flags) for seed in args.seeds for set_name in args.sets or SETS for name, flags in SETS[set_name].items()
-            if not args.only or args.only in name]
+            if not args.only or name in args.only]
+    if not runs:
+        raise UserError(f"no run is called {' or '.join(args.only)}: see --list")
     if args.list:
         for one in runs:
             print(f"{'done' if (one.name, one.seed) in done[one.set] else '    '} {shlex.join(['python', *one.command(args, extra)])}")

@@ -123,6 +123,7 @@ def test_bad_input_of_the_runner(data, here):
     assert_refused(cli("experiments.py", "nonsense"), "nonsense", "scaling")
     assert_refused(cli("experiments.py", "scaling", "--data", "nowhere"), "nowhere", "prepare_data.py")
     assert_refused(cli("experiments.py", "--jobs", 0), "--jobs")
+    assert_refused(cli("experiments.py", "scaling", "--only", "shared_7"), "shared_7", "--list")
     assert_refused(cli("plot.py"), "experiments.py")
     failed = run_sets({"scaling": {"bad": RUN.format("shared", 5)}}, "--data", data, "--seeds", 0, "--extra", "--depth 0")
     assert failed.returncode == 1 and "exit code 2" in failed.stdout and "--depth" in Path("runs/experiments/scaling/bad_s0.txt").read_text()
