@@ -10,6 +10,7 @@ Every run is one command line, of train.py, ground.py or states.py, that can be 
 that is there is not run again; a run that was broken off goes on from its newest checkpoint.
 """
 
+import fcntl
 import json
 import os
 import shlex
@@ -19,6 +20,7 @@ import sys
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +37,17 @@ from train import has_memory, read_log
 ROWS = 256  # of the validation text: what every run is scored on
 
 # depth 4, width 128, context 256: what two cores can do, with the recipe that was tuned on ground.py's baseline
-SIZE = "--depth 4 --aspect-ratio 32 --head-dim 64 --max-seq-len 256 --window-pattern L --total-batch-size 4096 " \
+SIZE = "train.py --depth 4 --aspect-ratio 32 --head-dim 64 --max-seq-len 256 --window-pattern L --total-batch-size 4096 " \
        "--matrix-lr 0.04 --embedding-lr 0.2 --weight-decay 0 --grad-clip 0 --warmup-steps 0 " \
        "--eval-every 0 --eval-tokens 4096 --decode-tokens 0 --save-every 50 --keep 1"
 
 
 # -----------------------------------------------------------------------------
-# The sets: {set: {name: flags}}, each run once a seed
+# The sets: {set: {name: command without its seed}}, each run once a seed
+
+def ground():
+    """The authors' released run, on the same tokens by the same protocol; three seeds decide."""
+    return {f"{lrt}_{steps}": f"ground.py --lrt {lrt} --num-iterations {steps}" for lrt, steps in (("none", 1000), ("layerwise", 1000), ("none", 2000))}
 
 def scaling():
     """Can an LRT at R tokens a parameter be read against the baseline at R and at 2R? Steps of 4096 tokens."""
@@ -69,7 +75,15 @@ def cheaper(steps=1000):
     return {f"last_{100 - start}": f"{base} --memory-start {start / 100:g}" for start in (75, 50, 25)} \
         | {f"mixed_{share}": f"{base} --memory-share {share / 100:g}" for share in (25, 50)}
 
-SETS = {"scaling": scaling(), "ablation": ablation(), "cheaper": cheaper()}
+def states():
+    """State tracking beyond the lengths of training."""
+    variants = {"none": "", "recurrent": "--arch recurrent", "layerwise_sequential": "--lrt layerwise --schedule sequential"} \
+        | {f"layerwise_interleaved{S}": f"--lrt layerwise --subsets {S}" for S in (2, 4, 8)} \
+        | {f"layerwise_refine{K}": f"--lrt layerwise --schedule refine --refinements {K}" for K in (1, 3)}
+    return {f"{task}_{name}": f"states.py --task {task} --num-iterations {steps} {flags}".strip()
+            for task, steps in (("parity", 300), ("s5", 800)) for name, flags in variants.items()}
+
+SETS = {"ground": ground(), "scaling": scaling(), "cheaper": cheaper(), "ablation": ablation(), "states": states()}
 
 
 # -----------------------------------------------------------------------------
@@ -142,21 +156,37 @@ class Run:
     set: str
     name: str
     seed: int
-    flags: str
+    words: list  # script and flags
 
     def command(self, args, extra=()):
         """What a reader would type."""
-        return ["train.py", "--data", args.data, *self.flags.split(), "--seed", str(self.seed), *extra,
-                "--out", str(Path(args.out) / self.set), "--name", f"{self.name}_s{self.seed}", "--resume", "auto"]
+        script, *flags = [*self.words, "--seed", str(self.seed), *extra]
+        where = {"train.py": ["--data", args.data, "--out", f"{args.out}/{self.set}", "--name", f"{self.name}_s{self.seed}", "--resume", "auto"],
+                 "ground.py": ["--results", args.results], "states.py": ["--json", f"{args.results}/states.jsonl"]}
+        return [script, *flags, *where[script]]
 
 def read_rows(path):
-    """The rows of a file of JSON lines, [] where there is none."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()] if Path(path).exists() else []
+    """The rows of a file of JSON lines; [] where there is none, and without what a crash cut short."""
+    rows = []
+    for line in Path(path).read_text("utf-8").splitlines() if Path(path).exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 def append_row(path, row):
-    """Add a line to a file of JSON lines that other processes may be adding to: one write, all of it or nothing."""
-    with open(path, "ab", buffering=0) as f:
-        f.write(json.dumps(row).encode() + b"\n")
+    """Add a line to a file of JSON lines that other processes may be adding to: all of it or nothing. Raises UserError."""
+    try:
+        with open(path, "a+b", buffering=0) as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            end = f.seek(0, os.SEEK_END)
+            cut = end > 0 and os.pread(f.fileno(), 1, end - 1) != b"\n"  # a line that a crash left without its end
+            line = b"\n" * cut + json.dumps(row).encode() + b"\n"
+            if f.write(line) < len(line):
+                f.truncate(end)
+                raise UserError(f"cannot write {path}: the disk is full")
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}")
 
 def run(one, args, extra, where, running):
     """Train, score and write the row. Returns an error in words, or None."""
@@ -168,8 +198,8 @@ def run(one, args, extra, where, running):
                                    env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         running.append(process)
         code = process.wait()
-    if code:
-        return f"exit code {code}, see {folder}.txt"
+    if code or command[0] != "train.py":  # the others write their own row
+        return f"exit code {code}, see {folder}.txt" if code else None
     row = finished(folder)
     if row["steps"] < load_checkpoint(find_checkpoint(folder))["args"]["num_iterations"]:
         return "stopped; the same command goes on"
@@ -193,7 +223,7 @@ def main():
     if unknown:
         raise UserError(f"there is no set {unknown[0]}: choose from {', '.join(SETS)}")
     done = {name: {(row["name"], row["seed"]) for row in read_rows(Path(args.results) / f"{name}.jsonl")} for name in SETS}
-    runs = [Run(set_name, name, seed, flags) for seed in args.seeds for set_name in args.sets or SETS for name, flags in SETS[set_name].items()
+    runs = [Run(set_name, name, seed, command.split()) for seed in args.seeds for set_name in args.sets or SETS for name, command in SETS[set_name].items()
             if not args.only or name in args.only]
     if not runs:
         raise UserError(f"no run is called {' or '.join(args.only)}: see --list")
@@ -201,7 +231,8 @@ def main():
         for one in runs:
             print(f"{'done' if (one.name, one.seed) in done[one.set] else '    '} {shlex.join(['python', *one.command(args, extra)])}")
         return
-    open_data(args.data)
+    if any(one.words[0] == "train.py" for one in runs):
+        open_data(args.data)
     Path(args.results).mkdir(parents=True, exist_ok=True)
     held = lock(args.out, "experiment")  # noqa: F841
     todo, running, failed, stopped = [one for one in runs if (one.name, one.seed) not in done[one.set]], [], [], []

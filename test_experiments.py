@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import experiments
+import states
 from interleave import Schedule, TrainStep
 from model import GPT, GPTConfig
 from test_cli import HERE, SMALL, TINY, assert_refused, cli, log, shell
-from train import has_memory, make_plan, parse_args
+from train import has_memory, make_parser, make_plan, parse_args
 
 SETS = """
 import sys
@@ -27,7 +28,7 @@ from prepare_data import run_main
 experiments.ROWS, experiments.SETS = 8, {sets!r}
 run_main(experiments.main)
 """
-RUN = " ".join(SMALL) + " --eval-every 0 --eval-tokens 64 --decode-tokens 0 --save-every 5 --keep 1 --lrt {} --num-iterations {}"
+RUN = "train.py " + " ".join(SMALL) + " --eval-every 0 --eval-tokens 64 --decode-tokens 0 --save-every 5 --keep 1 --lrt {} --num-iterations {}"
 
 
 def run_sets(sets, *args, start=subprocess.run, **options):
@@ -73,11 +74,19 @@ def test_mixed_steps_on_one_and_two_processes(data, here):
 # Sets
 
 @pytest.mark.parametrize("name", experiments.SETS)
-def test_every_run_is_a_command_that_train_py_takes(name, monkeypatch):
-    for run_name, flags in experiments.SETS[name].items():
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(), "--name", run_name])
-        plan = make_plan(parse_args()[0], 4096, 1, torch.float32)
-        assert plan.config.n_embd == 128 and plan.micro_steps == 1, run_name
+def test_every_run_is_a_command_that_its_script_takes(name, monkeypatch):
+    for run_name, command in experiments.SETS[name].items():
+        script, *flags = command.split()
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        if script == "states.py":
+            args = states.parse_args()
+            assert run_name in (f"{args.task}_none", f"{args.task}_recurrent", f"{args.task}_layerwise_{args.schedule}" + {
+                "interleaved": str(args.subsets), "refine": str(args.refinements)}.get(args.schedule, ""))
+        elif script == "ground.py":
+            assert run_name in flags[1] + "_" + flags[3] and make_parser().parse_args(flags)
+        else:
+            plan = make_plan(parse_args()[0], 4096, 1, torch.float32)
+            assert plan.config.n_embd == 128 and plan.micro_steps == 1, run_name
 
 def test_rows_are_complete_written_once_and_drawn(data, here):
     sets = {"scaling": {"none_6": RUN.format("none", 6), "shared_6": RUN.format("shared", 6)}, "ablation": {"none": RUN.format("none", 6)}}
