@@ -13,7 +13,7 @@ up to 8 times as long with the exact recurrence, token by token, prints accuraci
 
 Every layer sees --window positions back, half the training length unless told otherwise. Two layers then just cover the
 training length, so the baseline lacks nothing there, and beyond it no attention meets a distance that it was not trained
-on, which otherwise is what fails: everything that goes further has to go through recurrence, in all variants alike.
+on: whatever goes further has to go through recurrence, in all variants alike. --window 128 is full attention.
 """
 
 import itertools
