@@ -166,9 +166,14 @@ class Run:
         return [script, *flags, *where[script]]
 
 def read_rows(path):
-    """The rows of a file of JSON lines; [] where there is none, and without what a crash cut short."""
-    rows = []
-    for line in Path(path).read_text("utf-8").splitlines() if Path(path).exists() else []:
+    """The rows of a file of JSON lines; [] where there is none, and without what a crash cut short. Raises UserError."""
+    try:
+        lines, rows = Path(path).read_text("utf-8", "replace").splitlines(), []
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}")
+    for line in lines:
         with suppress(ValueError):
             rows.append(json.loads(line))
     return rows

@@ -17,14 +17,11 @@ on: whatever goes further has to go through recurrence, in all variants alike. -
 """
 
 import itertools
-import json
 import math
-import os
 import shlex
 import sys
 import time
 from argparse import Namespace
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +30,7 @@ from tqdm import tqdm
 
 import train
 from bench import machine
+from experiments import append_row, read_rows
 from interleave import TrainStep, run
 from model import GPT, GPTConfig, KVCache, take
 from prepare_data import ArgumentParser, UserError, at_least, check_folder, run_main
@@ -139,43 +137,7 @@ def score(model, schedule, task, args):
 
 
 # -----------------------------------------------------------------------------
-# Rows
-
-def read_rows(f):
-    """The rows of an open file of JSON lines; what a crash cut short is left out."""
-    rows = []
-    for line in f.read().splitlines():
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
-
-def find_row(path, config):
-    """The row of this configuration in the file, None if there is none. Raises UserError."""
-    try:
-        with open(path, "rb") as f:
-            return next((row for row in read_rows(f) if row.get("config") == config), None)
-    except FileNotFoundError:
-        return None
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}")
-
-def add_row(path, row):
-    """Add a line to a file that other processes may be adding to: all of it or nothing, and once. Raises UserError."""
-    import fcntl
-    try:
-        with open(path, "a+b", buffering=0) as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            f.seek(0)
-            if any(old.get("config") == row["config"] for old in read_rows(f)):
-                return
-            end = f.seek(0, os.SEEK_END)
-            line = b"\n" * (end > 0 and os.pread(f.fileno(), 1, end - 1) != b"\n") + json.dumps(row).encode() + b"\n"
-            if f.write(line) < len(line):
-                f.truncate(end)
-                raise UserError(f"cannot write {path}: the disk is full")
-            os.fsync(f.fileno())
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}")
+# The command
 
 def variant(config, schedule):
     """A short name of what was trained and how."""
@@ -208,7 +170,7 @@ def parse_args():
     at_least(args, subsets=1, refinements=1, chunk=1, max_seq_len=2, window=1, depth=1, width=1, batch_size=1, num_iterations=1, matrix_lr=0, score_rows=1, seed=0)
     check_folder(args.json)
     args.window = args.window or args.max_seq_len // 2
-    return Namespace(**vars(train.make_parser().parse_args([])) | vars(args))  # all other settings are the defaults of train.py
+    return Namespace(**vars(train.make_parser().parse_args([])) | vars(args) | {"gate_lr": args.matrix_lr})  # all else: the defaults of train.py
 
 def main():
     args = parse_args()
@@ -221,7 +183,7 @@ def main():
     chosen = dict(task=args.task, seed=args.seed, batch_size=args.batch_size, num_iterations=args.num_iterations, matrix_lr=args.matrix_lr,
                   max_seq_len=T, score_rows=args.score_rows, model=asdict(config), schedule=asdict(schedule))
     name, device = f"{args.task}_{variant(config, schedule)}" + f"_window{args.window}" * (args.window != T // 2), pick_device(args.device)
-    if args.json and find_row(args.json, chosen):
+    if args.json and any(row["config"] == chosen for row in read_rows(args.json)):
         return print(f"{name}, seed {args.seed}: its row is in {args.json}, nothing to do")
     torch.manual_seed(args.seed)
     with torch.device(device):
@@ -241,7 +203,7 @@ def main():
         for what, by_length in row.get(key, {}).items():
             print(f"| {key}, {what} |" + "".join(f" {by_length[n * T]:.3f} |" if n * T in by_length else "  |" for n in LENGTHS))
     if args.json:
-        add_row(args.json, row)
+        append_row(args.json, row)
 
 if __name__ == "__main__":
     run_main(main)
