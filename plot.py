@@ -122,17 +122,6 @@ def draw_states(results, axes):
         ax.set(xlabel="tokens", ylabel="accuracy at the last one", title=task)
         ax.legend(fontsize=6)
 
-def table_states(name, rows):
-    """Accuracies at the last position."""
-    print(f"\n{provenance(name, rows)}")
-    print("\n| run | seeds | compute | minutes |" + "".join(f" last of {n} |" for n in rows[0]["decode"]["last"]) + " memory off |")
-    print("|---|---:|---:|---:|" + "---:|" * (len(rows[0]["decode"]["last"]) + 1))
-    for name, group in sorted(by_name(rows).items()):
-        cells = [f"{np.mean([row['decode']['last'][n] for row in group]):.3f}" for n in rows[0]["decode"]["last"]]
-        off = [row["no_memory"]["last"][n] for row in group if row.get("no_memory") for n in list(row["no_memory"]["last"])[:1]]
-        print(f"| {name} | {len(group)} | {group[0]['compute'] / 1e6:.2f} M | {np.mean([row['train_seconds'] for row in group]) / 60:.1f} | "
-              + " | ".join(cells) + f" | {f'{np.mean(off):.3f}' if off else ''} |")
-
 def provenance(name, rows):
     """Where and when the rows of a set were made."""
     return "; ".join([f"{name}: commits {', '.join(sorted({row['commit'] for row in rows}))}", ", ".join(sorted({row["device"] for row in rows})),
@@ -148,6 +137,18 @@ def table(name, rows):
         _, low, high = spread(rows)
         print(f"| {run} | {len(rows)} | {rows[0]['tokens'] / 1e6:.2f} M | {np.mean([row['compute'] for row in rows]) / 1e6:.2f} M | {mean('pass 0')} | {mean('merged')} | "
               f"{mean('decode')} | {high - low:.4f} | {mean('no memory')} | {np.mean([row['train_seconds'] for row in rows]) / 60:.0f} |")
+
+def table_states(name, rows):
+    """Accuracies: of the last position by length, and of whole sequences of the training length, decoding and as the passes of training answer."""
+    print(f"\n{provenance(name, rows)}\n")
+    lengths = list(rows[0]["decode"]["last"])
+    print("| run | seeds | compute |" + "".join(f" last of {n} |" for n in lengths) + f" {lengths[-1]}, memory off | all {lengths[0]} | all {lengths[0]}, passes of training |")
+    print("|---|---:|---:|" + "---:|" * (len(lengths) + 3))
+    for run, group in sorted(by_name(rows).items()):
+        def cell(key, what, n):
+            return f"{np.mean([row[key][what][n] for row in group]):.3f}" if key in group[0] else ""  # noqa: B023
+        cells = [cell("decode", "last", n) for n in lengths] + [cell("no_memory", "last", lengths[-1]), cell("decode", "whole", lengths[0]), cell("trained", "whole", lengths[0])]
+        print(f"| {run} | {len(group)} | {group[0]['compute'] / 1e6:.2f} M | " + " | ".join(cells) + " |")
 
 def save(figure, path):
     figure.tight_layout()

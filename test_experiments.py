@@ -3,10 +3,11 @@
 import json
 import os
 import signal
-import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +21,16 @@ from model import GPT, GPTConfig
 from test_cli import HERE, SMALL, TINY, assert_refused, cli, log, shell
 from train import has_memory, make_parser, make_plan, parse_args
 
-SETS = """
-import sys
-sys.path.insert(0, {here!r})
-import experiments
-from prepare_data import run_main
-experiments.ROWS, experiments.SETS = 8, {sets!r}
-run_main(experiments.main)
-"""
 RUN = "train.py " + " ".join(SMALL) + " --eval-every 0 --eval-tokens 64 --decode-tokens 0 --save-every 5 --keep 1 --lrt {} --num-iterations {}"
 
 
-def run_sets(sets, *args, start=subprocess.run, **options):
-    """experiments.py with sets of this test, in a process of its own."""
-    return start([sys.executable, "-c", SETS.format(here=str(HERE), sets=sets), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                 env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+@pytest.fixture
+def sets(monkeypatch):
+    """Sets of this test instead of the real ones."""
+    monkeypatch.setattr(experiments, "ROWS", 8)
+    def replace(**sets):
+        monkeypatch.setattr(experiments, "SETS", sets)
+    return replace
 
 # -----------------------------------------------------------------------------
 # Plain passes in some of the steps
@@ -88,11 +84,11 @@ def test_every_run_is_a_command_that_its_script_takes(name, monkeypatch):
             plan = make_plan(parse_args()[0], 4096, 1, torch.float32)
             assert plan.config.n_embd == 128 and plan.micro_steps == 1, run_name
 
-def test_rows_are_complete_written_once_and_drawn(data, here):
-    sets = {"scaling": {"none_6": RUN.format("none", 6), "shared_6": RUN.format("shared", 6)}, "ablation": {"none": RUN.format("none", 6)}}
+def test_rows_are_complete_written_once_and_drawn(data, here, sets):
+    sets(scaling={"none_6": RUN.format("none", 6), "shared_6": RUN.format("shared", 6)}, ablation={"none": RUN.format("none", 6)})
     common = ["--data", data, "--seeds", 0]
-    done = run_sets(sets, "scaling", *common, "--jobs", 2)
-    assert done.returncode == 0 and "2 runs to do, 0 done" in done.stdout, done.stdout + done.stderr
+    code, out, err = cli("experiments.py", "scaling", *common, "--jobs", 2)
+    assert code == 0 and "2 runs to do, 0 done" in out, out + err
     rows = {row["name"]: row for row in experiments.read_rows("results/scaling.jsonl")}
     assert set(rows) == {"none_6", "shared_6"}
     none, shared = rows["none_6"], rows["shared_6"]
@@ -101,41 +97,51 @@ def test_rows_are_complete_written_once_and_drawn(data, here):
     assert len(shared["by_position"]["no memory"]) == 16 and len(shared["learned"]["c"]) == 2 and set(shared["learned"]["gates"]["1"]) == {"local", "memory", "token"}
     assert none["curve"][0][2] is None and shared["curve"][0][2] == pytest.approx(none["curve"][0][1], abs=0.1) and len(shared["curve"]) == 6
     # the command in the row is the run: without the runner it gives the same model
-    again = shell("train.py", *shared["command"].split()[2:], "--out", "again")
-    assert again.returncode == 0, again.stderr
+    code, _, err = cli("train.py", *shared["command"].split()[2:], "--out", "again")
+    assert code == 0, err
     assert [row["loss"] for row in log("again/shared_6_s0")] == [row["loss"] for row in log("runs/experiments/scaling/shared_6_s0")]
-    done = run_sets(sets, "scaling", *common)
-    assert done.returncode == 0 and "0 runs to do, 2 done" in done.stdout and len(experiments.read_rows("results/scaling.jsonl")) == 2
+    code, out, _ = cli("experiments.py", "scaling", *common)
+    assert code == 0 and "0 runs to do, 2 done" in out and len(experiments.read_rows("results/scaling.jsonl")) == 2
     code, out, err = cli("plot.py")
     assert code == 0 and "| shared_6 | 1 |" in out, err
     assert all((here / "results" / f"{name}.png").stat().st_size > 5000 for name in ("scaling", "learned"))
-    listed = run_sets(sets, *common, "--list").stdout.splitlines()
-    assert [line.startswith("done") for line in listed] == [True, True, False]
+    _, out, _ = cli("experiments.py", *common, "--list")
+    assert [line.startswith("done") for line in out.splitlines()] == [True, True, False]
 
-def test_a_run_that_was_broken_off_goes_on(data, here):
-    sets = {"scaling": {"shared_40": RUN.format("shared", 40)}}
-    process = run_sets(sets, "--data", data, "--seeds", 0, start=subprocess.Popen)
+def test_a_run_that_was_broken_off_goes_on(data, here, sets):
+    sets(scaling={"shared_40": RUN.format("shared", 40)})
     console = here / "runs/experiments/scaling/shared_40_s0.txt"
-    deadline = time.time() + 120
-    while not (console.exists() and "step 00010/" in console.read_text()) and time.time() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and "goes on" in out, out + err
+    def stop_at_step_10():
+        deadline = time.time() + 120
+        while not (console.exists() and "step 00010/" in console.read_text()) and time.time() < deadline:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=stop_at_step_10).start()
+    code, out, err = cli("experiments.py", "--data", data, "--seeds", 0)
+    assert code == 1 and "goes on" in out, out + err
     assert not (here / "results/scaling.jsonl").exists()
-    done = run_sets(sets, "--data", data, "--seeds", 0)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, out, err = cli("experiments.py", "--data", data, "--seeds", 0)
+    assert code == 0, out + err
     row, = experiments.read_rows("results/scaling.jsonl")
     assert row["steps"] == 40 and console.read_text().count("step 00020/") == 1 and len(log("runs/experiments/scaling/shared_40_s0")) == 40
 
-def test_bad_input_of_the_runner(data, here):
+def test_bad_input_of_the_runner(data, here, sets):
     assert_refused(cli("experiments.py", "nonsense"), "nonsense", "scaling")
     assert_refused(cli("experiments.py", "scaling", "--data", "nowhere"), "nowhere", "prepare_data.py")
     assert_refused(cli("experiments.py", "--jobs", 0), "--jobs")
     assert_refused(cli("experiments.py", "scaling", "--only", "shared_7"), "shared_7", "--list")
     assert_refused(cli("plot.py"), "experiments.py")
-    failed = run_sets({"scaling": {"bad": RUN.format("shared", 5)}}, "--data", data, "--seeds", 0, "--extra", "--depth 0")
-    assert failed.returncode == 1 and "exit code 2" in failed.stdout and "--depth" in Path("runs/experiments/scaling/bad_s0.txt").read_text()
+    sets(scaling={"bad": RUN.format("shared", 5)})
+    code, out, _ = cli("experiments.py", "--data", data, "--seeds", 0, "--extra", "--depth 0")
+    assert code == 1 and "exit code 2" in out and "--depth" in Path("runs/experiments/scaling/bad_s0.txt").read_text()
+
+def test_rows_of_several_writers_and_after_a_crash(here):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: experiments.append_row("rows.jsonl", {"i": i, "text": "x" * 5000}), range(40)))
+    assert sorted(row["i"] for row in experiments.read_rows("rows.jsonl")) == list(range(40))
+    os.truncate("rows.jsonl", os.path.getsize("rows.jsonl") - 10)
+    experiments.append_row("rows.jsonl", {"i": 40})
+    assert len(experiments.read_rows("rows.jsonl")) == 40 and experiments.read_rows("rows.jsonl")[-1] == {"i": 40}
 
 def test_learned_reads_what_the_model_has():
     torch.manual_seed(0)
