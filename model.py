@@ -471,13 +471,14 @@ class GPT(nn.Module):
         scaling = counts["matrices"] + counts["gates"] + counts["memory projections"] + counts["head"]
         return counts | {"total": total, "scaling": scaling}
 
-    def flops_per_token(self, passes=None, T=None):
+    def flops_per_token(self, passes=None, T=None, kv_refresh=False):
         """
         Training FLOPs (forward and backward) per token of a sequence of T tokens (default: the context) on which the
         schedule `passes` (list of ranges; default: one full pass) runs. A matrix entry costs 6 FLOPs a position, and
         attention 12 * width * keys in the window (PaLM, arXiv 2204.02311, appendix B, causality not counted off).
-        The head is counted in every pass; memory projections from the first pass that has memory on; a recurrent layer's
-        second key/value projection, but not what its backward pass recomputes.
+        The head is counted in every pass; memory projections from the first pass that has memory on, with kv_refresh once
+        more after each pass for the positions of every later one; a recurrent layer's second key/value projection, but not
+        what its backward pass recomputes.
         """
         T = T or self.config.sequence_len
         passes = passes or [range(T)]
@@ -490,5 +491,5 @@ class GPT(nn.Module):
         for i, positions in enumerate(passes):
             total += len(positions) * (6 * plain + 12 * self.config.n_embd * keys)
             if i > 0:  # the first pass has memory zero
-                total += len(positions) * 6 * counts["memory projections"]
+                total += len(positions) * (1 + i * kv_refresh) * 6 * counts["memory projections"]
         return total / T

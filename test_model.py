@@ -507,6 +507,7 @@ def test_flops_count_the_passes():
     assert lrt.flops_per_token() == base + 6 * gates
     for S in (1, 2, 5):
         assert lrt.flops_per_token(interleave.interleaved(T, S), T) == pytest.approx(2 * (base + 6 * gates) + 6 * memory)
+    assert lrt.flops_per_token(interleave.interleaved(T, 2), T, kv_refresh=True) == pytest.approx(2 * (base + 6 * gates) + 6 * memory * (1 + 1 / 2 + 2 / 2))
     assert lrt.flops_per_token(interleave.refine(T, 3), T) == pytest.approx(4 * (base + 6 * gates) + 18 * memory)
 
 @pytest.mark.parametrize("bad, message", [

@@ -253,7 +253,7 @@ def make_plan(args, vocab_size, world, dtype):
     except RuntimeError as e:
         raise UserError(f"no model of width {config.n_embd} can be built ({e})")
     counts, plain_flops, share = model.parameter_counts(), model.flops_per_token(plain(T), T), (1 - args.memory_start) * args.memory_share
-    flops_per_token = share * model.flops_per_token(schedule.passes(T), T) + (1 - share) * plain_flops
+    flops_per_token = share * model.flops_per_token(schedule.passes(T), T, schedule.kv_refresh) + (1 - share) * plain_flops
     kv = KVCache(config, 1, T, "meta", dtype, rolling=True)
     total_batch = args.total_batch_size
     if total_batch is None:  # nanochat's rule: tokens^0.383, from 2^19 at depth 12 (Power Lines, arXiv 2505.13738)
