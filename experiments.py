@@ -200,7 +200,7 @@ def run(one, args, extra, where, running):
     threads = max((os.cpu_count() or 1) // args.jobs, 1)
     with open(f"{folder}.txt", "ab") as console:
         process = subprocess.Popen([sys.executable, str(Path(__file__).parent / command[0]), *command[1:]], stdout=console, stderr=console,
-                                   env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+                                   env=os.environ | {"OMP_NUM_THREADS": str(threads)}, start_new_session=True)  # Ctrl-C reaches it through stop() alone
         running.append(process)
         code = process.wait()
     if code or command[0] != "train.py":  # the others write their own row

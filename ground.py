@@ -21,13 +21,15 @@ from eval_core import first_rows
 from experiments import append_row, curve, read_rows, score
 from interleave import TrainStep
 from model import GPT
-from prepare_data import UserError, run_main
+from prepare_data import UserError, run_main, write_atomic
 from train import make_config, make_optimizers, make_parser, make_schedule, set_schedule
 
 RELEASE = {("none", 1000): 1.7148, ("none", 2000): 1.6365, ("layerwise", 1000): 1.6839, ("layerwise", 400): 1.8325}  # BPB, merged, one seed
 PROTOCOL = dict(depth=4, aspect_ratio=32, head_dim=64, max_seq_len=256, window_pattern="L", source_layer=3, total_batch_size=4096,
                 embedding_lr=0.2, weight_decay=0.0, grad_clip=0.0, warmup_steps=0, num_iterations=1000)
 OURS = dict(matrix_lr=0.04)  # the release has 0.02, with another variant of Muon
+
+SAVE_EVERY = 200  # steps
 
 def load(folder):
     """Training and validation tokens, and the bytes of each token. Raises UserError."""
@@ -55,9 +57,22 @@ def main():
     optimizers = make_optimizers(model, args, batch_scale=1.0)
     step_module = TrainStep(model, schedule)
     step_module = torch.compile(step_module, dynamic=False) if args.compile else step_module
-    rng, log, t0 = np.random.default_rng(args.seed), [], time.time()
+    saved = Path(args.out) / "ground" / f"{args.lrt}_{steps}_s{args.seed}.pt"
+    start, log, seconds = 0, [], 0.0
+    if saved.exists() and (state := torch.load(saved, weights_only=True))["command"] == command:  # broken off: go on
+        model.load_state_dict(state["model"])
+        for optimizer, x in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(x)
+        start, log, seconds = state["step"], state["log"], state["seconds"]
+    rng, t0 = np.random.default_rng(args.seed), time.time() - seconds
     for step in range(steps):
         starts = rng.integers(0, len(tokens) - T - 1, rows)
+        if step < start:
+            continue
+        if step > start and step % SAVE_EVERY == 0:
+            saved.parent.mkdir(parents=True, exist_ok=True)
+            state = dict(command=command, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step, log=log, seconds=time.time() - t0)
+            write_atomic(saved, lambda f: torch.save(state, f))
         batch = torch.from_numpy(np.stack([tokens[i:i + T + 1].astype(np.int64) for i in starts]))
         set_schedule(optimizers, step, steps, args)
         loss, passes = step_module(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
@@ -75,6 +90,7 @@ def main():
                curve=curve(log), **score(model, first_rows([val], T, 192), token_bytes, schedule))
     Path(args.results).mkdir(exist_ok=True)
     append_row(Path(args.results) / "ground.jsonl", row)
+    saved.unlink(missing_ok=True)
     print(f"{row['name']} seed {args.seed}: BPB " + ", ".join(f"{name} {x:.4f}" for name, x in row["bpb"].items()) + f"; the release: {row['release']}")
 
 if __name__ == "__main__":

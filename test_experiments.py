@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import experiments
+import ground
 import states
 from interleave import Schedule, TrainStep
 from model import GPT, GPTConfig
@@ -158,7 +159,7 @@ def test_learned_reads_what_the_model_has():
 # -----------------------------------------------------------------------------
 # The reference job
 
-def test_ground(here):
+def test_ground(here, monkeypatch):
     rng = np.random.default_rng(0)
     (here / "reference").mkdir()
     for name, x in (("train", rng.integers(0, 64, 5000)), ("val", rng.integers(0, 64, 2000)), ("token_bytes", np.r_[np.ones(63), 0])):
@@ -171,4 +172,13 @@ def test_ground(here):
     assert row["curve"][-1][1] < row["curve"][0][1] - 0.02 and row["bpb"]["decode"] == pytest.approx(row["bpb"]["merged"], abs=0.1)
     code, out, err = cli("ground.py", *flags)
     assert code == 0 and "has a row" in out and len(experiments.read_rows("results/ground.jsonl")) == 1
+    # broken off behind its last step, and gone on with from the last save: the same run, bit for bit
+    with monkeypatch.context() as patched:
+        patched.setattr(ground, "SAVE_EVERY", 10)
+        patched.setattr(ground, "score", lambda *_: sys.exit(7))
+        assert cli("ground.py", *flags, "--results", "other")[0] == 7 and (here / "runs/ground/layerwise_30_s0.pt").exists()
+    code, out, err = cli("ground.py", *flags, "--results", "other")
+    assert code == 0 and "step 00000/" not in out and not (here / "runs/ground/layerwise_30_s0.pt").exists(), err
+    again, = experiments.read_rows("other/ground.jsonl")
+    assert again["bpb"] == row["bpb"] and again["curve"] == row["curve"]
     assert_refused(cli("ground.py", "--reference", "nowhere"), "nowhere", "--reference")
