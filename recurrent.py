@@ -225,7 +225,7 @@ def walk_forward(weights, read, updated, window, qk_norm):
     """Every position of a block and the tiles within. mixed and updated go on from the larger tiles; weights are (in, out)."""
     x, value_embed, cos, sin, padding, q, mixed = read
     top, total, a, y, final_k, final_v = updated
-    (B, P, _), G, R = x.shape, len(q) // len(x), q.size(1) // x.size(1)
+    B, G, R = len(x), len(q) // len(x), q.size(1) // x.size(1)
     pairs = (i.unflatten(0, (B, G)).transpose(1, 2) for i in (final_k, final_v))
     for t, (x_t, value_embed_t, cos_t, sin_t, a_t, *stores) in enumerate(by_position(x, value_embed, cos, sin, a, y, *pairs)):
         now = slice(t * R, t * R + R)

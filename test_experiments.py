@@ -118,10 +118,10 @@ def test_a_run_that_was_broken_off_goes_on(data, here, sets):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=stop_at_step_10).start()
-    code, out, err = cli("experiments.py", "--data", data, "--seeds", 0)
+    code, out, err = cli("experiments.py", "--data", data, "--seeds", 0, "--jobs", 2)  # a thread each
     assert code == 1 and "goes on" in out, out + err
     assert not (here / "results/scaling.jsonl").exists()
-    code, out, err = cli("experiments.py", "--data", data, "--seeds", 0)
+    code, out, err = cli("experiments.py", "--data", data, "--seeds", 0, "--jobs", 2)  # a thread each
     assert code == 0, out + err
     row, = experiments.read_rows("results/scaling.jsonl")
     assert row["steps"] == 40 and console.read_text().count("step 00020/") == 1 and len(log("runs/experiments/scaling/shared_40_s0")) == 40
@@ -133,7 +133,7 @@ def test_bad_input_of_the_runner(data, here, sets):
     assert_refused(cli("experiments.py", "scaling", "--only", "shared_7"), "shared_7", "--list")
     assert_refused(cli("plot.py"), "experiments.py")
     sets(scaling={"bad": RUN.format("shared", 5)})
-    code, out, _ = cli("experiments.py", "--data", data, "--seeds", 0, "--extra", "--depth 0")
+    code, out, _ = cli("experiments.py", "--data", data, "--seeds", 0, "--jobs", 2, "--extra", "--depth 0")
     assert code == 1 and "exit code 2" in out and "--depth" in Path("runs/experiments/scaling/bad_s0.txt").read_text()
 
 def test_rows_of_several_writers_and_after_a_crash(here):
