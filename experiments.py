@@ -101,7 +101,7 @@ def learned(model, idx, targets):
             gates[layer] = 2 * torch.sigmoid(out.float()).unflatten(-1, (-1, model.config.n_kv_head)).mean((0, 1, 3))
         return hook
     hooks = [block.attn.gate.register_forward_hook(keep(layer)) for layer, block in enumerate(model.h) if block.attn.gate is not None]
-    recurrent_losses(model, idx, targets)  # what is kept is of the last pass, over all positions
+    recurrent_losses(model, idx, targets)  # what is kept is of the last pass: over all positions, unless prefill had to end token by token
     for hook in hooks:
         hook.remove()
     names = ["local", "memory"] * model.config.kv_memory + ["token"]
