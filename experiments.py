@@ -55,9 +55,8 @@ def scaling():
             for steps in (250, 500, 1000, 2000) for lrt in ("none", "shared", "layerwise") if steps < 2000 or lrt == "none"}
 
 def ablation(steps=500):
-    """One change each to the shared LRT: source layer 2 of 0 .. 3, injection both, interleaved, S = 2, mean over the passes."""
+    """One change each to the shared LRT of scaling(): source layer 2 of 0 .. 3, injection both, interleaved, S = 2, mean over the passes."""
     changes = {
-        "shared": "",
         "inject_kv": "--inject kv", "inject_residual": "--inject residual",
         "source_0": "--source-layer 0", "source_1": "--source-layer 1", "source_3": "--source-layer 3",
         "subsets_1": "--subsets 1", "subsets_4": "--subsets 4", "subsets_8": "--subsets 8",
@@ -66,8 +65,13 @@ def ablation(steps=500):
         "chunked": "--schedule chunked --chunk 64",
         "loss_memory_passes": "--loss-weights 0 1 1", "refine_1_loss_last": "--schedule refine --refinements 1 --loss-weights 0 1",
     }
-    return {"none": f"{SIZE} --lrt none --num-iterations {steps}"} | \
-        {name: f"{SIZE} --lrt shared --num-iterations {steps} {change}".strip() for name, change in changes.items()}
+    return {name: f"{SIZE} --lrt shared --num-iterations {steps} {change}" for name, change in changes.items()}
+
+def tuning(steps=500):
+    """Is it ours, where the LRT loses? What is new in it, trained otherwise; scalars are b and c, at a rate of 0.5."""
+    changes = {"memory_lr_0.02": "--memory-lr 0.02", "memory_lr_0.08": "--memory-lr 0.08", "memory_init_0": "--memory-init 0",
+               "memory_init_1": "--memory-init 1", "scalar_lr_0.1": "--scalar-lr 0.1"}
+    return {name: f"{SIZE} --lrt shared --num-iterations {steps} {change}" for name, change in changes.items()}
 
 def cheaper(steps=1000):
     """Plain passes in some of the steps: the first ones, or any at random."""
@@ -83,7 +87,7 @@ def states():
     return {f"{task}_{name}": f"states.py --task {task} --num-iterations {steps} {flags}".strip()
             for task, steps in (("parity", 300), ("s5", 800)) for name, flags in variants.items()}
 
-SETS = {"ground": ground(), "scaling": scaling(), "cheaper": cheaper(), "ablation": ablation(), "states": states()}
+SETS = {"ground": ground(), "scaling": scaling(), "cheaper": cheaper(), "ablation": ablation(), "tuning": tuning(), "states": states()}
 
 
 # -----------------------------------------------------------------------------

@@ -49,6 +49,7 @@ class GPTConfig:
     lrt: str = "none"  # none: plain GPT | shared: one memory projection for all layers | layerwise: one a layer
     source_layer: int | None = None  # 0-based: memory is read after this block; None: upper-middle, 3/4 of the way up
     inject: str = "both"  # how memory enters: kv | residual | both
+    memory_init: float = 0.1  # c of equation (1) at the start
     arch: str = "gpt"  # gpt | recurrent: layers attend to keys and values of their own outputs, see recurrent.py
 
     def __post_init__(self):
@@ -66,6 +67,7 @@ class GPTConfig:
         for name, allowed in (("value_embeds", ("none", "alternate", "all")), ("lrt", ("none", "shared", "layerwise")),
                               ("inject", ("kv", "residual", "both")), ("arch", ("gpt", "recurrent"))):
             check(getattr(self, name) in allowed, f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
+        check(math.isfinite(self.memory_init), f"memory_init must be a number, not {self.memory_init}")
         check(self.arch == "gpt" or self.lrt == "none", f"arch recurrent goes with lrt none, not with {self.lrt}: one recurrence at a time")
         if self.source_layer is None:  # the paper finds an upper-middle layer strongest
             self.source_layer = max(round(0.75 * self.n_layer) - 1, 0)
@@ -337,7 +339,7 @@ class GPT(nn.Module):
         # a, b and c of equation (1)
         self.resid_lambdas = nn.Parameter(torch.ones(L))
         self.x0_lambdas = nn.Parameter(torch.full((L,), 0.1))
-        self.mem_lambdas = nn.Parameter(torch.full((L,), 0.1)) if config.residual_memory else None
+        self.mem_lambdas = nn.Parameter(torch.full((L,), config.memory_init)) if config.residual_memory else None
         # Rk and Rv of equation (2): one pair in all (shared) or one a layer (layerwise)
         n_pairs = {"none": 0, "shared": 1, "layerwise": L}[config.lrt] * config.kv_memory
         self.mem_k = nn.ModuleList(Linear(D, kv_dim) for _ in range(n_pairs))

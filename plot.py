@@ -18,6 +18,8 @@ from prepare_data import ArgumentParser, UserError, run_main
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 
+# runs of scaling() that a set is read against
+BESIDE = dict(ablation=("none_500", "shared_500"), tuning=("none_500", "shared_500"), cheaper=("none_1000", "none_2000", "shared_1000"))
 COLORS = {"none": "tab:gray", "shared": "tab:blue", "layerwise": "tab:orange"}
 
 
@@ -27,6 +29,9 @@ def by_name(rows):
     for row in rows:
         groups[row["name"]].append(row)
     return groups
+
+def with_beside(name, results):
+    return [row for row in results["scaling"] if row["name"] in BESIDE.get(name, ())] + results[name]
 
 def bpb(row):
     """How the model decodes, the exact recurrence."""
@@ -98,10 +103,10 @@ def draw_learned(results, axes):
         ax.legend(fontsize=6, ncols=2)
 
 def draw_ablation(results, ax):
-    groups = sorted(by_name(results["ablation"]).items(), key=lambda item: spread(item[1])[0])
+    groups = sorted(by_name(with_beside("ablation", results)).items(), key=lambda item: spread(item[1])[0])
     for i, (name, rows) in enumerate(groups):
         mean, low, high = spread(rows)
-        ax.errorbar([mean], [i], xerr=[[mean - low], [high - mean]], marker="o", capsize=3, color="tab:gray" if name == "none" else "tab:blue")
+        ax.errorbar([mean], [i], xerr=[[mean - low], [high - mean]], marker="o", capsize=3, color="tab:blue" if name not in BESIDE["ablation"] else "black")
     ax.set(yticks=range(len(groups)), yticklabels=[name for name, _ in groups], xlabel="validation BPB, decoding", title="ablation, one change each")
     ax.tick_params(axis="y", labelsize=7)
 
@@ -127,16 +132,29 @@ def provenance(name, rows):
     return "; ".join([f"{name}: commits {', '.join(sorted({row['commit'] for row in rows}))}", ", ".join(sorted({row["device"] for row in rows})),
                       " to ".join(sorted({min(row["date"] for row in rows), max(row["date"] for row in rows)}))])
 
-def table(name, rows):
-    """A set as a table in Markdown: means over seeds, and how far apart the seeds are."""
+def baseline_at(tokens, scaling):
+    """BPB of the baseline of scaling() after so many tokens: between its budgets, linear in log tokens; None outside of them."""
+    points = sorted((np.log(rows[0]["tokens"]), spread(rows)[0]) for rows in by_name(scaling).values() if variant(rows[0]) == "none")
+    return np.interp(np.log(tokens), *zip(*points)) if points and points[0][0] <= np.log(tokens) <= points[-1][0] else None
+
+def table(name, rows, scaling):
+    """
+    A set as a table in Markdown: means over seeds, how far apart the seeds are, and decoding minus the baseline's BPB at as many
+    tokens and at as much compute.
+    """
     print(f"\n{provenance(name, rows)}\n")
-    print("| run | seeds | tokens | compute | first pass | merged | decoding | range of seeds | no memory | minutes |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("| run | seeds | tokens | compute | first pass | merged | decoding | range of seeds | no memory | over baseline, same tokens | same compute | minutes |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for run, rows in by_name(rows).items():
         def mean(key):
             return f"{np.mean([row['bpb'][key] for row in rows]):.4f}" if key in rows[0]["bpb"] else ""
-        _, low, high = spread(rows)
-        print(f"| {run} | {len(rows)} | {rows[0]['tokens'] / 1e6:.2f} M | {np.mean([row['compute'] for row in rows]) / 1e6:.2f} M | {mean('pass 0')} | {mean('merged')} | "
-              f"{mean('decode')} | {high - low:.4f} | {mean('no memory')} | {np.mean([row['train_seconds'] for row in rows]) / 60:.0f} |")
+        def over(tokens):
+            baseline = baseline_at(tokens, scaling)
+            return f"{decoding - baseline:+.4f}" if baseline and variant(rows[0]) != "none" else ""
+        decoding, low, high = spread(rows)
+        tokens, compute = rows[0]["tokens"], np.mean([row["compute"] for row in rows])
+        print(f"| {run} | {len(rows)} | {tokens / 1e6:.2f} M | {compute / 1e6:.2f} M | {mean('pass 0')} | {mean('merged')} | {decoding:.4f} | {high - low:.4f} | "
+              f"{mean('no memory')} | {over(tokens)} | {over(compute)} | {np.mean([row['train_seconds'] for row in rows]) / 60:.0f} |")
 
 def table_states(name, rows):
     """Accuracies: of the last position by length, and of whole sequences of the training length, decoding and as the passes of training answer."""
@@ -160,7 +178,7 @@ def main():
     parser.add_argument("--results", default="results", help="folder with the rows; the figures go there, too")
     args = parser.parse_args()
     folder = Path(args.results)
-    results = {name: read_rows(folder / f"{name}.jsonl") for name in ("ground", "scaling", "cheaper", "ablation", "states")}
+    results = {name: read_rows(folder / f"{name}.jsonl") for name in ("ground", "scaling", "cheaper", "ablation", "tuning", "states")}
     if not any(results.values()):
         raise UserError(f"{folder} has no rows: run `python experiments.py` first")
     if results["scaling"]:
@@ -183,7 +201,8 @@ def main():
         save(figure, folder / "states.png")
     for name, rows in results.items():
         if rows:
-            (table_states if name == "states" else table)(name, rows)
+            rows = with_beside(name, results)
+            table_states(name, rows) if name == "states" else table(name, rows, results["scaling"] if name != "ground" else [])
 
 if __name__ == "__main__":
     run_main(main)

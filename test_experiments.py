@@ -20,7 +20,7 @@ import states
 from interleave import Schedule, TrainStep
 from model import GPT, GPTConfig
 from test_cli import HERE, SMALL, TINY, assert_refused, cli, log, shell
-from train import has_memory, make_parser, make_plan, parse_args
+from train import has_memory, make_config, make_optimizers, make_parser, make_plan, parse_args
 
 RUN = "train.py " + " ".join(SMALL) + " --eval-every 0 --eval-tokens 64 --decode-tokens 0 --save-every 5 --keep 1 --lrt {} --num-iterations {}"
 
@@ -67,6 +67,20 @@ def test_mixed_steps_on_one_and_two_processes(data, here):
     assert 1.45 < float(half.split(" times those of plain passes")[0].split()[-1]) < 1.55
 
 
+def test_what_is_new_in_an_lrt_can_be_trained_otherwise(data):
+    def groups(*flags):
+        args = make_parser().parse_args(["--depth", "2", "--lrt", "layerwise", *flags])
+        model = GPT(make_config(args, 2, 32))
+        muon = make_optimizers(model, args, batch_scale=1.0)[1]
+        return model.mem_lambdas.tolist(), {id(p): group["lr"] for group in muon.param_groups for p in group["params"]}, model.parameter_groups()
+    for flags, c, lr in (([], 0.1, 0.02), (["--memory-init", "1", "--memory-lr", "0.005"], 1.0, 0.005)):
+        init, lrs, named = groups(*flags)
+        assert init == pytest.approx([c, c]) and len(lrs) == len(named["matrices"]) + len(named["memory projections"])
+        assert {lrs[id(p)] for p in named["memory projections"]} == {lr} and {lrs[id(p)] for p in named["matrices"]} == {0.02}
+    assert_refused(cli("train.py", "--data", data, "--memory-init", "nan"), "memory_init", "nan")
+    assert_refused(cli("train.py", "--data", data, "--memory-lr", "-1"), "--memory-lr", "-1")
+
+
 # -----------------------------------------------------------------------------
 # Sets
 
@@ -86,7 +100,7 @@ def test_every_run_is_a_command_that_its_script_takes(name, monkeypatch):
             assert plan.config.n_embd == 128 and plan.micro_steps == 1, run_name
 
 def test_rows_are_complete_written_once_and_drawn(data, here, sets):
-    sets(scaling={"none_6": RUN.format("none", 6), "shared_6": RUN.format("shared", 6)}, ablation={"none": RUN.format("none", 6)})
+    sets(scaling={"none_6": RUN.format("none", 6), "shared_6": RUN.format("shared", 6)}, ablation={"shared": RUN.format("shared", 6)})
     common = ["--data", data, "--seeds", 0]
     code, out, err = cli("experiments.py", "scaling", *common, "--jobs", 2)
     assert code == 0 and "2 runs to do, 0 done" in out, out + err

@@ -72,6 +72,7 @@ def make_parser():
     g.add_argument("--lrt", choices=["none", "shared", "layerwise"], help="none: plain GPT; shared: one memory projection for all layers; layerwise: one a layer (default: shared, with --arch recurrent none)")
     g.add_argument("--source-layer", type=int, help="memory is read after this layer, 0-based (default: 3/4 of the way up)")
     g.add_argument("--inject", choices=["kv", "residual", "both"], default="both", help="how memory enters a layer")
+    g.add_argument("--memory-init", type=float, default=0.1, help="c at the start: how much memory is added to the residual stream")
     g.add_argument("--schedule", choices=["interleaved", "refine", "chunked", "sequential"], default="interleaved", help="the passes of a training step, see interleave.py")
     g.add_argument("--subsets", type=int, default=2, help="interleaved: S; a step costs about two plain passes for any S")
     g.add_argument("--kv-refresh", action="store_true", help="interleaved: renew the memory in keys and values not yet visited, after each pass")
@@ -90,6 +91,7 @@ def make_parser():
     g.add_argument("--device-batch-size", type=int, help="rows a forward and device; lower it when memory runs out (default: the largest of 16, 8, .. that divides, with at most 32768 positions in all passes)")
     g.add_argument("--activation-checkpointing", action="store_true", help="save memory: keep each layer's input only, and run the layer again in the backward")
     g.add_argument("--matrix-lr", type=float, default=0.02, help="Muon")
+    g.add_argument("--memory-lr", type=float, help="Muon, memory projections (default: as the matrices)")
     g.add_argument("--embedding-lr", type=float, default=0.3, help="embedding and value embeddings")
     g.add_argument("--head-lr", type=float, default=0.004, help="output head")
     g.add_argument("--gate-lr", type=float, default=0.02, help="gates of keys and values")
@@ -142,7 +144,7 @@ def parse_args():
         args.resume = str(path)
     args.lrt = args.lrt or ("none" if args.arch == "recurrent" else "shared")
     at_least(args, depth=1, subsets=1, refinements=1, chunk=1, seed=0, num_iterations=1, target_flops=1, total_batch_size=1, device_batch_size=1, aspect_ratio=1, head_dim=1,
-             matrix_lr=0, embedding_lr=0, head_lr=0, gate_lr=0, scalar_lr=0, weight_decay=0, grad_clip=0, warmup_steps=0, warmdown_ratio=0,
+             matrix_lr=0, memory_lr=0, embedding_lr=0, head_lr=0, gate_lr=0, scalar_lr=0, weight_decay=0, grad_clip=0, warmup_steps=0, warmdown_ratio=0,
              final_lr_frac=0, eval_every=0, eval_tokens=1, decode_tokens=0, core_every=0, core_max_per_task=1, save_every=0, keep=1, log_every=1, target_param_data_ratio=0,
              memory_start=0, memory_share=0)
     if args.core_every is None and (args.core_bundle or args.core_max_per_task):
@@ -163,7 +165,7 @@ def make_config(args, depth, vocab_size):
         return GPTConfig(sequence_len=args.max_seq_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head,
                          n_kv_head=n_head if args.n_kv_head is None else args.n_kv_head, n_embd=n_head * args.head_dim,
                          window_pattern=args.window_pattern, value_embeds=args.value_embeds, lrt=args.lrt,
-                         source_layer=args.source_layer, inject=args.inject, arch=args.arch)
+                         source_layer=args.source_layer, inject=args.inject, memory_init=args.memory_init, arch=args.arch)
     except ValueError as e:
         raise UserError(e)
 
@@ -202,8 +204,10 @@ def make_optimizers(model, args, batch_scale):
         dict(params=groups["x0 scalars"], lr=args.scalar_lr, betas=(0.96, 0.95)),
         dict(params=groups["memory scalars"], lr=args.scalar_lr),
     ], betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
-    muon = make(torch.optim.Muon, groups["matrices"] + groups["memory projections"], lr=args.matrix_lr, momentum=0.95,
-                weight_decay=args.weight_decay * min((12 / model.config.n_layer) ** 2, 1.0))
+    muon = make(torch.optim.Muon, [
+        dict(params=groups["matrices"], lr=args.matrix_lr),
+        dict(params=groups["memory projections"], lr=args.matrix_lr if args.memory_lr is None else args.memory_lr),
+    ], momentum=0.95, weight_decay=args.weight_decay * min((12 / model.config.n_layer) ** 2, 1.0))
     for optimizer in (adamw, muon):
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"] * batch_scale
