@@ -94,10 +94,11 @@ def test_every_run_is_a_command_that_its_script_takes(name, monkeypatch):
             assert run_name in (f"{args.task}_none", f"{args.task}_recurrent", f"{args.task}_layerwise_{args.schedule}" + {
                 "interleaved": str(args.subsets), "refine": str(args.refinements)}.get(args.schedule, ""))
         elif script == "ground.py":
-            assert run_name in flags[1] + "_" + flags[3] and make_parser().parse_args(flags)
+            args = ground.parse_args()
+            assert run_name == f"{args.lrt}_{args.num_iterations}" + "_release_muon" * (args.muon == "release")
         else:
             plan = make_plan(parse_args()[0], 4096, 1, torch.float32)
-            assert plan.config.n_embd == 128 and plan.micro_steps == 1, run_name
+            assert plan.config.n_embd == (64 if name == "longer" else 128) and plan.micro_steps == 1, run_name
 
 def test_rows_are_complete_written_once_and_drawn(data, here, sets):
     sets(scaling={"none_6": RUN.format("none", 6), "shared_6": RUN.format("shared", 6)}, ablation={"shared": RUN.format("shared", 6)})
@@ -173,6 +174,20 @@ def test_learned_reads_what_the_model_has():
 # -----------------------------------------------------------------------------
 # The reference job
 
+@pytest.mark.parametrize("shape", [(48, 48), (96, 32), (32, 96)])
+def test_muon_as_the_release_has_it(shape):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(shape))
+    optimizer = ground.ReleaseMuon([p], lr=0.1)
+    for _ in range(3):
+        before, p.grad = p.detach().clone(), torch.randn(shape)
+        optimizer.step()
+        step = (before - p.detach()) / 0.1 / max(1, shape[0] / shape[1]) ** 0.5
+        assert step.norm().square() == pytest.approx(min(shape), rel=0.15)  # that of a matrix with singular values 1
+        assert torch.linalg.svdvals(step).max() < 1.3 and (step * p.grad).sum() > 0
+        rms = step.square().mean(1 if shape[0] >= shape[1] else 0)
+        assert rms.max() / rms.min() < 1.01 or before.norm() > 0  # the first mean is the first step's
+
 def test_ground(here, monkeypatch):
     rng = np.random.default_rng(0)
     (here / "reference").mkdir()
@@ -195,4 +210,9 @@ def test_ground(here, monkeypatch):
     assert code == 0 and "step 00000/" not in out and not (here / "runs/ground/layerwise_30_s0.pt").exists(), err
     again, = experiments.read_rows("other/ground.jsonl")
     assert again["bpb"] == row["bpb"] and again["curve"] == row["curve"]
+    code, _, err = cli("ground.py", *flags, "--muon", "release", "--results", "third")
+    third, = experiments.read_rows("third/ground.jsonl")
+    assert code == 0 and third["curve"][0] == row["curve"][0] and third["curve"][-1] != row["curve"][-1], err
+    assert third["curve"][-1][1] == pytest.approx(row["curve"][-1][1], abs=0.1)
+    assert_refused(cli("ground.py", "--num-iterations", 0), "--num-iterations")
     assert_refused(cli("ground.py", "--reference", "nowhere"), "nowhere", "--reference")
