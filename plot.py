@@ -51,17 +51,19 @@ def variant(row):
     words = row["command"].split()
     return words[words.index("--lrt") + 1]
 
-def draw_scaling(results, ax):
-    """The paper's scaling figure: one line a variant; cheaper ways to train as points of their own."""
+def draw_scaling(results, ax, name, others=()):
+    """The paper's scaling figure: one line a variant; the runs of other sets as points of their own."""
     lines = defaultdict(list)
-    for rows in by_name(results["scaling"]).values():
+    for rows in by_name(results[name]).values():
         lines[variant(rows[0])].append(rows)
-    for name, groups in lines.items():
+    for lrt, groups in lines.items():
         groups.sort(key=lambda rows: rows[0]["compute"])
-        errorbar(ax, [rows[0]["compute"] for rows in groups], groups, marker="o", label=name if name != "none" else "baseline", color=COLORS[name])
-    for (name, rows), marker in zip(by_name(results["cheaper"]).items(), "v^<>sDPX*"):
-        errorbar(ax, [rows[0]["compute"]], [rows], marker=marker, linestyle="", label=f"shared, {name.replace('_', ' ')} %")
-    ax.set(xscale="log", xlabel="baseline-equivalent compute (tokens x passes)", ylabel="validation BPB, decoding", title="scaling")
+        errorbar(ax, [rows[0]["compute"] for rows in groups], groups, marker="o", label="baseline" if lrt == "none" else lrt, color=COLORS[lrt])
+    for (other, rows), marker in zip(by_name(row for other in others for row in results[other]).items(), "v^<>sDPX*"):
+        errorbar(ax, [rows[0]["compute"]], [rows], marker=marker, linestyle="", label=f"shared, {other.replace('_', ' ')} %")
+    ratios = [row["tokens_per_parameter"] for row in results[name]]
+    ax.set(xscale="log", xlabel="baseline-equivalent compute (tokens x passes)", ylabel="validation BPB, decoding",
+           title=f"{name}, {min(ratios):.2g} to {max(ratios):.2g} tokens a parameter")
     ax.legend(fontsize=7)
 
 def largest(rows):
@@ -132,12 +134,12 @@ def provenance(name, rows):
     return "; ".join([f"{name}: commits {', '.join(sorted({row['commit'] for row in rows}))}", ", ".join(sorted({row["device"] for row in rows})),
                       " to ".join(sorted({min(row["date"] for row in rows), max(row["date"] for row in rows)}))])
 
-def baseline_at(tokens, scaling):
-    """BPB of the baseline of scaling() after so many tokens: between its budgets, linear in log tokens; None outside of them."""
-    points = sorted((np.log(rows[0]["tokens"]), spread(rows)[0]) for rows in by_name(scaling).values() if variant(rows[0]) == "none")
+def baseline_at(tokens, rows):
+    """BPB of the baseline in rows after so many tokens: between its budgets, linear in log tokens; None outside of them."""
+    points = sorted((np.log(rows[0]["tokens"]), spread(rows)[0]) for rows in by_name(rows).values() if variant(rows[0]) == "none")
     return np.interp(np.log(tokens), *zip(*points)) if points and points[0][0] <= np.log(tokens) <= points[-1][0] else None
 
-def table(name, rows, scaling):
+def table(name, rows, baseline):
     """
     A set as a table in Markdown: means over seeds, how far apart the seeds are, and decoding minus the baseline's BPB at as many
     tokens and at as much compute.
@@ -149,8 +151,8 @@ def table(name, rows, scaling):
         def mean(key):
             return f"{np.mean([row['bpb'][key] for row in rows]):.4f}" if key in rows[0]["bpb"] else ""
         def over(tokens):
-            baseline = baseline_at(tokens, scaling)
-            return f"{decoding - baseline:+.4f}" if baseline and variant(rows[0]) != "none" else ""
+            there = baseline_at(tokens, baseline)
+            return f"{decoding - there:+.4f}" if there and variant(rows[0]) != "none" else ""
         decoding, low, high = spread(rows)
         tokens, compute = rows[0]["tokens"], np.mean([row["compute"] for row in rows])
         print(f"| {run} | {len(rows)} | {tokens / 1e6:.2f} M | {compute / 1e6:.2f} M | {mean('pass 0')} | {mean('merged')} | {decoding:.4f} | {high - low:.4f} | "
@@ -178,15 +180,19 @@ def main():
     parser.add_argument("--results", default="results", help="folder with the rows; the figures go there, too")
     args = parser.parse_args()
     folder = Path(args.results)
-    results = {name: read_rows(folder / f"{name}.jsonl") for name in ("ground", "scaling", "cheaper", "ablation", "tuning", "states")}
+    results = {name: read_rows(folder / f"{name}.jsonl") for name in ("ground", "scaling", "longer", "cheaper", "ablation", "tuning", "states")}
     if not any(results.values()):
         raise UserError(f"{folder} has no rows: run `python experiments.py` first")
     if results["scaling"]:
-        figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
-        draw_scaling(results, axes[0])
-        draw_curves(results, axes[1])
-        draw_position(results, axes[2])
+        panels = ["scaling", "longer"][:1 + bool(results["longer"])]
+        figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+        for name, ax in zip(panels, axes[0]):
+            draw_scaling(results, ax, name, ["cheaper"] if name == "scaling" else [])
         save(figure, folder / "scaling.png")
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+        draw_curves(results, axes[0])
+        draw_position(results, axes[1])
+        save(figure, folder / "curves.png")
         figure, axes = plt.subplots(1, 2, figsize=(10, 4))
         draw_learned(results, axes)
         save(figure, folder / "learned.png")
@@ -202,7 +208,8 @@ def main():
     for name, rows in results.items():
         if rows:
             rows = with_beside(name, results)
-            table_states(name, rows) if name == "states" else table(name, rows, results["scaling"] if name != "ground" else [])
+            baseline = [] if name == "ground" else results["longer" if name == "longer" else "scaling"]
+            table_states(name, rows) if name == "states" else table(name, rows, baseline)
 
 if __name__ == "__main__":
     run_main(main)

@@ -120,7 +120,7 @@ def test_rows_are_complete_written_once_and_drawn(data, here, sets):
     assert code == 0 and "0 runs to do, 2 done" in out and len(experiments.read_rows("results/scaling.jsonl")) == 2
     code, out, err = cli("plot.py")
     assert code == 0 and "| shared_6 | 1 |" in out, err
-    assert all((here / "results" / f"{name}.png").stat().st_size > 5000 for name in ("scaling", "learned"))
+    assert all((here / "results" / f"{name}.png").stat().st_size > 5000 for name in ("scaling", "curves", "learned"))
     _, out, _ = cli("experiments.py", *common, "--list")
     assert [line.startswith("done") for line in out.splitlines()] == [True, True, False]
 
