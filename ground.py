@@ -85,7 +85,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    command = shlex.join(["python", *sys.argv])
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     if any(row["command"] == command for row in read_rows(Path(args.results) / "ground.jsonl")):
         return print(f"{args.results}/ground.jsonl has a row of {command}")
     tokens, val, token_bytes = load(args.reference)
