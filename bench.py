@@ -41,9 +41,11 @@ def machine(device):
     """Where and on what this was measured: a dict of strings."""
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()) \
         if Path("/proc/cpuinfo").exists() else platform.processor()
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!results"], capture_output=True).returncode == 1  # rows that came before are no change
     return dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
-                torch=torch.__version__, commit=commit.stdout.strip() or "unknown", date=str(date.today()))
+                torch=torch.__version__, commit=commit + "-dirty" * changed or "unknown", date=str(date.today()))
 
 def clock(device, work):
     """Seconds that work() takes, the device's queue included."""
