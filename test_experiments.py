@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+import bench
 import experiments
 import ground
+import plot
 import states
 from interleave import Schedule, TrainStep
 from model import GPT, GPTConfig
@@ -123,6 +126,35 @@ def test_rows_are_complete_written_once_and_drawn(data, here, sets):
     assert all((here / "results" / f"{name}.png").stat().st_size > 5000 for name in ("scaling", "curves", "learned"))
     _, out, _ = cli("experiments.py", *common, "--list")
     assert [line.startswith("done") for line in out.splitlines()] == [True, True, False]
+
+def test_runs_are_read_against_the_baseline_at_as_many_tokens_and_as_much_compute(capsys):
+    def row(name, lrt, tokens, compute, bpb):
+        return dict(name=name, seed=0, command=f"python train.py --lrt {lrt}", tokens=tokens, compute=compute, bpb=dict(merged=bpb, decode=bpb), train_seconds=60,
+                    commit="c", device="d", date="2026-11-21")
+    scaling = [row("none_500", "none", 100, 100, 2.0), row("none_1000", "none", 400, 400, 1.8), row("shared_500", "shared", 100, 200, 1.95)]
+    assert plot.baseline_at(200, scaling) == pytest.approx(1.9) and plot.baseline_at(400, scaling) == pytest.approx(1.8)  # half way in log tokens
+    assert plot.baseline_at(50, scaling) is None and plot.baseline_at(800, scaling) is None and plot.baseline_at(100, []) is None
+    results = dict(scaling=scaling, ablation=[row("subsets_4", "shared", 100, 800, 1.96)])
+    assert [r["name"] for r in plot.with_beside("ablation", results)] == ["none_500", "shared_500", "subsets_4"]
+    plot.table("scaling", scaling, scaling)
+    plot.table("ablation", results["ablation"], scaling)
+    lines = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "| -0.0500 | +0.0500 |" in lines["| shared_500"] and "| -0.0400 |  |" in lines["| subsets_4"] and "|  |  | 1 |" in lines["| none_500"]
+
+def test_rows_leave_a_commit_clean_and_code_does_not(here, monkeypatch):
+    monkeypatch.setattr(bench, "__file__", str(here / "bench.py"))
+    (here / "results").mkdir()
+    for name in ("model.py", "results/rows.jsonl"):
+        (here / name).write_text("1")
+    for words in (["init", "-q"], ["add", "model.py", "results"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"]):
+        subprocess.run(["git", *words], check=True)
+    def commit():
+        return bench.machine(torch.device("cpu"))["commit"]
+    clean = commit()
+    (here / "results/rows.jsonl").write_text("2")
+    assert commit() == clean and not clean.endswith("-dirty") and clean != "unknown"
+    (here / "model.py").write_text("2")
+    assert commit() == clean + "-dirty"
 
 def test_a_run_that_was_broken_off_goes_on(data, here, sets):
     sets(scaling={"shared_40": RUN.format("shared", 40)})
