@@ -242,7 +242,10 @@ def test_ground(here, monkeypatch):
     assert code == 0 and "step 00000/" not in out and not (here / "runs/ground/layerwise_30_s0.pt").exists(), err
     again, = experiments.read_rows("other/ground.jsonl")
     assert again["bpb"] == row["bpb"] and again["curve"] == row["curve"]
+    steps, step = [], ground.ReleaseMuon.step
+    monkeypatch.setattr(ground.ReleaseMuon, "step", lambda self: steps.append([p.shape for p in self.param_groups[0]["params"]]) or step(self))
     code, _, err = cli("ground.py", *flags, "--muon", "release", "--results", "third")
+    assert len(steps) == 30 and any(min(shape) < 16 for shape in steps[0])  # the gates are with it
     third, = experiments.read_rows("third/ground.jsonl")
     assert code == 0 and third["curve"][0] == row["curve"][0] and third["curve"][-1] != row["curve"][-1], err
     assert third["curve"][-1][1] == pytest.approx(row["curve"][-1][1], abs=0.1)
