@@ -64,7 +64,10 @@ def longer():
     return {f"{lrt}_{ratio}": f"{size} --lrt {lrt} --num-iterations {112 * ratio}" for ratio in (10, 20, 40) for lrt in ("none", "shared") if ratio < 40 or lrt == "none"}
 
 def ablation(steps=500):
-    """One change each to the shared LRT of scaling(): source layer 2 of 0 .. 3, injection both, interleaved, S = 2, mean over the passes."""
+    """
+    One change each to the layerwise LRT of scaling(), where memory gains enough to tell them apart: source layer 2 of 0 .. 3,
+    injection both, interleaved, S = 2, mean over the passes.
+    """
     changes = {
         "inject_kv": "--inject kv", "inject_residual": "--inject residual",
         "source_0": "--source-layer 0", "source_1": "--source-layer 1", "source_3": "--source-layer 3",
@@ -74,17 +77,20 @@ def ablation(steps=500):
         "chunked": "--schedule chunked --chunk 64",
         "loss_memory_passes": "--loss-weights 0 1 1", "refine_1_loss_last": "--schedule refine --refinements 1 --loss-weights 0 1",
     }
-    return {name: f"{SIZE} --lrt shared --num-iterations {steps} {change}" for name, change in changes.items()}
+    return {name: f"{SIZE} --lrt layerwise --num-iterations {steps} {change}" for name, change in changes.items()}
 
 def tuning(steps=500):
-    """Is it ours, where the LRT loses? What is new in it, trained otherwise; scalars are b and c, at a rate of 0.5."""
+    """
+    Is it ours, where the shared LRT stays behind? What is new in it, trained otherwise (scalars are b and c, at a rate of
+    0.5), and the two choices that its one projection may depend on.
+    """
     changes = {"memory_lr_0.02": "--memory-lr 0.02", "memory_lr_0.08": "--memory-lr 0.08", "memory_init_0": "--memory-init 0",
-               "memory_init_1": "--memory-init 1", "scalar_lr_0.1": "--scalar-lr 0.1"}
+               "memory_init_1": "--memory-init 1", "scalar_lr_0.1": "--scalar-lr 0.1", "inject_kv": "--inject kv", "source_3": "--source-layer 3"}
     return {name: f"{SIZE} --lrt shared --num-iterations {steps} {change}" for name, change in changes.items()}
 
 def cheaper(steps=1000):
     """Plain passes in some of the steps: the first ones, or any at random."""
-    base = f"{SIZE} --lrt shared --num-iterations {steps}"
+    base = f"{SIZE} --lrt layerwise --num-iterations {steps}"
     return {f"last_{100 - start}": f"{base} --memory-start {start / 100:g}" for start in (75, 50, 25)} \
         | {f"mixed_{share}": f"{base} --memory-share {share / 100:g}" for share in (25, 50)}
 
@@ -122,16 +128,32 @@ def learned(model, idx, targets):
     return {name: x.tolist() for name, x in scalars.items() if x is not None} \
         | {"gates": {layer: dict(zip(names, x.tolist())) for layer, x in gates.items()}}
 
+def repeated(idx, targets):
+    """Where the pair (idx, target) stood in the row before, and the target can be copied from there, as induction heads do: (B, T) bool."""
+    pairs = idx * (targets.max() + 1) + targets
+    return (pairs[:, :, None] == pairs[:, None, :]).tril(-1).any(-1)
+
+@torch.no_grad()
+def copying(model, rows, batch_size=16):
+    """Mean nats of a token of rows (N, T+1), decoding with the exact recurrence: of pairs that are repeated() and of new ones; and the share of the former."""
+    nats, again = [], []
+    for batch in rows.to(model.wte.weight.device).split(batch_size):
+        idx, targets = batch[:, :-1], batch[:, 1:]
+        nats.append(recurrent_losses(model, idx, targets))
+        again.append(repeated(idx, targets))
+    nats, again = torch.cat(nats), torch.cat(again)
+    return dict(share=again.float().mean().item(), repeated=nats[again].mean().item(), new=nats[~again].mean().item())
+
 def score(model, rows, token_bytes, schedule, buckets=16):
     """
     Rows (N, T+1) in parallel and with the exact recurrence: `bpb` as evaluate_bpb gives it, `by_position` the same in
-    `buckets` equal stretches of the context, and what was learned.
+    `buckets` equal stretches of the context, `copying` as above, and what was learned.
     """
     bpb, at = evaluate_bpb(model, rows, token_bytes, schedule, 16, decode=True)
     stretches = {name: x.reshape(buckets, -1).sum(1) for name, x in at.items()}
     n_bytes = stretches.pop("bytes")
     few = rows[:16].to(model.wte.weight.device)
-    return dict(bpb=bpb, by_position={name: (x / n_bytes).round(4).tolist() for name, x in stretches.items()},
+    return dict(bpb=bpb, by_position={name: (x / n_bytes).round(4).tolist() for name, x in stretches.items()}, copying=copying(model, rows),
                 learned=learned(model, few[:, :-1], few[:, 1:]))
 
 def curve(log, points=40):

@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 
 # runs of scaling() that a set is read against
-BESIDE = dict(ablation=("none_500", "shared_500"), tuning=("none_500", "shared_500"), cheaper=("none_1000", "none_2000", "shared_1000"))
+BESIDE = dict(ablation=("none_500", "layerwise_500"), tuning=("none_500", "shared_500"), cheaper=("none_1000", "none_2000", "layerwise_1000"))
 COLORS = {"none": "tab:gray", "shared": "tab:blue", "layerwise": "tab:orange"}
 
 
@@ -60,7 +60,7 @@ def draw_scaling(results, ax, name, others=()):
         groups.sort(key=lambda rows: rows[0]["compute"])
         errorbar(ax, [rows[0]["compute"] for rows in groups], groups, marker="o", label="baseline" if lrt == "none" else lrt, color=COLORS[lrt])
     for (other, rows), marker in zip(by_name(row for other in others for row in results[other]).items(), "v^<>sDPX*"):
-        errorbar(ax, [rows[0]["compute"]], [rows], marker=marker, linestyle="", label=f"shared, {other.replace('_', ' ')} %")
+        errorbar(ax, [rows[0]["compute"]], [rows], marker=marker, linestyle="", label=f"{variant(rows[0])}, {other.replace('_', ' ')} %")
     ratios = [row["tokens_per_parameter"] for row in results[name]]
     ax.set(xscale="log", xlabel="baseline-equivalent compute (tokens x passes)", ylabel="validation BPB, decoding",
            title=f"{name}, {min(ratios):.2g} to {max(ratios):.2g} tokens a parameter")
@@ -141,22 +141,24 @@ def baseline_at(tokens, rows):
 
 def table(name, rows, baseline):
     """
-    A set as a table in Markdown: means over seeds, how far apart the seeds are, and decoding minus the baseline's BPB at as many
-    tokens and at as much compute.
+    A set as a table in Markdown: means over seeds, how far apart the seeds are, decoding minus the baseline's BPB at as many
+    tokens and at as much compute, and the loss of a token that can be copied from its context and of one that cannot.
     """
     print(f"\n{provenance(name, rows)}\n")
-    print("| run | seeds | tokens | compute | first pass | merged | decoding | range of seeds | no memory | over baseline, same tokens | same compute | minutes |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("| run | seeds | tokens | compute | first pass | merged | decoding | range of seeds | no memory | over baseline, same tokens | same compute | nats, repeated pairs | new pairs | minutes |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for run, rows in by_name(rows).items():
         def mean(key):
             return f"{np.mean([row['bpb'][key] for row in rows]):.4f}" if key in rows[0]["bpb"] else ""
         def over(tokens):
             there = baseline_at(tokens, baseline)
             return f"{decoding - there:+.4f}" if there and variant(rows[0]) != "none" else ""
+        def nats(key):
+            return f"{np.mean([row['copying'][key] for row in rows]):.3f}" if all("copying" in row for row in rows) else ""  # the first rows have none
         decoding, low, high = spread(rows)
         tokens, compute = rows[0]["tokens"], np.mean([row["compute"] for row in rows])
         print(f"| {run} | {len(rows)} | {tokens / 1e6:.2f} M | {compute / 1e6:.2f} M | {mean('pass 0')} | {mean('merged')} | {decoding:.4f} | {high - low:.4f} | "
-              f"{mean('no memory')} | {over(tokens)} | {over(compute)} | {np.mean([row['train_seconds'] for row in rows]) / 60:.0f} |")
+              f"{mean('no memory')} | {over(tokens)} | {over(compute)} | {nats('repeated')} | {nats('new')} | {np.mean([row['train_seconds'] for row in rows]) / 60:.0f} |")
 
 def table_states(name, rows):
     """Accuracies: of the last position by length, and of whole sequences of the training length, decoding and as the passes of training answer."""

@@ -20,6 +20,7 @@ import experiments
 import ground
 import plot
 import states
+from eval_core import recurrent_losses
 from interleave import Schedule, TrainStep
 from model import GPT, GPTConfig
 from test_cli import HERE, SMALL, TINY, assert_refused, cli, log, shell
@@ -114,6 +115,7 @@ def test_rows_are_complete_written_once_and_drawn(data, here, sets):
     assert shared["tokens"] == none["tokens"] == none["compute"] == 6 * 512 and shared["compute"] == 2 * shared["tokens"]
     assert none["bpb"]["merged"] == pytest.approx(none["bpb"]["decode"]) and set(shared["bpb"]) == {"pass 0", "pass 1", "pass 2", "merged", "decode", "no memory"}
     assert len(shared["by_position"]["no memory"]) == 16 and len(shared["learned"]["c"]) == 2 and set(shared["learned"]["gates"]["1"]) == {"local", "memory", "token"}
+    assert 0 < shared["copying"]["share"] < 1 and none["copying"]["share"] == shared["copying"]["share"]
     assert none["curve"][0][2] is None and shared["curve"][0][2] == pytest.approx(none["curve"][0][1], abs=0.1) and len(shared["curve"]) == 6
     # the command in the row is the run: without the runner it gives the same model
     code, _, err = cli("train.py", *shared["command"].split()[2:], "--out", "again")
@@ -130,16 +132,28 @@ def test_rows_are_complete_written_once_and_drawn(data, here, sets):
 def test_runs_are_read_against_the_baseline_at_as_many_tokens_and_as_much_compute(capsys):
     def row(name, lrt, tokens, compute, bpb):
         return dict(name=name, seed=0, command=f"python train.py --lrt {lrt}", tokens=tokens, compute=compute, bpb=dict(merged=bpb, decode=bpb), train_seconds=60,
-                    commit="c", device="d", date="2026-11-21")
-    scaling = [row("none_500", "none", 100, 100, 2.0), row("none_1000", "none", 400, 400, 1.8), row("shared_500", "shared", 100, 200, 1.95)]
+                    commit="c", device="d", date="2026-11-21", copying=dict(share=0.1, repeated=2.5, new=5.0))
+    scaling = [row("none_500", "none", 100, 100, 2.0), row("none_1000", "none", 400, 400, 1.8), row("layerwise_500", "layerwise", 100, 200, 1.95)]
     assert plot.baseline_at(200, scaling) == pytest.approx(1.9) and plot.baseline_at(400, scaling) == pytest.approx(1.8)  # half way in log tokens
     assert plot.baseline_at(50, scaling) is None and plot.baseline_at(800, scaling) is None and plot.baseline_at(100, []) is None
-    results = dict(scaling=scaling, ablation=[row("subsets_4", "shared", 100, 800, 1.96)])
-    assert [r["name"] for r in plot.with_beside("ablation", results)] == ["none_500", "shared_500", "subsets_4"]
+    results = dict(scaling=scaling, ablation=[row("subsets_4", "layerwise", 100, 800, 1.96)])
+    assert [r["name"] for r in plot.with_beside("ablation", results)] == ["none_500", "layerwise_500", "subsets_4"]
     plot.table("scaling", scaling, scaling)
     plot.table("ablation", results["ablation"], scaling)
     lines = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "| -0.0500 | +0.0500 |" in lines["| shared_500"] and "| -0.0400 |  |" in lines["| subsets_4"] and "|  |  | 1 |" in lines["| none_500"]
+    assert "| -0.0500 | +0.0500 |" in lines["| layerwise_500"] and "| -0.0400 |  |" in lines["| subsets_4"] and "|  |  | 2.500 | 5.000 | 1 |" in lines["| none_500"]
+
+def test_copying_is_told_from_the_rest():
+    idx = torch.tensor([[1, 2, 3, 1, 2, 3, 3], [1, 2, 1, 3, 2, 1, 3]])
+    targets = torch.tensor([[2, 3, 1, 2, 3, 3, 1], [2, 1, 3, 2, 1, 3, 0]])
+    seen = [[(row[p], to[p]) in list(zip(row, to))[:p] for p in range(7)] for row, to in zip(idx.tolist(), targets.tolist())]
+    assert experiments.repeated(idx, targets).tolist() == seen and sum(map(sum, seen)) == 5
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(sequence_len=7, vocab_size=32, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, lrt="shared"))
+    rows = torch.cat([idx, targets[:, -1:]], dim=1)
+    found, losses = experiments.copying(model, rows, batch_size=1), recurrent_losses(model, rows[:, :-1], rows[:, 1:]).detach()
+    again = experiments.repeated(rows[:, :-1], rows[:, 1:])
+    assert found == pytest.approx(dict(share=again.float().mean().item(), repeated=losses[again].mean().item(), new=losses[~again].mean().item()))
 
 def test_rows_leave_a_commit_clean_and_code_does_not(here, monkeypatch):
     monkeypatch.setattr(bench, "__file__", str(here / "bench.py"))
