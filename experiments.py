@@ -35,6 +35,7 @@ from sample import find_checkpoint, load_checkpoint, load_model
 from train import has_memory, read_log
 
 ROWS = 256  # of the validation text: what every run is scored on
+COPYING_ROWS = 128  # of them, for what takes a decoding for each part of the memory
 
 # depth 4, width 128, context 256: what two cores can do, with the recipe that was tuned on ground.py's baseline
 SIZE = "train.py --depth 4 --aspect-ratio 32 --head-dim 64 --max-seq-len 256 --window-pattern L --total-batch-size 4096 " \
@@ -135,14 +136,30 @@ def repeated(idx, targets):
 
 @torch.no_grad()
 def copying(model, rows, batch_size=16):
-    """Mean nats of a token of rows (N, T+1), decoding with the exact recurrence: of pairs that are repeated() and of new ones; and the share of the former."""
-    nats, again = [], []
-    for batch in rows.to(model.wte.weight.device).split(batch_size):
-        idx, targets = batch[:, :-1], batch[:, 1:]
-        nats.append(recurrent_losses(model, idx, targets))
-        again.append(repeated(idx, targets))
-    nats, again = torch.cat(nats), torch.cat(again)
-    return dict(share=again.float().mean().item(), repeated=nats[again].mean().item(), new=nats[~again].mean().item())
+    """
+    Mean nats of a token of rows (N, T+1), decoding with the exact recurrence, of pairs that are repeated() and of new ones;
+    the share of the former; and the same two means without each part of the memory's path: what it adds to the keys (a
+    layer at a time where each has its own projection), to the values, to the residual stream.
+    """
+    batches = [(batch[:, :-1], batch[:, 1:]) for batch in rows.to(model.wte.weight.device).split(batch_size)]
+    again = torch.cat([repeated(*batch) for batch in batches])
+    def means():
+        nats = torch.cat([recurrent_losses(model, *batch) for batch in batches])
+        return dict(repeated=nats[again].mean().item(), new=nats[~again].mean().item())
+    parts = {f"keys {layer}" if len(model.mem_k) > 1 else "keys": [k.weight] for layer, k in enumerate(model.mem_k)}
+    if model.config.kv_memory:
+        parts["values"] = [v.weight for v in model.mem_v]
+    if model.config.residual_memory:
+        parts["residual"] = [model.mem_lambdas]
+    found = means() | dict(share=again.float().mean().item(), without={})
+    for name, weights in parts.items():
+        kept = [w.clone() for w in weights]
+        for w in weights:
+            w.zero_()
+        found["without"][name] = means()
+        for w, k in zip(weights, kept):
+            w.copy_(k)
+    return found
 
 def score(model, rows, token_bytes, schedule, buckets=16):
     """
@@ -153,7 +170,7 @@ def score(model, rows, token_bytes, schedule, buckets=16):
     stretches = {name: x.reshape(buckets, -1).sum(1) for name, x in at.items()}
     n_bytes = stretches.pop("bytes")
     few = rows[:16].to(model.wte.weight.device)
-    return dict(bpb=bpb, by_position={name: (x / n_bytes).round(4).tolist() for name, x in stretches.items()}, copying=copying(model, rows),
+    return dict(bpb=bpb, by_position={name: (x / n_bytes).round(4).tolist() for name, x in stretches.items()}, copying=copying(model, rows[:COPYING_ROWS]),
                 learned=learned(model, few[:, :-1], few[:, 1:]))
 
 def curve(log, points=40):

@@ -160,6 +160,14 @@ def table(name, rows, baseline):
         print(f"| {run} | {len(rows)} | {tokens / 1e6:.2f} M | {compute / 1e6:.2f} M | {mean('pass 0')} | {mean('merged')} | {decoding:.4f} | {high - low:.4f} | "
               f"{mean('no memory')} | {over(tokens)} | {over(compute)} | {nats('repeated')} | {nats('new')} | {np.mean([row['train_seconds'] for row in rows]) / 60:.0f} |")
 
+def table_copying(rows):
+    """Nats of a token that can be copied from its context and of one that cannot, whole and without each part of the memory's path; means over seeds."""
+    print("\n| run | without | nats, repeated pairs | new pairs |\n|---|---|---:|---:|")
+    for run, group in by_name(rows).items():
+        for part in [None, *group[0]["copying"]["without"]]:
+            found = [row["copying"]["without"][part] if part else row["copying"] for row in group]
+            print(f"| {run} | {part or ''} | " + " | ".join(f"{np.mean([x[key] for x in found]):.3f}" for key in ("repeated", "new")) + " |")
+
 def table_states(name, rows):
     """Accuracies: of the last position by length, and of whole sequences of the training length, decoding and as the passes of training answer."""
     print(f"\n{provenance(name, rows)}\n")
@@ -212,6 +220,8 @@ def main():
             rows = with_beside(name, results)
             baseline = [] if name == "ground" else results["longer" if name == "longer" else "scaling"]
             table_states(name, rows) if name == "states" else table(name, rows, baseline)
+        if name in ("scaling", "tuning"):
+            table_copying([row for row in results[name] if "copying" in row])
 
 if __name__ == "__main__":
     run_main(main)

@@ -124,7 +124,7 @@ def test_rows_are_complete_written_once_and_drawn(data, here, sets):
     code, out, _ = cli("experiments.py", "scaling", *common)
     assert code == 0 and "0 runs to do, 2 done" in out and len(experiments.read_rows("results/scaling.jsonl")) == 2
     code, out, err = cli("plot.py")
-    assert code == 0 and "| shared_6 | 1 |" in out, err
+    assert code == 0 and "| shared_6 | 1 |" in out and f"| shared_6 | values | {shared['copying']['without']['values']['repeated']:.3f} |" in out, err
     assert all((here / "results" / f"{name}.png").stat().st_size > 5000 for name in ("scaling", "curves", "learned"))
     _, out, _ = cli("experiments.py", *common, "--list")
     assert [line.startswith("done") for line in out.splitlines()] == [True, True, False]
@@ -148,12 +148,27 @@ def test_copying_is_told_from_the_rest():
     targets = torch.tensor([[2, 3, 1, 2, 3, 3, 1], [2, 1, 3, 2, 1, 3, 0]])
     seen = [[(row[p], to[p]) in list(zip(row, to))[:p] for p in range(7)] for row, to in zip(idx.tolist(), targets.tolist())]
     assert experiments.repeated(idx, targets).tolist() == seen and sum(map(sum, seen)) == 5
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(sequence_len=7, vocab_size=32, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, lrt="shared"))
     rows = torch.cat([idx, targets[:, -1:]], dim=1)
-    found, losses = experiments.copying(model, rows, batch_size=1), recurrent_losses(model, rows[:, :-1], rows[:, 1:]).detach()
-    again = experiments.repeated(rows[:, :-1], rows[:, 1:])
-    assert found == pytest.approx(dict(share=again.float().mean().item(), repeated=losses[again].mean().item(), new=losses[~again].mean().item()))
+    again = experiments.repeated(idx, targets)
+    for lrt, inject, parts in (("none", "both", []), ("shared", "both", ["keys", "values", "residual"]), ("layerwise", "kv", ["keys 0", "keys 1", "values"]),
+                               ("layerwise", "residual", ["residual"])):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(sequence_len=7, vocab_size=32, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, lrt=lrt, inject=inject))
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.5)
+        before = {name: x.clone() for name, x in model.state_dict().items()}
+        found = experiments.copying(model, rows, batch_size=1)
+        def means(of):
+            losses = recurrent_losses(of, idx, targets).detach()
+            return pytest.approx(dict(repeated=losses[again].mean().item(), new=losses[~again].mean().item()))
+        assert {key: found[key] for key in ("repeated", "new")} == means(model) and found["share"] == pytest.approx(again.float().mean().item())
+        assert list(found["without"]) == parts and all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+        for part, theirs in found["without"].items():  # as a model that never had it
+            what, _, layer = part.partition(" ")
+            off = {"keys": [f"mem_k.{layer or 0}.weight"], "values": [name for name in before if name.startswith("mem_v")], "residual": ["mem_lambdas"]}[what]
+            model.load_state_dict(before | {name: torch.zeros_like(before[name]) for name in off})
+            assert theirs == means(model) and theirs != {key: found[key] for key in ("repeated", "new")}, (lrt, part)
+            model.load_state_dict(before)
 
 def test_rows_leave_a_commit_clean_and_code_does_not(here, monkeypatch):
     monkeypatch.setattr(bench, "__file__", str(here / "bench.py"))
