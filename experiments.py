@@ -62,7 +62,8 @@ def longer():
     instead of 0.8 to 6.3. 40 read a text of 5.9 M tokens three times.
     """
     size = SIZE.replace("--aspect-ratio 32 --head-dim 64", "--aspect-ratio 16 --head-dim 32")
-    return {f"{lrt}_{ratio}": f"{size} --lrt {lrt} --num-iterations {112 * ratio}" for ratio in (10, 20, 40) for lrt in ("none", "shared") if ratio < 40 or lrt == "none"}
+    return {f"{lrt}_{ratio}": f"{size} --lrt {lrt} --num-iterations {112 * ratio}" for ratio in (10, 20, 40)
+            for lrt in ("none", "shared", "layerwise") if ratio < 40 or lrt == "none"}
 
 def ablation(steps=500):
     """

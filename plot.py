@@ -62,8 +62,11 @@ def draw_scaling(results, ax, name, others=()):
     for (other, rows), marker in zip(by_name(row for other in others for row in results[other]).items(), "v^<>sDPX*"):
         errorbar(ax, [rows[0]["compute"]], [rows], marker=marker, linestyle="", label=f"{variant(rows[0])}, {other.replace('_', ' ')} %")
     ratios = [row["tokens_per_parameter"] for row in results[name]]
-    ax.set(xscale="log", xlabel="baseline-equivalent compute (tokens x passes)", ylabel="validation BPB, decoding",
+    ax.set(xscale="log", xlabel="baseline-equivalent compute, million tokens x passes", ylabel="validation BPB, decoding",
            title=f"{name}, {min(ratios):.2g} to {max(ratios):.2g} tokens a parameter")
+    ticks = sorted({row["compute"] for row in results[name]})
+    ax.set_xticks(ticks, [f"{x / 1e6:.2g}" for x in ticks])
+    ax.minorticks_off()
     ax.legend(fontsize=7)
 
 def largest(rows):
