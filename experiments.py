@@ -92,10 +92,11 @@ def tuning(steps=500):
     return {name: f"{SIZE} --lrt shared --num-iterations {steps} {change}" for name, change in changes.items()}
 
 def cheaper(steps=1000):
-    """Plain passes in some of the steps: the first ones, or any at random."""
+    """Plain passes in some of the steps, the first ones or any at random; and initialization passes that run forward only."""
     base = f"{SIZE} --lrt layerwise --num-iterations {steps}"
     return {f"last_{100 - start}": f"{base} --memory-start {start / 100:g}" for start in (75, 50, 25)} \
-        | {f"mixed_{share}": f"{base} --memory-share {share / 100:g}" for share in (25, 50)}
+        | {f"mixed_{share}": f"{base} --memory-share {share / 100:g}" for share in (25, 50)} \
+        | {"forward_init": f"{base} --forward-init"}
 
 def states():
     """State tracking beyond the lengths of training."""
@@ -195,7 +196,7 @@ def finished(folder):
     schedule, T, steps = Schedule(**checkpoint["schedule"]), args["max_seq_len"], checkpoint["step"]
     model = load_model(checkpoint, torch.device(args["device"] or "cpu"))
     with_memory = sum(has_memory(Namespace(**args), step, steps) for step in range(steps))
-    tokens, passes = steps * args["total_batch_size"], sum(map(len, schedule.passes(T))) / T
+    tokens, passes = steps * args["total_batch_size"], schedule.cost(T)
     counts = model.parameter_counts()
     return dict(steps=steps, tokens=tokens, compute=tokens * (1 + (passes - 1) * with_memory / steps), tokens_per_parameter=tokens / counts["scaling"],
                 parameters=counts["total"], train_seconds=round(checkpoint["seconds"]), curve=curve(read_log(Path(folder))),

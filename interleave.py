@@ -54,6 +54,7 @@ class Schedule:
     kv_refresh: bool = False  # interleaved: after each pass, renew the memory term in the keys and values yet to be visited
     detach: bool = False  # no gradient from a pass into the ones before it
     loss_weights: list | None = None  # one weight a pass; None: the plain mean, equation (4)
+    forward_init: bool = False  # the initialization pass only fills the store: no loss of its own and no gradient, so it costs a third
 
     def __post_init__(self):
         """Raises ValueError for a schedule that cannot be run."""
@@ -64,6 +65,10 @@ class Schedule:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.kv_refresh and self.kind != "interleaved":
             raise ValueError(f"kv_refresh goes with the interleaved schedule, not with {self.kind}")
+        if self.forward_init and self.kind not in ("interleaved", "refine"):
+            raise ValueError(f"forward_init goes with the schedules that initialize, interleaved and refine, not with {self.kind}")
+        if self.forward_init and self.loss_weights and self.loss_weights[0]:
+            raise ValueError(f"forward_init leaves the first pass without a gradient: its loss weight must be 0, not {self.loss_weights[0]}")
         if self.loss_weights is not None and not (min(self.loss_weights) >= 0 and 0 < sum(self.loss_weights) < math.inf):
             raise ValueError("loss weights must be finite, not negative, and not all zero")
 
@@ -80,6 +85,16 @@ class Schedule:
         if self.loss_weights is not None and len(self.loss_weights) != len(passes):
             raise ValueError(f"{len(self.loss_weights)} loss weights for {len(passes)} passes")
         return passes
+
+    def weights(self, n):
+        """The loss weights of n passes, of sum 1."""
+        weights = self.loss_weights or [float(i > 0 or not self.forward_init) for i in range(n)]
+        return [w / sum(weights) for w in weights]
+
+    def cost(self, T):
+        """Baseline-equivalent passes over T tokens: as the paper counts, forward and backward; forward alone is a third."""
+        lengths = [len(positions) for positions in self.passes(T)]
+        return (sum(lengths) - self.forward_init * 2 / 3 * lengths[0]) / T
 
 
 # -----------------------------------------------------------------------------
@@ -115,11 +130,11 @@ def at(x, passes):
     classes = {p.step: residues(x, p.step, 1) for p in passes if p.step > 1}
     return [classes[p.step][p.start] if p.step > 1 else x if len(p) == x.size(1) else take(x, p) for p in passes]
 
-def run(model, idx, passes, kv_refresh=False, detach=False):
+def run(model, idx, passes, kv_refresh=False, detach=False, forward_init=False):
     """
     Run a schedule on tokens idx (B, T): for each pass yields its positions, its hidden states (B, P, D), and the newest
     memories of all positions computed so far, as parts (see newest()). Gradients flow from later passes into earlier ones
-    through the keys, values and memories, unless detach.
+    through the keys, values and memories, unless detach; with forward_init not into the first one.
     """
     kv_refresh = kv_refresh and model.config.kv_memory  # without projected memory there is nothing to renew
     kv = KVBuffer(model.config.n_layer, keep_local=kv_refresh)
@@ -130,7 +145,8 @@ def run(model, idx, passes, kv_refresh=False, detach=False):
         left = split(memories, positions, 1)
         recurrent = previous(left if positions.step > 1 else memories, positions) if memories and model.config.lrt != "none" else None
         embedded = x0[i], [x[i] for x in value_embeds]
-        hidden, source = model(take(idx, positions), positions, kv, recurrent, embedded=embedded)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not (forward_init and i == 0)):
+            hidden, source = model(take(idx, positions), positions, kv, recurrent, embedded=embedded)
         memories = [(positions, source), *left]
         yield positions, hidden, memories
         kv = kv.copy()  # a layer that is run again in the backward must find the store as it was
@@ -213,9 +229,8 @@ class TrainStep(nn.Module):
         """
         schedule = self.schedule if memory else Schedule("plain")
         passes = schedule.passes(idx.size(1))
-        hidden = [hidden for _, hidden, _ in run(self.model, idx, passes, schedule.kv_refresh, schedule.detach)]
-        weights = schedule.loss_weights or [1.0] * len(passes)
-        return self.model.loss(hidden, [take(targets, positions) for positions in passes], [w / sum(weights) for w in weights])
+        hidden = [hidden for _, hidden, _ in run(self.model, idx, passes, schedule.kv_refresh, schedule.detach, schedule.forward_init)]
+        return self.model.loss(hidden, [take(targets, positions) for positions in passes], schedule.weights(len(passes)))
 
 @torch.no_grad()
 def pass_losses(model, idx, targets, schedule):

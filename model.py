@@ -294,7 +294,7 @@ class HeadLoss(torch.autograd.Function):
         dw = torch.zeros_like(weight)
         for x, target, scale in zip(hidden, targets, weights):
             x, target, losses = x.flatten(0, 1), target.flatten(), []
-            dx = torch.empty_like(x)
+            dx = torch.empty_like(x) if scale else x
             for x_i, y, dx_i in zip(*(z.split(HeadLoss.rows(x)) for z in (x, target, dx))):
                 t = F.linear(x_i, w)
                 t = t.to(torch.promote_types(t.dtype, torch.float32)).div_(15).tanh_()
@@ -302,12 +302,14 @@ class HeadLoss(torch.autograd.Function):
                 total, valid = p.sum(-1, keepdim=True), (y >= 0).unsqueeze(1)
                 y = y.clamp(min=0).unsqueeze(1)
                 losses.append((total.log() - 15 * t.gather(1, y)) * valid)
+                if not scale:  # nothing learns from this pass
+                    continue
                 unit = valid.to(p.dtype) * (scale / len(target))
                 p.mul_(unit / total).scatter_add_(1, y, -unit)  # d loss / d logits
                 p = p.mul_(t.square_().neg_().add_(1)).to(x.dtype)
                 torch.mm(p, w, out=dx_i)
                 dw += p.T @ x_i
-            grads.append(dx)
+            grads.append(dx if scale else None)
             means.append(torch.cat(losses).mean())
         means = torch.stack(means)
         ctx.shapes = [x.shape for x in hidden]
@@ -319,7 +321,7 @@ class HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _):
         dw, *grads = ctx.saved_tensors
-        return dw * grad, None, None, *(dx.view(shape) * grad.to(dx.dtype) for dx, shape in zip(grads, ctx.shapes))
+        return dw * grad, None, None, *(dx if dx is None else dx.view(shape) * grad.to(dx.dtype) for dx, shape in zip(grads, ctx.shapes))
 
 class GPT(nn.Module):
 
@@ -473,12 +475,12 @@ class GPT(nn.Module):
         scaling = counts["matrices"] + counts["gates"] + counts["memory projections"] + counts["head"]
         return counts | {"total": total, "scaling": scaling}
 
-    def flops_per_token(self, passes=None, T=None, kv_refresh=False):
+    def flops_per_token(self, passes=None, T=None, kv_refresh=False, forward_init=False):
         """
         Training FLOPs (forward and backward) per token of a sequence of T tokens (default: the context) on which the
         schedule `passes` (list of ranges; default: one full pass) runs. A matrix entry costs 6 FLOPs a position, and
         attention 12 * width * keys in the window (PaLM, arXiv 2204.02311, appendix B, causality not counted off).
-        The head is counted in every pass; memory projections from the first pass that has memory on, with kv_refresh once
+        forward_init: the first pass has no backward, which is two thirds. The head is counted in every pass; memory projections from the first pass that has memory on, with kv_refresh once
         more after each pass for the positions of every later one; a recurrent layer's second key/value projection, but not
         what its backward pass recomputes.
         """
@@ -491,7 +493,7 @@ class GPT(nn.Module):
         keys = sum(min(self.config.window(l) + 1, T) for l in range(self.config.n_layer))
         total = 0
         for i, positions in enumerate(passes):
-            total += len(positions) * (6 * plain + 12 * self.config.n_embd * keys)
+            total += len(positions) * (6 * plain + 12 * self.config.n_embd * keys) / (3 if forward_init and i == 0 else 1)
             if i > 0:  # the first pass has memory zero
                 total += len(positions) * (1 + i * kv_refresh) * 6 * counts["memory projections"]
         return total / T

@@ -79,6 +79,7 @@ def make_parser():
     g.add_argument("--refinements", type=int, default=3, help="refine: K full passes after the first; a step costs 1 + K passes")
     g.add_argument("--chunk", type=int, default=64, help="chunked: tokens a chunk")
     g.add_argument("--detach", action="store_true", help="no gradient from a pass into the ones before it")
+    g.add_argument("--forward-init", action="store_true", help="cheaper: the initialization pass has no loss and no gradient, 1.33 plain passes a step instead of 2")
     g.add_argument("--memory-start", type=float, default=0.0, help="cheaper: this share of the steps, from the first one on, runs one plain pass")
     g.add_argument("--memory-share", type=float, default=1.0, help="cheaper: after that, the share of the steps, drawn at random, that runs the schedule; the others run one plain pass")
     g.add_argument("--loss-weights", type=float, nargs="+", metavar="W", help="one weight a pass (default: the plain mean)")
@@ -173,7 +174,7 @@ def make_schedule(args):
     """The schedule of a training step, checked against the sequence length. Raises UserError."""
     try:
         schedule = Schedule("plain" if args.lrt == "none" else args.schedule, args.subsets, args.refinements, args.chunk,
-                            args.kv_refresh, args.detach, args.loss_weights)
+                            args.kv_refresh, args.detach, args.loss_weights, args.forward_init)
         schedule.passes(args.max_seq_len)
     except ValueError as e:
         raise UserError(e)
@@ -257,7 +258,7 @@ def make_plan(args, vocab_size, world, dtype):
     except RuntimeError as e:
         raise UserError(f"no model of width {config.n_embd} can be built ({e})")
     counts, plain_flops, share = model.parameter_counts(), model.flops_per_token(plain(T), T), (1 - args.memory_start) * args.memory_share
-    flops_per_token = share * model.flops_per_token(schedule.passes(T), T, schedule.kv_refresh) + (1 - share) * plain_flops
+    flops_per_token = share * model.flops_per_token(schedule.passes(T), T, schedule.kv_refresh, schedule.forward_init) + (1 - share) * plain_flops
     kv = KVCache(config, 1, T, "meta", dtype, rolling=True)
     total_batch = args.total_batch_size
     if total_batch is None:  # nanochat's rule: tokens^0.383, from 2^19 at depth 12 (Power Lines, arXiv 2505.13738)
@@ -267,7 +268,7 @@ def make_plan(args, vocab_size, world, dtype):
     if total_batch % (world * T):
         raise UserError(f"--total-batch-size {total_batch} is not divisible by {world} processes * {T} tokens a row = {world * T}")
     rows = total_batch // T // world
-    positions = sum(map(len, schedule.passes(T)))  # of a row, all passes: memory grows with them
+    positions = sum(map(len, schedule.passes(T)[schedule.forward_init:]))  # of a row, all passes that keep activations
     device_batch = args.device_batch_size or max(b for b in (16, 8, 4, 2, 1) if rows % b == 0 and (b * positions <= 2**15 or b == 1))
     if rows % device_batch:
         raise UserError(f"--device-batch-size {device_batch} does not divide the {rows} rows a step of each process "
