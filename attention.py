@@ -125,8 +125,12 @@ class Merged(torch.autograd.Function):
     """Attention over several parts, each by a flash kernel, merged by log-sum-exp (the module's docstring)."""
 
     @staticmethod
-    def forward(ctx, q, relations, *kv):
-        """relations: a (shift, back, causal) a part; the first part must show every query a key. kv: all k, then all v."""
+    def forward(ctx, *inputs):
+        """
+        inputs: q; relations, a (shift, back, causal) a part; all k, all v. The first part must show every query a key.
+        (Starred, because torch.compile, where no gradient is wanted, counts the names to tell whether there is a ctx.)
+        """
+        q, relations, *kv = inputs
         n, seeds = len(relations), []
         for i, (shift, back, causal) in enumerate(relations):
             new, new_lse, seed = kernel(*cut(shift, causal, q, kv[i], kv[n + i]), causal, back)

@@ -174,7 +174,7 @@ def test_bpb_is_nats_over_bytes():
 @pytest.mark.parametrize("flags", [
     "--lrt none", "--lrt layerwise --n-kv-head 1 --value-embeds alternate", "--subsets 3 --kv-refresh --inject kv", "--schedule refine --refinements 2 --detach --loss-weights 1 1 2",
     "--schedule chunked --chunk 7 --inject residual", "--schedule sequential --value-embeds none --source-layer 0",
-    "--activation-checkpointing --loss-weights 1 2 3", "--subsets 1 --device-batch-size 4 --grad-clip 0 --warmup-steps 0 --final-lr-frac 0.1", "--subsets 99 --max-seq-len 31 --total-batch-size 496",
+    "--activation-checkpointing --loss-weights 1 2 3", "--lrt layerwise --forward-init", "--subsets 1 --device-batch-size 4 --grad-clip 0 --warmup-steps 0 --final-lr-frac 0.1", "--subsets 99 --max-seq-len 31 --total-batch-size 496",
 ])
 def test_every_variant_and_schedule_trains(flags, data, here):
     code, out, err = cli("train.py", "--data", data, *SMALL, "--num-iterations", 3, "--eval-tokens", 256, "--decode-tokens", 64, "--name", "x", *flags.split())
@@ -196,7 +196,7 @@ def test_compiled_step_is_one_graph_and_the_same(data):
     from torch._dynamo.testing import CompileCounterWithBackend
     torch._dynamo.reset()
     config = dict(sequence_len=16, vocab_size=32, n_head=2, n_kv_head=1, n_embd=16, window_pattern="SL")
-    for lrt, n_layer, schedule in (("shared", 2, Schedule()), ("layerwise", 1, Schedule(subsets=3, kv_refresh=True))):
+    for lrt, n_layer, schedule in (("shared", 2, Schedule()), ("layerwise", 1, Schedule(subsets=3, kv_refresh=True)), ("shared", 2, Schedule(forward_init=True))):
         torch.manual_seed(0)
         step = TrainStep(GPT(GPTConfig(**config, lrt=lrt, n_layer=n_layer)), schedule)
         for p in step.parameters():
@@ -350,6 +350,7 @@ def test_a_run_sees_every_row_once(data, here, monkeypatch):
     ("--schedule chunked --chunk 32", ["--chunk 32 covers the whole context"]),
     ("--schedule chunked --kv-refresh", ["kv_refresh goes with the interleaved schedule"]),
     ("--loss-weights 1 2", ["2 loss weights for 3 passes"]),
+    ("--forward-init --loss-weights 1 1 1", ["forward_init", "must be 0"]), ("--forward-init --schedule chunked --chunk 8", ["forward_init goes with", "not with chunked"]),
     ("--loss-weights -1 1 1", ["not negative"]),
     ("--n-kv-head 3", ["not divisible by n_kv_head 3"]),
     ("--window-pattern XL", ["letters S and L"]),

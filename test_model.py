@@ -3,6 +3,7 @@ The mathematics: fixtures of the authors' implementation (folder PARITY_DIR, def
 schedules with the exact recurrence, causality, gradients. Command lines are in test_cli.py, data in test_data.py.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -15,7 +16,7 @@ import torch
 
 import interleave
 from interleave import Schedule, TrainStep, pass_losses, run
-from model import GPT, GPTConfig, KVCache, visible
+from model import GPT, GPTConfig, KVCache, take, visible
 
 PARITY = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "../shared/parity"))
 FIXTURES = sorted(p for p in PARITY.glob("*.npz") if not p.stem.startswith("recurrent_block"))  # those: test_recurrent.py
@@ -413,6 +414,42 @@ def test_loss_weights_and_detach():
     with pytest.raises(ValueError, match="2 loss weights for 3 passes"):
         Schedule("refine", refinements=2, loss_weights=[1.0, 1.0]).passes(6)
 
+class FrozenFirst:
+    """A model whose first pass is run by a copy that takes no gradient, of what is looked up for it neither."""
+    def __init__(self, model):
+        self.config, self.embed, self.refresh, self.live, self.frozen = model.config, model.embed, model.refresh, model, copy.deepcopy(model).requires_grad_(False)
+    def __call__(self, *args, embedded):
+        if self.frozen is None:
+            return self.live(*args, embedded=embedded)
+        first, self.frozen = self.frozen, None
+        return first(*args, embedded=(embedded[0].detach(), [x if x is None else x.detach() for x in embedded[1]]))
+
+@pytest.mark.parametrize("schedule", [Schedule(forward_init=True), Schedule(subsets=3, kv_refresh=True, forward_init=True),
+                                      Schedule("refine", refinements=2, forward_init=True, loss_weights=[0.0, 1.0, 3.0])], ids=str)
+@pytest.mark.parametrize("variant", ["shared", "layerwise", "windows", "residual"])
+def test_an_initialization_pass_that_runs_forward_only(variant, schedule):
+    """Its own loss does not count, no gradient enters it, all else is as ever; and it leaves nothing for the backward."""
+    model, (idx, targets) = make(**VARIANTS[variant]), tokens(9)
+    passes, weights = schedule.passes(9), schedule.loss_weights or [0.0] + [1.0] * (len(schedule.passes(9)) - 1)
+    whole = dataclasses.replace(schedule, forward_init=False, loss_weights=weights)
+    loss, means = TrainStep(model, schedule)(idx, targets)
+    expected, expected_means = TrainStep(model, whole)(idx, targets)
+    torch.testing.assert_close((loss, means), (expected, expected_means), rtol=0, atol=1e-12)
+    got = torch.autograd.grad(loss, list(model.parameters()))
+    hidden = [hidden for _, hidden, _ in run(FrozenFirst(model), idx, passes, schedule.kv_refresh)]
+    wanted = torch.autograd.grad(model.loss(hidden, [take(targets, p) for p in passes], [w / sum(weights) for w in weights])[0], list(model.parameters()))
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    through = torch.autograd.grad(expected, list(model.parameters()))
+    assert max((a - b).abs().max() for a, b in zip(got, through)) > 1e-6  # the first pass would have got a gradient
+    kept = []
+    for s in (schedule, whole):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (x, n.append(x.nbytes))[0], lambda x: x):
+            n = []
+            TrainStep(model, s)(idx, targets)
+            kept.append(sum(n))
+    assert kept[0] < 0.8 * kept[1]
+
 
 # -----------------------------------------------------------------------------
 # Masks, gradients, dtypes
@@ -508,6 +545,9 @@ def test_flops_count_the_passes():
     for S in (1, 2, 5):
         assert lrt.flops_per_token(interleave.interleaved(T, S), T) == pytest.approx(2 * (base + 6 * gates) + 6 * memory)
     assert lrt.flops_per_token(interleave.interleaved(T, 2), T, kv_refresh=True) == pytest.approx(2 * (base + 6 * gates) + 6 * memory * (1 + 1 / 2 + 2 / 2))
+    assert lrt.flops_per_token(interleave.interleaved(T, 2), T, forward_init=True) == pytest.approx(4 / 3 * (base + 6 * gates) + 6 * memory)
+    assert Schedule().cost(T) == 2 and Schedule("plain").cost(T) == Schedule("sequential").cost(T) == 1 and Schedule("refine", refinements=3).cost(T) == 4
+    assert Schedule(subsets=4, forward_init=True).cost(T) == pytest.approx(4 / 3)
     assert lrt.flops_per_token(interleave.refine(T, 3), T) == pytest.approx(4 * (base + 6 * gates) + 18 * memory)
 
 @pytest.mark.parametrize("bad, message", [
