@@ -480,7 +480,8 @@ class GPT(nn.Module):
         Training FLOPs (forward and backward) per token of a sequence of T tokens (default: the context) on which the
         schedule `passes` (list of ranges; default: one full pass) runs. A matrix entry costs 6 FLOPs a position, and
         attention 12 * width * keys in the window (PaLM, arXiv 2204.02311, appendix B, causality not counted off).
-        forward_init: the first pass has no backward, which is two thirds. The head is counted in every pass; memory projections from the first pass that has memory on, with kv_refresh once
+        forward_init: the first pass has no backward, which is two thirds.
+        The head is counted in every pass; memory projections from the first pass that has memory on, with kv_refresh once
         more after each pass for the positions of every later one; a recurrent layer's second key/value projection, but not
         what its backward pass recomputes.
         """
