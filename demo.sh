@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to text: own virtual environment, a corpus that every Python has, a small LRT, its BPB, a sample.
-# 5 minutes on 2 CPU cores (2026-11-21). Everything it makes is in .venv, data_stdlib and runs.
+# 5 to 7 minutes on 2 CPU cores (2026-11-22). Everything it makes is in .venv, data_stdlib and runs.
 set -euo pipefail
 cd "$(dirname "$0")"
 [ -x .venv/bin/python ] || python3 -m venv .venv

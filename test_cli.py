@@ -223,7 +223,7 @@ def test_benches_run(what, trained, here):
     code, out, err = cli("bench.py", *what.split(), "--repeats", 2, "--json", "bench.json", *run)
     assert code == 0, err
     result = json.loads((here / "bench.json").read_text())
-    assert {"device", "commit", "date"} <= set(result) and len(result["rows"]) == {"decode": 16, "prefill": 2, "step": 4}[what.split()[0]]
+    assert {"device", "commit", "date"} <= set(result) and len(result["rows"]) == {"decode": 16, "prefill": 2, "step": 5}[what.split()[0]]
     if "prefill" in what:
         assert all(row["error"] < 1e-4 and row["T"] == 32 for row in result["rows"])
     if "step" in what:
