@@ -184,8 +184,9 @@ def peak_of_child(pipe, args, *variant):
 def bench_step(args, device):
     """
     Time, memory and FLOPs of a training step: the baseline, shared and layerwise, each S, one with activation
-    checkpointing, one whose initialization pass runs forward only. On a CPU the variants take turns in one process, and peak memory is that of a child process each. A GPU
-    holds one variant at a time (its timings are steady); the baseline comes first and last there.
+    checkpointing, one whose initialization pass runs forward only. On a CPU the variants take turns in one process, and
+    peak memory is that of a child process each. A GPU holds one variant at a time (its timings are steady); the baseline
+    comes first and last there.
     """
     gpu = device.type == "cuda"
     args.depth = args.depth or (12 if gpu else 4)

@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 export PATH="$PWD/.venv/bin:$PATH"
-export OMP_WAIT_POLICY=passive  # threads that wait, sleep: on a machine that others use, too, a step takes half the time
+export OMP_WAIT_POLICY=passive  # threads that wait, sleep, and leave the cores to others
 
 python prepare_data.py stdlib --out data_stdlib
 python train.py --data data_stdlib --depth 4 --lrt shared --aspect-ratio 32 --head-dim 64 --max-seq-len 256 --window-pattern L \

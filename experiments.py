@@ -59,21 +59,23 @@ def scaling():
 def longer():
     """
     scaling() at half the width, 0.46 M parameters in matrices and head, for 10, 20 and (the baseline) 40 tokens a parameter
-    instead of 0.8 to 6.3. 40 read a text of 5.9 M tokens three times.
+    instead of 0.8 to 6.3, and --forward-init where it costs as much as the baseline's 20 and 40. 40 read a text of 5.9 M
+    tokens three times.
     """
     size = SIZE.replace("--aspect-ratio 32 --head-dim 64", "--aspect-ratio 16 --head-dim 32")
-    return {f"{lrt}_{ratio}": f"{size} --lrt {lrt} --num-iterations {112 * ratio}" for ratio in (10, 20, 40)
+    runs = {f"{lrt}_{ratio}": f"{size} --lrt {lrt} --num-iterations {112 * ratio}" for ratio in (10, 20, 40)
             for lrt in ("none", "shared", "layerwise") if ratio < 40 or lrt == "none"}
+    return runs | {f"forward_init_{ratio}": f"{size} --lrt layerwise --num-iterations {112 * ratio} --forward-init" for ratio in (15, 30)}
 
 def ablation(steps=500):
     """
     One change each to the layerwise LRT of scaling(), where memory gains enough to tell them apart: source layer 2 of 0 .. 3,
-    injection both, interleaved, S = 2, mean over the passes.
+    injection both, interleaved, S = 2, mean over the passes. S = 1 is refine_1.
     """
     changes = {
         "inject_kv": "--inject kv", "inject_residual": "--inject residual",
         "source_0": "--source-layer 0", "source_1": "--source-layer 1", "source_3": "--source-layer 3",
-        "subsets_1": "--subsets 1", "subsets_4": "--subsets 4", "subsets_8": "--subsets 8",
+        "subsets_4": "--subsets 4", "subsets_8": "--subsets 8",
         "kv_refresh": "--kv-refresh",
         "refine_1": "--schedule refine --refinements 1", "refine_3": "--schedule refine --refinements 3",
         "chunked": "--schedule chunked --chunk 64",
@@ -92,11 +94,14 @@ def tuning(steps=500):
     return {name: f"{SIZE} --lrt shared --num-iterations {steps} {change}" for name, change in changes.items()}
 
 def cheaper(steps=1000):
-    """Plain passes in some of the steps, the first ones or any at random; and initialization passes that run forward only."""
-    base = f"{SIZE} --lrt layerwise --num-iterations {steps}"
+    """
+    Plain passes in some of the steps, the first ones or any at random; and initialization passes that run forward only, in
+    as many steps and in three halves of them, which cost what the baseline's two times as many do.
+    """
+    base, forward = (f"{SIZE} --lrt layerwise --num-iterations {n}" for n in (steps, 3 * steps // 2))
     return {f"last_{100 - start}": f"{base} --memory-start {start / 100:g}" for start in (75, 50, 25)} \
         | {f"mixed_{share}": f"{base} --memory-share {share / 100:g}" for share in (25, 50)} \
-        | {"forward_init": f"{base} --forward-init"}
+        | {"forward_init": f"{base} --forward-init", f"forward_init_{3 * steps // 2}": f"{forward} --forward-init"}
 
 def states():
     """State tracking beyond the lengths of training."""

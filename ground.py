@@ -130,9 +130,8 @@ def main():
         if step % 50 == 0:
             print(f"step {step:05d}/{steps:05d} | loss: {loss.item():.4f} | {time.time() - t0:.0f} s", flush=True)
     seconds = time.time() - t0
-    positions = sum(map(len, schedule.passes(T))) / T
     row = dict(set="ground", name=name, seed=args.seed, command=command, **machine(torch.device("cpu")), steps=steps,
-               tokens=steps * rows * T, compute=steps * rows * T * positions, train_seconds=round(seconds), release=RELEASE.get((args.lrt, steps)),
+               tokens=steps * rows * T, compute=steps * rows * T * schedule.cost(T), train_seconds=round(seconds), release=RELEASE.get((args.lrt, steps)),
                curve=curve(log), **score(model, first_rows([val], T, 192), token_bytes, schedule))
     Path(args.results).mkdir(exist_ok=True)
     append_row(Path(args.results) / "ground.jsonl", row)

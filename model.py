@@ -294,7 +294,7 @@ class HeadLoss(torch.autograd.Function):
         dw = torch.zeros_like(weight)
         for x, target, scale in zip(hidden, targets, weights):
             x, target, losses = x.flatten(0, 1), target.flatten(), []
-            dx = torch.empty_like(x) if scale else x
+            dx = torch.empty_like(x) if scale else x  # x: not written to
             for x_i, y, dx_i in zip(*(z.split(HeadLoss.rows(x)) for z in (x, target, dx))):
                 t = F.linear(x_i, w)
                 t = t.to(torch.promote_types(t.dtype, torch.float32)).div_(15).tanh_()

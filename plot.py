@@ -6,7 +6,9 @@ Draw results/*.jsonl, the rows that experiments.py, ground.py and states.py wrot
 Points are means over seeds, error bars the range of the seeds. Compute is baseline-equivalent: tokens times passes.
 """
 
+import re
 from collections import defaultdict
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +22,7 @@ import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 
 # runs of scaling() that a set is read against
 BESIDE = dict(ablation=("none_500", "layerwise_500"), tuning=("none_500", "shared_500"), cheaper=("none_1000", "none_2000", "layerwise_1000"))
-COLORS = {"none": "tab:gray", "shared": "tab:blue", "layerwise": "tab:orange"}
+COLORS = {"none": "tab:gray", "shared": "tab:blue", "layerwise": "tab:orange", "layerwise --forward-init": "tab:red"}
 
 
 def by_name(rows):
@@ -47,24 +49,21 @@ def errorbar(ax, x, groups, value=bpb, **style):
     ax.errorbar(x, mean, yerr=[mean - low, high - mean], capsize=3, **style)
 
 def variant(row):
-    """none | shared | layerwise, from the command."""
-    words = row["command"].split()
-    return words[words.index("--lrt") + 1]
+    """none | shared | layerwise, and the flag that makes it cheaper if one does, from the command."""
+    return " ".join([re.search(r"--lrt (\w+)", row["command"])[1], *re.findall(r"--forward-init|--memory-(?:start|share) \S+", row["command"])])
 
-def draw_scaling(results, ax, name, others=()):
-    """The paper's scaling figure: one line a variant; the runs of other sets as points of their own."""
+def draw_scaling(rows, ax, title):
+    """The paper's scaling figure: one line a variant."""
     lines = defaultdict(list)
-    for rows in by_name(results[name]).values():
-        lines[variant(rows[0])].append(rows)
-    for lrt, groups in lines.items():
-        groups.sort(key=lambda rows: rows[0]["compute"])
-        errorbar(ax, [rows[0]["compute"] for rows in groups], groups, marker="o", label="baseline" if lrt == "none" else lrt, color=COLORS[lrt])
-    for (other, rows), marker in zip(by_name(row for other in others for row in results[other]).items(), "v^<>sDPX*"):
-        errorbar(ax, [rows[0]["compute"]], [rows], marker=marker, linestyle="", label=f"{variant(rows[0])}, {other.replace('_', ' ')} %")
-    ratios = [row["tokens_per_parameter"] for row in results[name]]
+    for group in by_name(rows).values():
+        lines[variant(group[0])].append(group)
+    for (name, groups), marker in zip(lines.items(), cycle("ooov^<>sDP")):
+        groups.sort(key=lambda group: group[0]["compute"])
+        errorbar(ax, [group[0]["compute"] for group in groups], groups, marker=marker, label="baseline" if name == "none" else name, color=COLORS.get(name))
+    ratios = [row["tokens_per_parameter"] for row in rows]
     ax.set(xscale="log", xlabel="baseline-equivalent compute, million tokens x passes", ylabel="validation BPB, decoding",
-           title=f"{name}, {min(ratios):.2g} to {max(ratios):.2g} tokens a parameter")
-    ticks = sorted({row["compute"] for row in results[name]})
+           title=f"{title}, {min(ratios):.2g} to {max(ratios):.2g} tokens a parameter")
+    ticks = sorted({row["compute"] for row in rows if variant(row) == "none"})
     ax.set_xticks(ticks, [f"{x / 1e6:.2g}" for x in ticks])
     ax.minorticks_off()
     ax.legend(fontsize=7)
@@ -200,7 +199,7 @@ def main():
         panels = ["scaling", "longer"][:1 + bool(results["longer"])]
         figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
         for name, ax in zip(panels, axes[0]):
-            draw_scaling(results, ax, name, ["cheaper"] if name == "scaling" else [])
+            draw_scaling(results[name] + (results["cheaper"] if name == "scaling" else []), ax, name)
         save(figure, folder / "scaling.png")
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
         draw_curves(results, axes[0])

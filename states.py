@@ -188,13 +188,13 @@ def main():
     torch.manual_seed(args.seed)
     with torch.device(device):
         model = GPT(config)
-    where, passes, tokens, t0 = machine(device), schedule.passes(T), args.num_iterations * args.batch_size * T, time.perf_counter()
+    where, tokens, t0 = machine(device), args.num_iterations * args.batch_size * T, time.perf_counter()
     loss = fit(model, schedule, task, args)
     t1 = time.perf_counter()
     scores = score(model, schedule, task, args)
     row = dict(set="states", name=name, seed=args.seed, command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), **where,
                parameters=model.parameter_counts()["total"], steps=args.num_iterations, tokens=tokens,
-               compute=tokens * sum(map(len, passes)) / T, flops=tokens * model.flops_per_token(passes, T),  # compute: passes counted, as in the paper
+               compute=tokens * schedule.cost(T), flops=tokens * model.flops_per_token(schedule.passes(T), T),
                train_seconds=round(t1 - t0, 1), score_seconds=round(time.perf_counter() - t1, 1), loss=loss, **scores, config=chosen)
     print(f"{name}, seed {args.seed} | {row['steps']} steps, {tokens:,} tokens, {row['compute']:,.0f} of baseline-equivalent compute, "
           f"{row['train_seconds']} s | loss {loss:.4f} | " + " | ".join(where.values()))

@@ -489,6 +489,8 @@ def test_dry_run_needs_no_data_and_writes_nothing(here):
     for words in ("1,320,007,740 parameters", "memory projections 3,276,800", "interleaved, 3 passes", "FLOPs, 2.01 times those of plain passes", "1 x 64 x 8",
                   "KV cache 262,297,600 bytes", "memory a process, bfloat16, 8 rows: weights 4.92 + gradients 4.92 + optimizers 8.36 + activations"):
         assert words in out, out
+    code, out, err = cli("train.py", "--dry-run", "--depth", 20, "--lrt", "shared", "--forward-init")  # what keeps no activations leaves room for rows
+    assert code == 0 and "FLOPs, 1.34 times those of plain passes" in out and "1 x 32 x 16" in out, out + err
 
 def test_dry_run_counts_what_a_step_keeps():
     """The estimate, on tensors without storage, is what autograd and the store really hold after a forward."""

@@ -105,14 +105,16 @@ def test_every_run_is_a_command_that_its_script_takes(name, monkeypatch):
             assert plan.config.n_embd == (64 if name == "longer" else 128) and plan.micro_steps == 1, run_name
 
 def test_rows_are_complete_written_once_and_drawn(data, here, sets):
-    sets(scaling={"none_6": RUN.format("none", 6), "shared_6": RUN.format("shared", 6)}, ablation={"shared": RUN.format("shared", 6)})
+    sets(scaling={"none_6": RUN.format("none", 6), "shared_6": RUN.format("shared", 6)},
+         cheaper={"forward_6": RUN.format("shared", 6) + " --forward-init"}, ablation={"shared": RUN.format("shared", 6)})
     common = ["--data", data, "--seeds", 0]
-    code, out, err = cli("experiments.py", "scaling", *common, "--jobs", 2)
-    assert code == 0 and "2 runs to do, 0 done" in out, out + err
+    code, out, err = cli("experiments.py", "scaling", "cheaper", *common, "--jobs", 2)
+    assert code == 0 and "3 runs to do, 0 done" in out, out + err
     rows = {row["name"]: row for row in experiments.read_rows("results/scaling.jsonl")}
     assert set(rows) == {"none_6", "shared_6"}
-    none, shared = rows["none_6"], rows["shared_6"]
+    none, shared, (forward,) = rows["none_6"], rows["shared_6"], experiments.read_rows("results/cheaper.jsonl")
     assert shared["tokens"] == none["tokens"] == none["compute"] == 6 * 512 and shared["compute"] == 2 * shared["tokens"]
+    assert forward["compute"] == pytest.approx(4 / 3 * shared["tokens"])
     assert none["bpb"]["merged"] == pytest.approx(none["bpb"]["decode"]) and set(shared["bpb"]) == {"pass 0", "pass 1", "pass 2", "merged", "decode", "no memory"}
     assert len(shared["by_position"]["no memory"]) == 16 and len(shared["learned"]["c"]) == 2 and set(shared["learned"]["gates"]["1"]) == {"local", "memory", "token"}
     assert 0 < shared["copying"]["share"] < 1 and none["copying"]["share"] == shared["copying"]["share"]
@@ -121,13 +123,13 @@ def test_rows_are_complete_written_once_and_drawn(data, here, sets):
     code, _, err = cli("train.py", *shared["command"].split()[2:], "--out", "again")
     assert code == 0, err
     assert [row["loss"] for row in log("again/shared_6_s0")] == [row["loss"] for row in log("runs/experiments/scaling/shared_6_s0")]
-    code, out, _ = cli("experiments.py", "scaling", *common)
-    assert code == 0 and "0 runs to do, 2 done" in out and len(experiments.read_rows("results/scaling.jsonl")) == 2
+    code, out, _ = cli("experiments.py", "scaling", "cheaper", *common)
+    assert code == 0 and "0 runs to do, 3 done" in out and len(experiments.read_rows("results/scaling.jsonl")) == 2
     code, out, err = cli("plot.py")
     assert code == 0 and "| shared_6 | 1 |" in out and f"| shared_6 | values | {shared['copying']['without']['values']['repeated']:.3f} |" in out, err
     assert all((here / "results" / f"{name}.png").stat().st_size > 5000 for name in ("scaling", "curves", "learned"))
     _, out, _ = cli("experiments.py", *common, "--list")
-    assert [line.startswith("done") for line in out.splitlines()] == [True, True, False]
+    assert [line.startswith("done") for line in out.splitlines()] == [True, True, True, False]
 
 def test_runs_are_read_against_the_baseline_at_as_many_tokens_and_as_much_compute(capsys):
     def row(name, lrt, tokens, compute, bpb):
