@@ -142,8 +142,10 @@ def test_runs_are_read_against_the_baseline_at_as_many_tokens_and_as_much_comput
     assert [r["name"] for r in plot.with_beside("ablation", results)] == ["none_500", "layerwise_500", "subsets_4"]
     plot.table("scaling", scaling, scaling)
     plot.table("ablation", results["ablation"], scaling)
+    plot.table_copying([row("kv", "shared", 100, 200, 1.95) | dict(copying=dict(repeated=x, new=5.0, without=dict(keys=dict(repeated=x + 1, new=5.5)))) for x in (1.0, 2.0)])
     lines = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "| -0.0500 | +0.0500 |" in lines["| layerwise_500"] and "| -0.0400 |  |" in lines["| subsets_4"] and "|  |  | 2.500 | 5.000 | 1 |" in lines["| none_500"]
+    assert "| 2.500 | 5.500 |" in lines["| kv"]  # the last one, without its keys
 
 def test_copying_is_told_from_the_rest():
     idx = torch.tensor([[1, 2, 3, 1, 2, 3, 3], [1, 2, 1, 3, 2, 1, 3]])
