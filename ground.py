@@ -125,7 +125,7 @@ def main():
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)  # after both: the release's Muon has the gates, too
         log.append(dict(kind="train", step=step, passes=passes.tolist()))
         if step % 50 == 0:
             print(f"step {step:05d}/{steps:05d} | loss: {loss.item():.4f} | {time.time() - t0:.0f} s", flush=True)

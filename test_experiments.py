@@ -278,8 +278,9 @@ def test_ground(here, monkeypatch):
     steps, step = [], ground.ReleaseMuon.step
     monkeypatch.setattr(ground.ReleaseMuon, "step", lambda self: steps.append([p.shape for p in self.param_groups[0]["params"]]) or step(self))
     code, _, err = cli("ground.py", *flags, "--muon", "release", "--results", "third")
-    assert len(steps) == 30 and any(min(shape) < 16 for shape in steps[0])  # the gates are with it
     third, = experiments.read_rows("third/ground.jsonl")
+    assert len(steps) == 30 and any(min(shape) < 16 for shape in steps[0])  # the gates are with it, and it moves them
+    assert all(gate != 1 for gates in third["learned"]["gates"].values() for gate in gates.values())
     assert code == 0 and third["curve"][0] == row["curve"][0] and third["curve"][-1] != row["curve"][-1], err
     assert third["curve"][-1][1] == pytest.approx(row["curve"][-1][1], abs=0.1)
     assert_refused(cli("ground.py", "--num-iterations", 0), "--num-iterations")
