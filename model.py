@@ -447,6 +447,7 @@ class GPT(nn.Module):
         The training loss, equation (4): the sum over passes of weights[i] (floats) times the mean cross-entropy of
         hidden[i] (B, P_i, D) against targets[i] (B, P_i) int64 (targets -1 count 0), and these means (passes,), detached. Nats.
         """
+        hidden = [x if weight else x.detach() for x, weight in zip(hidden, weights)]  # so that the backward never comes there
         return HeadLoss.apply(self.lm_head.weight, targets, weights, *hidden)
 
     # -------------------------------------------------------------------------

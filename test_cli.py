@@ -199,9 +199,10 @@ def test_compiled_step_is_one_graph_and_the_same(data):
     from torch._dynamo.testing import CompileCounterWithBackend
     torch._dynamo.reset()
     config = dict(sequence_len=16, vocab_size=32, n_head=2, n_kv_head=1, n_embd=16, window_pattern="SL")
-    for lrt, n_layer, schedule in (("shared", 2, Schedule()), ("layerwise", 1, Schedule(subsets=3, kv_refresh=True)), ("shared", 2, Schedule(forward_init=True))):
+    for lrt, n_layer, schedule in (("shared", 2, Schedule()), ("layerwise", 1, Schedule(subsets=3, kv_refresh=True)), ("shared", 2, Schedule(forward_init=True)),
+                                   ("shared", 2, Schedule("refine", refinements=1, loss_weights=[0, 1]))):  # the first pass's last layer has no gradient
         torch.manual_seed(0)
-        step = TrainStep(GPT(GPTConfig(**config, lrt=lrt, n_layer=n_layer)), schedule)
+        step = TrainStep(GPT(GPTConfig(**config, lrt=lrt, n_layer=n_layer, source_layer=0)), schedule)
         for p in step.parameters():
             torch.nn.init.normal_(p, std=0.2)
         counter = CompileCounterWithBackend("aot_eager_decomp_partition")
