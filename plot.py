@@ -49,8 +49,8 @@ def errorbar(ax, x, groups, value=bpb, **style):
     ax.errorbar(x, mean, yerr=[mean - low, high - mean], capsize=3, **style)
 
 def variant(row):
-    """none | shared | layerwise, and the flag that makes it cheaper if one does, from the command."""
-    return " ".join([re.search(r"--lrt (\w+)", row["command"])[1], *re.findall(r"--forward-init|--memory-(?:start|share) \S+", row["command"])])
+    """none | shared | layerwise, and the flags that make it cheaper if any do, from the command."""
+    return " ".join([re.search(r"--lrt (\w+)", row["command"])[1], *re.findall(r"--forward-init|--(?:memory-start|memory-share|schedule) \S+", row["command"])])
 
 def draw_scaling(rows, ax, title):
     """The paper's scaling figure: one line a variant."""
