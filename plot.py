@@ -57,16 +57,18 @@ def draw_scaling(rows, ax, title):
     lines = defaultdict(list)
     for group in by_name(rows).values():
         lines[variant(group[0])].append(group)
-    for (name, groups), marker in zip(lines.items(), cycle("ooov^<>sDP")):
+    others = cycle(["tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan"])
+    for name, groups in lines.items():
         groups.sort(key=lambda group: group[0]["compute"])
-        errorbar(ax, [group[0]["compute"] for group in groups], groups, marker=marker, label="baseline" if name == "none" else name, color=COLORS.get(name))
+        errorbar(ax, [group[0]["compute"] for group in groups], groups, marker="o", label="baseline" if name == "none" else name,
+                 color=COLORS.get(name) or next(others))
     ratios = [row["tokens_per_parameter"] for row in rows]
     ax.set(xscale="log", xlabel="baseline-equivalent compute, million tokens x passes", ylabel="validation BPB, decoding",
            title=f"{title}, {min(ratios):.2g} to {max(ratios):.2g} tokens a parameter")
     ticks = sorted({row["compute"] for row in rows if variant(row) == "none"})
     ax.set_xticks(ticks, [f"{x / 1e6:.2g}" for x in ticks])
     ax.minorticks_off()
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc="lower left")
 
 def largest(rows):
     """The run of each variant with the most tokens, of those that all variants have; the first seed."""
