@@ -141,7 +141,8 @@ def provenance(name, rows):
 def baseline_at(tokens, rows):
     """BPB of the baseline in rows after so many tokens: between its budgets, linear in log tokens; None outside of them."""
     points = sorted((np.log(rows[0]["tokens"]), spread(rows)[0]) for rows in by_name(rows).values() if variant(rows[0]) == "none")
-    return np.interp(np.log(tokens), *zip(*points)) if points and points[0][0] <= np.log(tokens) <= points[-1][0] else None
+    at = np.log(round(tokens))  # thirds of a pass do not add up to whole tokens in floating point
+    return np.interp(at, *zip(*points)) if points and points[0][0] <= at <= points[-1][0] else None
 
 def table(name, rows, baseline):
     """

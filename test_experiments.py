@@ -114,7 +114,7 @@ def test_rows_are_complete_written_once_and_drawn(data, here, sets):
     assert set(rows) == {"none_6", "shared_6"}
     none, shared, (forward,) = rows["none_6"], rows["shared_6"], experiments.read_rows("results/cheaper.jsonl")
     assert shared["tokens"] == none["tokens"] == none["compute"] == 6 * 512 and shared["compute"] == 2 * shared["tokens"]
-    assert forward["compute"] == pytest.approx(4 / 3 * shared["tokens"])
+    assert forward["compute"] == pytest.approx(4 / 3 * shared["tokens"]) and plot.variant(forward) == "shared --forward-init" and plot.variant(shared) == "shared"
     assert none["bpb"]["merged"] == pytest.approx(none["bpb"]["decode"]) and set(shared["bpb"]) == {"pass 0", "pass 1", "pass 2", "merged", "decode", "no memory"}
     assert len(shared["by_position"]["no memory"]) == 16 and len(shared["learned"]["c"]) == 2 and set(shared["learned"]["gates"]["1"]) == {"local", "memory", "token"}
     assert 0 < shared["copying"]["share"] < 1 and none["copying"]["share"] == shared["copying"]["share"]
@@ -137,6 +137,7 @@ def test_runs_are_read_against_the_baseline_at_as_many_tokens_and_as_much_comput
                     commit="c", device="d", date="2026-11-21", copying=dict(share=0.1, repeated=2.5, new=5.0))
     scaling = [row("none_500", "none", 100, 100, 2.0), row("none_1000", "none", 400, 400, 1.8), row("layerwise_500", "layerwise", 100, 200, 1.95)]
     assert plot.baseline_at(200, scaling) == pytest.approx(1.9) and plot.baseline_at(400, scaling) == pytest.approx(1.8)  # half way in log tokens
+    assert plot.baseline_at(300 * (1 + 1 / 3) + 1e-9, scaling) == pytest.approx(1.8)  # its largest budget, but for rounding
     assert plot.baseline_at(50, scaling) is None and plot.baseline_at(800, scaling) is None and plot.baseline_at(100, []) is None
     results = dict(scaling=scaling, ablation=[row("subsets_4", "layerwise", 100, 800, 1.96)])
     assert [r["name"] for r in plot.with_beside("ablation", results)] == ["none_500", "layerwise_500", "subsets_4"]
