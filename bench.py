@@ -141,7 +141,7 @@ def bench_prefill(args, device):
                                  speedup=statistics.median(a / b for a, b in zip(serial, times[S]))))
     report(args, device, f"prefill: batch {args.batch}", rows)
 
-def training_step(args, device, lrt, subsets, recompute, forward_init):
+def training_step(args, device, lrt, subsets, recompute, forward):
     """
     One training step of a variant as train.py does it, on random tokens: two functions, the gradients and the update,
     and the FLOPs of the step by count.
@@ -153,7 +153,7 @@ def training_step(args, device, lrt, subsets, recompute, forward_init):
         model, idx = GPT(config), torch.randint(args.vocab_size, (args.batch, T))
     model.compute_dtype = compute_dtype(device)
     model.recompute = recompute and not args.compile
-    schedule = Schedule("plain") if lrt == "none" else Schedule(subsets=subsets, forward_init=forward_init)
+    schedule = Schedule("plain") if lrt == "none" else Schedule(subsets=subsets, forward_passes=forward)
     step, optimizers = TrainStep(model, schedule), make_optimizers(model, make_parser().parse_args([]), 1.0)
     if args.compile:
         torch._functorch.config.activation_memory_budget = 0.2 if recompute else 1.0
@@ -165,7 +165,7 @@ def training_step(args, device, lrt, subsets, recompute, forward_init):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return gradients, update, model.flops_per_token(schedule.passes(T), T, forward_init=forward_init) * idx.numel()
+    return gradients, update, schedule.flops_per_token(model, T) * idx.numel()
 
 def resident(what):
     """Memory of this process in bytes, VmRSS now or VmHWM at most so far; 0 where /proc has neither."""
@@ -184,7 +184,8 @@ def peak_of_child(pipe, args, *variant):
 def bench_step(args, device):
     """
     Time, memory and FLOPs of a training step: the baseline, shared and layerwise, each S, one with activation
-    checkpointing, one whose initialization pass runs forward only. On a CPU the variants take turns in one process, and
+    checkpointing, two whose initialization pass runs forward only: all layers, and, where one pass of everything follows
+    (S = 1), those up to the source. On a CPU the variants take turns in one process, and
     peak memory is that of a child process each. A GPU holds one variant at a time (its timings are steady); the baseline
     comes first and last there.
     """
@@ -195,8 +196,8 @@ def bench_step(args, device):
     for name, value in sizes.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     few = min(2, max(args.subsets))
-    variants = [("none", 1, False, False), *((lrt, S, False, False) for lrt in ("shared", "layerwise") for S in args.subsets),
-                ("shared", few, True, False), ("shared", few, False, True)]
+    variants = [("none", 1, False, 0), *((lrt, S, False, 0) for lrt in ("shared", "layerwise") for S in args.subsets),
+                ("shared", few, True, 0), ("shared", few, False, 1), ("shared", 1, False, 1)]
     times, flops, memory = {v: [] for v in variants}, {}, {}
     def measure(variant, gradients, update):
         times[variant].append((clock(device, gradients), clock(device, update)))
@@ -232,7 +233,7 @@ def bench_step(args, device):
         quartiles = statistics.quantiles(total[v], n=4)
         seconds = statistics.median(total[v])
         ratio = statistics.median(a / b for a, b in zip(total[v], total[base])) if device.type == "cpu" else seconds / statistics.median(total[base])
-        rows.append(dict(lrt=v[0], S=v[1] if v != base else 0, checkpointing=v[2], forward_init=v[3], step_ms=1000 * seconds, quartiles=f"{1000 * quartiles[0]:.0f}-{1000 * quartiles[2]:.0f}",
+        rows.append(dict(lrt=v[0], S=v[1] if v != base else 0, checkpointing=v[2], forward_passes=v[3], step_ms=1000 * seconds, quartiles=f"{1000 * quartiles[0]:.0f}-{1000 * quartiles[2]:.0f}",
                          over_none=round(ratio, 3), update_ms=1000 * statistics.median(t[1] for t in times[v]), tokens_per_s=round(args.batch * args.context / seconds),
                          peak_MiB=round(memory[v] / 2**20), memory_over_none=round(memory[v] / max(memory[base], 1), 3), TFLOP=flops[v] / 1e12,
                          mfu=f"{100 * flops[v] / seconds / peak:.1f}%" if peak else "?"))

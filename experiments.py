@@ -59,13 +59,13 @@ def scaling():
 def longer():
     """
     scaling() at half the width, 0.46 M parameters in matrices and head, for 10, 20 and (the baseline) 40 tokens a parameter
-    instead of 0.8 to 6.3, and --forward-init where it costs as much as the baseline's 20 and 40. 40 read a text of 5.9 M
-    tokens three times.
+    instead of 0.8 to 6.3, and the cheapest of cheaper() at the FLOPs of the baseline's 20. 40 read a text of 5.9 M tokens three
+    times.
     """
     size = SIZE.replace("--aspect-ratio 32 --head-dim 64", "--aspect-ratio 16 --head-dim 32")
     runs = {f"{lrt}_{ratio}": f"{size} --lrt {lrt} --num-iterations {112 * ratio}" for ratio in (10, 20, 40)
             for lrt in ("none", "shared", "layerwise") if ratio < 40 or lrt == "none"}
-    return runs | {f"forward_init_{ratio}": f"{size} --lrt layerwise --num-iterations {112 * ratio} --forward-init" for ratio in (15, 30)}
+    return runs | {"forward_refine_1_17": f"{size} --lrt layerwise --num-iterations 1874 --schedule refine --refinements 1 --forward-passes 1"}
 
 def ablation(steps=500):
     """
@@ -95,16 +95,18 @@ def tuning(steps=500):
 
 def cheaper(steps=1000):
     """
-    Plain passes in some of the steps, the first ones or any at random; and initialization passes that run forward only: in
-    as many steps, in three halves of them, which cost what twice as many of the baseline's do, and before one pass of
-    everything instead of two of halves, where all keys and values are fresh.
+    Plain passes in some of the steps, the first ones or any at random; and passes that run forward only: the first of an
+    interleaved step, and all but the last of a step of K refinements, which then need no layer above the source. The longer
+    runs have the FLOPs of twice as many steps of the baseline.
     """
     def base(n=steps):
         return f"{SIZE} --lrt layerwise --num-iterations {n}"
+    def refine(K, n=steps):
+        return f"{base(n)} --schedule refine --refinements {K} --forward-passes {K}"
     return {f"last_{100 - start}": f"{base()} --memory-start {start / 100:g}" for start in (75, 50, 25)} \
         | {f"mixed_{share}": f"{base()} --memory-share {share / 100:g}" for share in (25, 50)} \
-        | {"forward_init": f"{base()} --forward-init", f"forward_init_{3 * steps // 2}": f"{base(3 * steps // 2)} --forward-init",
-           "forward_init_refine_1": f"{base()} --forward-init --schedule refine --refinements 1"}
+        | {"forward_init": f"{base()} --forward-passes 1", f"forward_init_{3 * steps // 2}": f"{base(3 * steps // 2)} --forward-passes 1"} \
+        | {f"forward_refine_{K}": refine(K) for K in (1, 2, 3)} | {f"forward_refine_1_{n}": refine(1, n) for n in (8 * steps // 5,)}
 
 def states():
     """State tracking beyond the lengths of training."""
@@ -187,26 +189,25 @@ def score(model, rows, token_bytes, schedule, buckets=16):
 def curve(log, points=40):
     """
     Training loss from a log's rows, averaged over stretches of steps: [first step, the first pass, the mean of the passes
-    with memory, None where there were none].
+    with memory], None where there was none, or no loss.
     """
-    rows = np.array([(x["step"], x["passes"][0], np.mean(x["passes"][1:]) if len(x["passes"]) > 1 else np.nan)
-                     for x in log if x["kind"] == "train" and x["passes"]])
-    means = []
-    for part in np.array_split(rows, min(points, len(rows))) if len(rows) else []:
-        memory = part[np.isfinite(part[:, 2]), 2]
-        means.append([int(part[0, 0]), round(part[:, 1].mean(), 4), round(memory.mean(), 4) if len(memory) else None])
-    return means
+    def mean(x):
+        x = np.array(x, dtype=float)  # None becomes NaN
+        return x[np.isfinite(x)].mean() if np.isfinite(x).any() else None
+    rows = [(x["step"], x["passes"][0], mean(x["passes"][1:])) for x in log if x["kind"] == "train" and x["passes"]]
+    parts = np.array_split(np.array(rows, dtype=object), min(points, len(rows))) if rows else []
+    return [[part[0, 0], *(x if x is None else round(x, 4) for x in (mean(part[:, 1]), mean(part[:, 2])))] for part in parts]
 
 def finished(folder):
-    """The row of a finished run of train.py. compute: baseline-equivalent tokens, the passes counted as the paper does."""
+    """The row of a finished run of train.py. compute: baseline-equivalent tokens, the passes counted as Schedule.cost() does; flops: everything."""
     checkpoint = load_checkpoint(find_checkpoint(folder))
     args, data = checkpoint["args"], open_data(checkpoint["args"]["data"], verify=False)
     schedule, T, steps = Schedule(**checkpoint["schedule"]), args["max_seq_len"], checkpoint["step"]
     model = load_model(checkpoint, torch.device(args["device"] or "cpu"))
     with_memory = sum(has_memory(Namespace(**args), step, steps) for step in range(steps))
-    tokens, passes = steps * args["total_batch_size"], schedule.cost(T)
-    counts = model.parameter_counts()
-    return dict(steps=steps, tokens=tokens, compute=tokens * (1 + (passes - 1) * with_memory / steps), tokens_per_parameter=tokens / counts["scaling"],
+    tokens, share, counts, plain = steps * args["total_batch_size"], with_memory / steps, model.parameter_counts(), model.flops_per_token(T)
+    return dict(steps=steps, tokens=tokens, compute=tokens * (1 + (schedule.cost(model, T) - 1) * share),
+                flops=tokens * (plain + (schedule.flops_per_token(model, T) - plain) * share), tokens_per_parameter=tokens / counts["scaling"],
                 parameters=counts["total"], train_seconds=round(checkpoint["seconds"]), curve=curve(read_log(Path(folder))),
                 **score(model, first_rows(data.val, T, ROWS), data.token_bytes, schedule))
 

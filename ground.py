@@ -131,7 +131,7 @@ def main():
             print(f"step {step:05d}/{steps:05d} | loss: {loss.item():.4f} | {time.time() - t0:.0f} s", flush=True)
     seconds = time.time() - t0
     row = dict(set="ground", name=name, seed=args.seed, command=command, **machine(torch.device("cpu")), steps=steps,
-               tokens=steps * rows * T, compute=steps * rows * T * schedule.cost(T), train_seconds=round(seconds), release=RELEASE.get((args.lrt, steps)),
+               tokens=steps * rows * T, compute=steps * rows * T * schedule.cost(model, T), train_seconds=round(seconds), release=RELEASE.get((args.lrt, steps)),
                curve=curve(log), **score(model, first_rows([val], T, 192), token_bytes, schedule))
     Path(args.results).mkdir(exist_ok=True)
     append_row(Path(args.results) / "ground.jsonl", row)

@@ -54,7 +54,7 @@ class Schedule:
     kv_refresh: bool = False  # interleaved: after each pass, renew the memory term in the keys and values yet to be visited
     detach: bool = False  # no gradient from a pass into the ones before it
     loss_weights: list | None = None  # one weight a pass; None: the plain mean, equation (4)
-    forward_init: bool = False  # the initialization pass only fills the store: no loss of its own and no gradient, so it costs a third
+    forward_passes: int = 0  # this many passes, from the first on, only hand over: no loss of their own and no gradient
 
     def __post_init__(self):
         """Raises ValueError for a schedule that cannot be run."""
@@ -65,15 +65,15 @@ class Schedule:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.kv_refresh and self.kind != "interleaved":
             raise ValueError(f"kv_refresh goes with the interleaved schedule, not with {self.kind}")
-        if self.forward_init and self.kind not in ("interleaved", "refine"):
-            raise ValueError(f"forward_init goes with the schedules that initialize, interleaved and refine, not with {self.kind}")
-        if self.forward_init and self.loss_weights and self.loss_weights[0]:
-            raise ValueError(f"forward_init leaves the first pass without a gradient: its loss weight must be 0, not {self.loss_weights[0]}")
+        if self.forward_passes and self.kind not in ("interleaved", "refine"):
+            raise ValueError(f"forward_passes goes with the schedules that initialize, interleaved and refine, not with {self.kind}")
+        if self.loss_weights and any(self.loss_weights[:self.forward_passes]):
+            raise ValueError(f"forward_passes leaves {self.forward_passes} without a gradient: their loss weights must be 0")
         if self.loss_weights is not None and not (min(self.loss_weights) >= 0 and 0 < sum(self.loss_weights) < math.inf):
             raise ValueError("loss weights must be finite, not negative, and not all zero")
 
     def passes(self, T):
-        """The list of ranges for T tokens. Raises ValueError if loss_weights are not as many."""
+        """The list of ranges for T tokens. Raises ValueError if loss_weights are not as many, or forward_passes too many."""
         if self.kind == "interleaved":
             passes = interleaved(T, self.subsets)
         elif self.kind == "refine":
@@ -84,17 +84,37 @@ class Schedule:
             passes = sequential(T) if self.kind == "sequential" else plain(T)
         if self.loss_weights is not None and len(self.loss_weights) != len(passes):
             raise ValueError(f"{len(self.loss_weights)} loss weights for {len(passes)} passes")
+        if not 0 <= self.forward_passes < len(passes):
+            raise ValueError(f"forward_passes must be from 0 to {len(passes) - 1}, one less than the passes, not {self.forward_passes}")
         return passes
 
     def weights(self, n):
         """The loss weights of n passes, of sum 1."""
-        weights = self.loss_weights or [float(i > 0 or not self.forward_init) for i in range(n)]
+        weights = self.loss_weights or [float(i >= self.forward_passes) for i in range(n)]
         return [w / sum(weights) for w in weights]
 
-    def cost(self, T):
-        """Baseline-equivalent passes over T tokens: as the paper counts, forward and backward; forward alone is a third."""
-        lengths = [len(positions) for positions in self.passes(T)]
-        return (sum(lengths) - self.forward_init * 2 / 3 * lengths[0]) / T
+    def flops_per_token(self, model, T, projections=True):
+        """
+        Training FLOPs per token of a sequence of T tokens: those of the model's plain pass, times the positions of each pass;
+        of a forward-only pass a third, without the head and the layers that it leaves out; and the memory projections
+        (unless told not to), from the first pass that has memory on, with kv_refresh once more after each pass for the
+        positions of every later one.
+        """
+        passes, total = self.passes(T), 0
+        for i, positions in enumerate(passes):
+            forward, n_layer = i < self.forward_passes, top(model.config, passes, i, self.forward_passes, self.kv_refresh)
+            flops = model.flops_per_token(T, n_layer, head=not forward)
+            if i > 0 and projections:  # the first pass has memory zero
+                flops += 6 * (1 + i * self.kv_refresh) * sum(m.weight.numel() for m in (*model.mem_k[:n_layer], *model.mem_v[:n_layer]))
+            total += len(positions) * flops / (3 if forward else 1)
+        return total / T
+
+    def cost(self, model, T):
+        """
+        Baseline-equivalent passes: as the paper counts them, a pass over all positions is one and memory projections are
+        not counted; a forward-only pass is its share of a pass's FLOPs.
+        """
+        return self.flops_per_token(model, T, projections=False) / model.flops_per_token(T)
 
 
 # -----------------------------------------------------------------------------
@@ -130,11 +150,18 @@ def at(x, passes):
     classes = {p.step: residues(x, p.step, 1) for p in passes if p.step > 1}
     return [classes[p.step][p.start] if p.step > 1 else x if len(p) == x.size(1) else take(x, p) for p in passes]
 
-def run(model, idx, passes, kv_refresh=False, detach=False, forward_init=False):
+def top(config, passes, i, forward_passes, kv_refresh):
+    """
+    How many layers pass i has to run: where it runs forward only and the next one writes all of its keys and values anew,
+    it leaves nothing but memory, and the layers up to the source do.
+    """
+    return config.source_layer + 1 if i < forward_passes and passes[i] == passes[i + 1] and not kv_refresh else config.n_layer
+
+def run(model, idx, passes, kv_refresh=False, detach=False, forward_passes=0):
     """
     Run a schedule on tokens idx (B, T): for each pass yields its positions, its hidden states (B, P, D), and the newest
     memories of all positions computed so far, as parts (see newest()). Gradients flow from later passes into earlier ones
-    through the keys, values and memories, unless detach; with forward_init not into the first one.
+    through the keys, values and memories, unless detach; not into the first `forward_passes`, whose hidden states are None.
     """
     kv_refresh = kv_refresh and model.config.kv_memory  # without projected memory there is nothing to renew
     kv = KVBuffer(model.config.n_layer, keep_local=kv_refresh)
@@ -145,10 +172,11 @@ def run(model, idx, passes, kv_refresh=False, detach=False, forward_init=False):
         left = split(memories, positions, 1)
         recurrent = previous(left if positions.step > 1 else memories, positions) if memories and model.config.lrt != "none" else None
         embedded = x0[i], [x[i] for x in value_embeds]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not (forward_init and i == 0)):
-            hidden, source = model(take(idx, positions), positions, kv, recurrent, embedded=embedded)
+        forward = i < forward_passes
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not forward):
+            hidden, source = model(take(idx, positions), positions, kv, recurrent, top(model.config, passes, i, forward_passes, kv_refresh), embedded)
         memories = [(positions, source), *left]
-        yield positions, hidden, memories
+        yield positions, None if forward else hidden, memories
         kv = kv.copy()  # a layer that is run again in the backward must find the store as it was
         if detach:
             kv.detach()
@@ -224,13 +252,14 @@ class TrainStep(nn.Module):
     def forward(self, idx, targets, memory=True):
         """
         idx, targets (B, T) int64 -> the training loss, equation (4): the mean (or weighted mean) over the passes of the
-        mean cross-entropy over the positions each computed; and those means (passes,), detached. Nats. memory=False: of
-        one plain pass.
+        mean cross-entropy over the positions each computed; and those means (passes,), detached, NaN where the pass ran
+        forward only. Nats. memory=False: of one plain pass.
         """
         schedule = self.schedule if memory else Schedule("plain")
-        passes = schedule.passes(idx.size(1))
-        hidden = [hidden for _, hidden, _ in run(self.model, idx, passes, schedule.kv_refresh, schedule.detach, schedule.forward_init)]
-        return self.model.loss(hidden, [take(targets, positions) for positions in passes], schedule.weights(len(passes)))
+        passes, first = schedule.passes(idx.size(1)), schedule.forward_passes
+        hidden = [hidden for _, hidden, _ in run(self.model, idx, passes, schedule.kv_refresh, schedule.detach, first)][first:]
+        loss, means = self.model.loss(hidden, [take(targets, positions) for positions in passes[first:]], schedule.weights(len(passes))[first:])
+        return loss, F.pad(means, (first, 0), value=math.nan)
 
 @torch.no_grad()
 def pass_losses(model, idx, targets, schedule):

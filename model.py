@@ -366,12 +366,12 @@ class GPT(nn.Module):
         nn.init.normal_(self.wte.weight, std=1.0)
         nn.init.normal_(self.lm_head.weight, std=0.001)
 
-    def memory_kv(self, memory):
-        """Rk and Rv applied to memory (B, P, D) once a pass, for all layers: a list of n_layer pairs (B, P, G*d)."""
+    def memory_kv(self, memory, n_layer):
+        """Rk and Rv applied to memory (B, P, D) once a pass, for the first n_layer layers: a list of as many pairs (B, P, G*d)."""
         if memory is None or not self.config.kv_memory:
-            return [None] * self.config.n_layer
-        pairs = [(k(memory), v(memory)) for k, v in zip(self.mem_k, self.mem_v)]
-        return pairs if len(pairs) == self.config.n_layer else pairs * self.config.n_layer
+            return [None] * n_layer
+        pairs = [(k(memory), v(memory)) for k, v in list(zip(self.mem_k, self.mem_v))[:n_layer]]
+        return pairs if self.config.lrt == "layerwise" else pairs * n_layer
 
     def embed(self, idx):
         """
@@ -398,11 +398,12 @@ class GPT(nn.Module):
         if positions[-1] - kv.first >= config.sequence_len:
             raise ValueError(f"position {positions[-1] - kv.first} is beyond the context of {config.sequence_len} tokens")
         rotary = take(self.cos, positions, dim=0), take(self.sin, positions, dim=0)
-        memory_kv = self.memory_kv(memory)
+        n_layer = n_layer or config.n_layer
+        memory_kv = self.memory_kv(memory, n_layer)
         x0, value_embeds = embedded or self.embed(idx)
         abc = [x.to(x0.dtype).unbind() for x in (self.resid_lambdas, self.x0_lambdas, self.mem_lambdas) if x is not None]
         h = x0
-        for l in range(n_layer or config.n_layer):
+        for l in range(n_layer):
             args = l, [x[l] for x in abc], h, x0, value_embeds[l], memory, memory_kv[l], rotary, positions
             if self.recompute and torch.is_grad_enabled():
                 stores = [kv]  # the run in the backward gets a copy: what it writes must not stay
@@ -426,7 +427,7 @@ class GPT(nn.Module):
         local parts and gates staying those of the first pass over all positions (kv made with keep_local=True).
         """
         rotary = take(self.cos, positions, dim=0), take(self.sin, positions, dim=0)
-        for l, (block, memory_kv) in enumerate(zip(self.h, self.memory_kv(memory))):
+        for l, (block, memory_kv) in enumerate(zip(self.h, self.memory_kv(memory, self.config.n_layer))):
             local = [take(x, positions) for x in kv.local[l]]
             kv.write(l, positions, *block.attn.finish_kv(*local, memory_kv, rotary))
 
@@ -476,26 +477,17 @@ class GPT(nn.Module):
         scaling = counts["matrices"] + counts["gates"] + counts["memory projections"] + counts["head"]
         return counts | {"total": total, "scaling": scaling}
 
-    def flops_per_token(self, passes=None, T=None, kv_refresh=False, forward_init=False):
+    def flops_per_token(self, T=None, n_layer=None, head=True):
         """
-        Training FLOPs (forward and backward) per token of a sequence of T tokens (default: the context) on which the
-        schedule `passes` (list of ranges; default: one full pass) runs. A matrix entry costs 6 FLOPs a position, and
-        attention 12 * width * keys in the window (PaLM, arXiv 2204.02311, appendix B, causality not counted off).
-        forward_init: the first pass has no backward, which is two thirds.
-        The head is counted in every pass; memory projections from the first pass that has memory on, with kv_refresh once
-        more after each pass for the positions of every later one; a recurrent layer's second key/value projection, but not
-        what its backward pass recomputes.
+        Training FLOPs (forward and backward) per token of one plain pass over T tokens (default: the context), of its first
+        n_layer layers (default: all), with or without the head. Schedule.flops_per_token() adds up several passes.
+        A matrix entry costs 6 FLOPs a position, and attention 12 * width * keys in the window (PaLM, arXiv 2204.02311,
+        appendix B, causality not counted off); a recurrent layer has a second key/value projection, and what its backward
+        pass recomputes is not counted.
         """
-        T = T or self.config.sequence_len
-        passes = passes or [range(T)]
-        counts = self.parameter_counts()
-        plain = counts["matrices"] + counts["gates"] + counts["head"]
+        T, layers = T or self.config.sequence_len, self.h[:n_layer]
+        entries = sum(p.numel() for p in layers.parameters()) + head * self.lm_head.weight.numel()
         if self.config.arch == "recurrent":  # keys, values and their gate, once more from the layer's output
-            plain += counts["gates"] + sum(p.numel() for block in self.h for m in (block.attn.c_k, block.attn.c_v) for p in m.parameters())
-        keys = sum(min(self.config.window(l) + 1, T) for l in range(self.config.n_layer))
-        total = 0
-        for i, positions in enumerate(passes):
-            total += len(positions) * (6 * plain + 12 * self.config.n_embd * keys) / (3 if forward_init and i == 0 else 1)
-            if i > 0:  # the first pass has memory zero
-                total += len(positions) * (1 + i * kv_refresh) * 6 * counts["memory projections"]
-        return total / T
+            entries += sum(m.weight.numel() for block in layers for m in (block.attn.c_k, block.attn.c_v, block.attn.gate) if m is not None)
+        keys = sum(min(self.config.window(l) + 1, T) for l in range(len(layers)))
+        return 6 * entries + 12 * self.config.n_embd * keys

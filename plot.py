@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 
 # runs of scaling() that a set is read against
 BESIDE = dict(ablation=("none_500", "layerwise_500"), tuning=("none_500", "shared_500"), cheaper=("none_1000", "none_2000", "layerwise_1000"))
-COLORS = {"none": "tab:gray", "shared": "tab:blue", "layerwise": "tab:orange", "layerwise --forward-init": "tab:red"}
+COLORS = {"none": "tab:gray", "shared": "tab:blue", "layerwise": "tab:orange", "layerwise --schedule refine --forward-passes 1": "tab:red"}
 
 
 def by_name(rows):
@@ -50,7 +50,7 @@ def errorbar(ax, x, groups, value=bpb, **style):
 
 def variant(row):
     """none | shared | layerwise, and the flags that make it cheaper if any do, from the command."""
-    return " ".join([re.search(r"--lrt (\w+)", row["command"])[1], *re.findall(r"--forward-init|--(?:memory-start|memory-share|schedule) \S+", row["command"])])
+    return " ".join([re.search(r"--lrt (\w+)", row["command"])[1], *re.findall(r"--(?:memory-start|memory-share|schedule|forward-passes) \S+", row["command"])])
 
 def draw_scaling(rows, ax, title):
     """The paper's scaling figure: one line a variant."""
@@ -147,11 +147,12 @@ def baseline_at(tokens, rows):
 def table(name, rows, baseline):
     """
     A set as a table in Markdown: means over seeds, how far apart the seeds are, decoding minus the baseline's BPB at as many
-    tokens and at as much compute, and the loss of a token that can be copied from its context and of one that cannot.
+    tokens, at as much compute as the paper counts it and at as many FLOPs, and the loss of a token that can be copied from its context and of one that cannot.
     """
     print(f"\n{provenance(name, rows)}\n")
-    print("| run | seeds | tokens | compute | first pass | merged | decoding | range of seeds | no memory | over baseline, same tokens | same compute | nats, repeated pairs | new pairs | minutes |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("| run | seeds | tokens | compute | first pass | merged | decoding | range of seeds | no memory | over baseline, same tokens | same compute | same FLOPs | nats, repeated pairs | new pairs | minutes |")
+    print("|---|" + "---:|" * 14)
+    a_token = next((row["flops"] / row["tokens"] for row in baseline if variant(row) == "none"), None)  # of the baseline
     for run, rows in by_name(rows).items():
         def mean(key):
             return f"{np.mean([row['bpb'][key] for row in rows]):.4f}" if key in rows[0]["bpb"] else ""
@@ -163,7 +164,7 @@ def table(name, rows, baseline):
         decoding, low, high = spread(rows)
         tokens, compute = rows[0]["tokens"], np.mean([row["compute"] for row in rows])
         print(f"| {run} | {len(rows)} | {tokens / 1e6:.2f} M | {compute / 1e6:.2f} M | {mean('pass 0')} | {mean('merged')} | {decoding:.4f} | {high - low:.4f} | "
-              f"{mean('no memory')} | {over(tokens)} | {over(compute)} | {nats('repeated')} | {nats('new')} | {np.mean([row['train_seconds'] for row in rows]) / 60:.0f} |")
+              f"{mean('no memory')} | {over(tokens)} | {over(compute)} | {over(rows[0]['flops'] / a_token) if a_token else ''} | {nats('repeated')} | {nats('new')} | {np.mean([row['train_seconds'] for row in rows]) / 60:.0f} |")
 
 def table_copying(rows):
     """Nats of a token that can be copied from its context and of one that cannot, whole and without each part of the memory's path; means over seeds."""

@@ -194,7 +194,7 @@ def main():
     scores = score(model, schedule, task, args)
     row = dict(set="states", name=name, seed=args.seed, command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), **where,
                parameters=model.parameter_counts()["total"], steps=args.num_iterations, tokens=tokens,
-               compute=tokens * schedule.cost(T), flops=tokens * model.flops_per_token(schedule.passes(T), T),
+               compute=tokens * schedule.cost(model, T), flops=tokens * schedule.flops_per_token(model, T),
                train_seconds=round(t1 - t0, 1), score_seconds=round(time.perf_counter() - t1, 1), loss=loss, **scores, config=chosen)
     print(f"{name}, seed {args.seed} | {row['steps']} steps, {tokens:,} tokens, {row['compute']:,.0f} of baseline-equivalent compute, "
           f"{row['train_seconds']} s | loss {loss:.4f} | " + " | ".join(where.values()))

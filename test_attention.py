@@ -114,7 +114,7 @@ def small_model(**options):
         torch.nn.init.normal_(p, std=0.2)
     return model
 
-@pytest.mark.parametrize("schedule", [Schedule("plain"), Schedule(), Schedule(subsets=3, kv_refresh=True), Schedule(subsets=2, detach=True), Schedule(forward_init=True),
+@pytest.mark.parametrize("schedule", [Schedule("plain"), Schedule(), Schedule(subsets=3, kv_refresh=True), Schedule(subsets=2, detach=True), Schedule(forward_passes=1), Schedule("refine", refinements=2, forward_passes=2),
                                       Schedule("refine", refinements=2), Schedule("chunked", chunk=5), Schedule("sequential")], ids=str)
 def test_recomputed_layers_give_the_same_gradients(schedule):
     model, idx, targets = small_model().double(), torch.randint(37, (2, 12)), torch.randint(37, (2, 12))

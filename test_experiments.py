@@ -106,7 +106,7 @@ def test_every_run_is_a_command_that_its_script_takes(name, monkeypatch):
 
 def test_rows_are_complete_written_once_and_drawn(data, here, sets):
     sets(scaling={"none_6": RUN.format("none", 6), "shared_6": RUN.format("shared", 6)},
-         cheaper={"forward_6": RUN.format("shared", 6) + " --forward-init"}, ablation={"shared": RUN.format("shared", 6)})
+         cheaper={"forward_6": RUN.format("shared", 6) + " --forward-passes 1"}, ablation={"shared": RUN.format("shared", 6)})
     common = ["--data", data, "--seeds", 0]
     code, out, err = cli("experiments.py", "scaling", "cheaper", *common, "--jobs", 2)
     assert code == 0 and "3 runs to do, 0 done" in out, out + err
@@ -114,7 +114,7 @@ def test_rows_are_complete_written_once_and_drawn(data, here, sets):
     assert set(rows) == {"none_6", "shared_6"}
     none, shared, (forward,) = rows["none_6"], rows["shared_6"], experiments.read_rows("results/cheaper.jsonl")
     assert shared["tokens"] == none["tokens"] == none["compute"] == 6 * 512 and shared["compute"] == 2 * shared["tokens"]
-    assert forward["compute"] == pytest.approx(4 / 3 * shared["tokens"]) and plot.variant(forward) == "shared --forward-init" and plot.variant(shared) == "shared"
+    assert 1.1 < forward["compute"] / shared["tokens"] < 4 / 3 and plot.variant(forward) == "shared --forward-passes 1" and plot.variant(shared) == "shared"
     assert none["bpb"]["merged"] == pytest.approx(none["bpb"]["decode"]) and set(shared["bpb"]) == {"pass 0", "pass 1", "pass 2", "merged", "decode", "no memory"}
     assert len(shared["by_position"]["no memory"]) == 16 and len(shared["learned"]["c"]) == 2 and set(shared["learned"]["gates"]["1"]) == {"local", "memory", "token"}
     assert 0 < shared["copying"]["share"] < 1 and none["copying"]["share"] == shared["copying"]["share"]

@@ -390,7 +390,7 @@ def many(out, commands, prelude):
     for argv, env in commands:
         command(out, argv, env)
 
-SCHEDULES = {"interleaved": "--schedule interleaved", "kv_refresh": "--subsets 3 --kv-refresh", "refine": "--schedule refine --refinements 2", "forward_init": "--forward-init",
+SCHEDULES = {"interleaved": "--schedule interleaved", "kv_refresh": "--subsets 3 --kv-refresh", "refine": "--schedule refine --refinements 2", "forward": "--schedule refine --refinements 2 --forward-passes 2",
              "chunked": "--schedule chunked --chunk 3", "sequential": "--schedule sequential"}
 VARIANTS = {"none": "--lrt none", "layerwise": "--lrt layerwise --depth 2"} | {name: f"--lrt shared {flags}" for name, flags in SCHEDULES.items()}
 

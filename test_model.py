@@ -415,33 +415,36 @@ def test_loss_weights_and_detach():
         Schedule("refine", refinements=2, loss_weights=[1.0, 1.0]).passes(6)
 
 class FrozenFirst:
-    """A model whose first pass is run by a copy that takes no gradient, of what is looked up for it neither."""
-    def __init__(self, model):
-        self.config, self.embed, self.refresh, self.live, self.frozen = model.config, model.embed, model.refresh, model, copy.deepcopy(model).requires_grad_(False)
-    def __call__(self, *args, embedded):
-        if self.frozen is None:
-            return self.live(*args, embedded=embedded)
-        first, self.frozen = self.frozen, None
-        return first(*args, embedded=(embedded[0].detach(), [x if x is None else x.detach() for x in embedded[1]]))
+    """A model whose first n passes are run by a copy that takes no gradient, of what is looked up for them neither."""
+    def __init__(self, model, n):
+        self.config, self.embed, self.refresh, self.live, self.frozen = model.config, model.embed, model.refresh, model, [copy.deepcopy(model).requires_grad_(False)] * n
+    def __call__(self, *args):
+        if not self.frozen:
+            return self.live(*args)
+        *args, (x0, value_embeds) = args
+        return self.frozen.pop()(*args, (x0.detach(), [x if x is None else x.detach() for x in value_embeds]))
 
-@pytest.mark.parametrize("schedule", [Schedule(forward_init=True), Schedule(subsets=3, kv_refresh=True, forward_init=True),
-                                      Schedule("refine", refinements=2, forward_init=True, loss_weights=[0.0, 1.0, 3.0])], ids=str)
+@pytest.mark.parametrize("schedule", [Schedule(forward_passes=1), Schedule(subsets=3, kv_refresh=True, forward_passes=1), Schedule(subsets=3, forward_passes=2),
+                                      Schedule(subsets=1, kv_refresh=True, forward_passes=1), Schedule("refine", refinements=1, forward_passes=1),
+                                      Schedule("refine", refinements=3, forward_passes=2, loss_weights=[0.0, 0.0, 1.0, 3.0])], ids=str)
 @pytest.mark.parametrize("variant", ["shared", "layerwise", "windows", "residual"])
-def test_an_initialization_pass_that_runs_forward_only(variant, schedule):
-    """Its own loss does not count, no gradient enters it, all else is as ever; and it leaves nothing for the backward."""
-    model, (idx, targets) = make(**VARIANTS[variant]), tokens(9)
-    passes, weights = schedule.passes(9), schedule.loss_weights or [0.0] + [1.0] * (len(schedule.passes(9)) - 1)
-    whole = dataclasses.replace(schedule, forward_init=False, loss_weights=weights)
+def test_passes_that_run_forward_only(variant, schedule):
+    """Their own loss does not count, no gradient enters them, all else is as ever; and they leave nothing for the backward."""
+    model, (idx, targets), n = make(**VARIANTS[variant]), tokens(9), schedule.forward_passes
+    passes = schedule.passes(9)
+    weights = schedule.loss_weights or [0.0] * n + [1.0] * (len(passes) - n)
+    whole = dataclasses.replace(schedule, forward_passes=0, loss_weights=weights)
     loss, means = TrainStep(model, schedule)(idx, targets)
     expected, expected_means = TrainStep(model, whole)(idx, targets)
-    torch.testing.assert_close((loss, means), (expected, expected_means), rtol=0, atol=1e-12)
+    torch.testing.assert_close((loss, means[n:]), (expected, expected_means[n:]), rtol=0, atol=1e-12)
+    assert means[:n].isnan().all()
     got = torch.autograd.grad(loss, list(model.parameters()))
-    hidden = [hidden for _, hidden, _ in run(FrozenFirst(model), idx, passes, schedule.kv_refresh)]
+    hidden = [hidden for _, hidden, _ in run(FrozenFirst(model, n), idx, passes, schedule.kv_refresh)]
     wanted = torch.autograd.grad(model.loss(hidden, [take(targets, p) for p in passes], [w / sum(weights) for w in weights])[0], list(model.parameters()))
     for a, b in zip(got, wanted):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     through = torch.autograd.grad(expected, list(model.parameters()))
-    assert max((a - b).abs().max() for a, b in zip(got, through)) > 1e-6  # the first pass would have got a gradient
+    assert max((a - b).abs().max() for a, b in zip(got, through)) > 1e-6  # these passes would have got a gradient
     kept = []
     for s in (schedule, whole):
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (x, n.append(x.nbytes))[0], lambda x: x):
@@ -449,6 +452,21 @@ def test_an_initialization_pass_that_runs_forward_only(variant, schedule):
             TrainStep(model, s)(idx, targets)
             kept.append(sum(n))
     assert kept[0] < 0.8 * kept[1]
+
+def test_a_pass_that_only_hands_over_memory_stops_at_the_source():
+    """Before another pass over the same positions nothing above the source is run, nor projected; keys and values of others are wanted."""
+    model, (idx, targets) = make(lrt="layerwise", n_layer=3, source_layer=1), tokens(9)
+    def layers(schedule):
+        ran = []
+        hooks = [module.register_forward_hook(lambda *_, name=name: ran.append(name)) for name, module in model.named_modules() if name.startswith(("h.", "mem_k.")) and name.count(".") == 1]
+        TrainStep(model, schedule)(idx, targets)
+        for hook in hooks:
+            hook.remove()
+        return [name for name in ran if name.startswith("h")], [name for name in ran if name.startswith("m")]
+    whole, memory = ["h.0", "h.1", "h.2"], ["mem_k.0", "mem_k.1", "mem_k.2"]
+    assert layers(Schedule("refine", refinements=2, forward_passes=2)) == (whole[:2] * 2 + whole, memory[:2] + memory)
+    assert layers(Schedule("refine", refinements=2, forward_passes=1)) == (whole[:2] + whole * 2, memory * 2)
+    assert layers(Schedule("refine", refinements=2)) == layers(Schedule(forward_passes=2)) == (whole * 3, memory * 2)
 
 
 # -----------------------------------------------------------------------------
@@ -542,13 +560,22 @@ def test_flops_count_the_passes():
     gates = lrt.parameter_counts()["gates"] - counts["gates"]
     memory = lrt.parameter_counts()["memory projections"]
     assert lrt.flops_per_token() == base + 6 * gates
+    def flops(schedule):
+        return schedule.flops_per_token(lrt, T)
     for S in (1, 2, 5):
-        assert lrt.flops_per_token(interleave.interleaved(T, S), T) == pytest.approx(2 * (base + 6 * gates) + 6 * memory)
-    assert lrt.flops_per_token(interleave.interleaved(T, 2), T, kv_refresh=True) == pytest.approx(2 * (base + 6 * gates) + 6 * memory * (1 + 1 / 2 + 2 / 2))
-    assert lrt.flops_per_token(interleave.interleaved(T, 2), T, forward_init=True) == pytest.approx(4 / 3 * (base + 6 * gates) + 6 * memory)
-    assert Schedule().cost(T) == 2 and Schedule("plain").cost(T) == Schedule("sequential").cost(T) == 1 and Schedule("refine", refinements=3).cost(T) == 4
-    assert Schedule(subsets=4, forward_init=True).cost(T) == pytest.approx(4 / 3)
-    assert lrt.flops_per_token(interleave.refine(T, 3), T) == pytest.approx(4 * (base + 6 * gates) + 18 * memory)
+        assert flops(Schedule(subsets=S)) == pytest.approx(2 * (base + 6 * gates) + 6 * memory)
+    assert flops(Schedule(kv_refresh=True)) == pytest.approx(2 * (base + 6 * gates) + 6 * memory * (1 + 1 / 2 + 2 / 2))
+    assert flops(Schedule("refine", refinements=3)) == pytest.approx(4 * (base + 6 * gates) + 18 * memory)
+    assert [s.cost(lrt, T) for s in (Schedule(), Schedule("plain"), Schedule("sequential"), Schedule("refine", refinements=3))] == [2, 1, 1, 4]
+    # forward only: a third, without the head, and before another pass over everything up to the source layer, 1 of 0 .. 2
+    body = base + 6 * gates - 6 * counts["head"]
+    assert flops(Schedule(subsets=4, forward_passes=1)) == pytest.approx(body / 3 + base + 6 * gates + 6 * memory)
+    lower = 6 * sum(p.numel() for p in lrt.h[:2].parameters()) + 12 * 2 * config.n_embd * T
+    refined = Schedule("refine", refinements=2, forward_passes=2)
+    assert flops(refined) == pytest.approx(2 * lower / 3 + base + 6 * gates + 6 * memory * 4 / 3)
+    assert refined.cost(lrt, T) == pytest.approx(1 + 2 * lower / 3 / (base + 6 * gates))
+    layerwise = make(lrt="layerwise", window_pattern="L")
+    assert refined.flops_per_token(layerwise, T) - refined.flops_per_token(layerwise, T, projections=False) == pytest.approx(6 * memory * (2 / 3 + 3))
 
 @pytest.mark.parametrize("bad, message", [
     (dict(n_layer=0), "n_layer must be at least 1"), (dict(source_layer=12), "source_layer 12 is out of range"),

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from core import describe_core, evaluate_core, load_tasks
 from eval_core import evaluate_bpb, first_rows
-from interleave import Schedule, TrainStep, plain
+from interleave import Schedule, TrainStep
 from model import GPT, GPTConfig, KVCache
 from prepare_data import ArgumentParser, UserError, at_least, lock, open_data, run_main, write_atomic
 from sample import complete, compute_dtype, find_checkpoint, join_processes, load_checkpoint, load_weights, pick_device
@@ -79,7 +79,7 @@ def make_parser():
     g.add_argument("--refinements", type=int, default=3, help="refine: K full passes after the first; a step costs 1 + K passes")
     g.add_argument("--chunk", type=int, default=64, help="chunked: tokens a chunk")
     g.add_argument("--detach", action="store_true", help="no gradient from a pass into the ones before it")
-    g.add_argument("--forward-init", action="store_true", help="cheaper: the initialization pass has no loss and no gradient, 1.33 plain passes a step instead of 2")
+    g.add_argument("--forward-passes", type=int, default=0, metavar="N", help="cheaper: the first N passes run forward only, without a loss or gradient; with --schedule refine without the layers above the source, too")
     g.add_argument("--memory-start", type=float, default=0.0, help="cheaper: this share of the steps, from the first one on, runs one plain pass")
     g.add_argument("--memory-share", type=float, default=1.0, help="cheaper: after that, the share of the steps, drawn at random, that runs the schedule; the others run one plain pass")
     g.add_argument("--loss-weights", type=float, nargs="+", metavar="W", help="one weight a pass (default: the plain mean)")
@@ -147,7 +147,7 @@ def parse_args():
     at_least(args, depth=1, subsets=1, refinements=1, chunk=1, seed=0, num_iterations=1, target_flops=1, total_batch_size=1, device_batch_size=1, aspect_ratio=1, head_dim=1,
              matrix_lr=0, memory_lr=0, embedding_lr=0, head_lr=0, gate_lr=0, scalar_lr=0, weight_decay=0, grad_clip=0, warmup_steps=0, warmdown_ratio=0,
              final_lr_frac=0, eval_every=0, eval_tokens=1, decode_tokens=0, core_every=0, core_max_per_task=1, save_every=0, keep=1, log_every=1, target_param_data_ratio=0,
-             memory_start=0, memory_share=0)
+             memory_start=0, memory_share=0, forward_passes=0)
     if args.core_every is None and (args.core_bundle or args.core_max_per_task):
         raise UserError("--core-bundle and --core-max-per-task go with --core-every")
     for name in ("warmdown_ratio", "memory_start", "memory_share"):
@@ -174,7 +174,7 @@ def make_schedule(args):
     """The schedule of a training step, checked against the sequence length. Raises UserError."""
     try:
         schedule = Schedule("plain" if args.lrt == "none" else args.schedule, args.subsets, args.refinements, args.chunk,
-                            args.kv_refresh, args.detach, args.loss_weights, args.forward_init)
+                            args.kv_refresh, args.detach, args.loss_weights, args.forward_passes)
         schedule.passes(args.max_seq_len)
     except ValueError as e:
         raise UserError(e)
@@ -257,8 +257,8 @@ def make_plan(args, vocab_size, world, dtype):
             model, depth_12 = GPT(config), GPT(GPTConfig(vocab_size=vocab_size, lrt=args.lrt))
     except RuntimeError as e:
         raise UserError(f"no model of width {config.n_embd} can be built ({e})")
-    counts, plain_flops, share = model.parameter_counts(), model.flops_per_token(plain(T), T), (1 - args.memory_start) * args.memory_share
-    flops_per_token = share * model.flops_per_token(schedule.passes(T), T, schedule.kv_refresh, schedule.forward_init) + (1 - share) * plain_flops
+    counts, plain_flops, share = model.parameter_counts(), model.flops_per_token(T), (1 - args.memory_start) * args.memory_share
+    flops_per_token = share * schedule.flops_per_token(model, T) + (1 - share) * plain_flops
     kv = KVCache(config, 1, T, "meta", dtype, rolling=True)
     total_batch = args.total_batch_size
     if total_batch is None:  # nanochat's rule: tokens^0.383, from 2^19 at depth 12 (Power Lines, arXiv 2505.13738)
@@ -268,7 +268,7 @@ def make_plan(args, vocab_size, world, dtype):
     if total_batch % (world * T):
         raise UserError(f"--total-batch-size {total_batch} is not divisible by {world} processes * {T} tokens a row = {world * T}")
     rows = total_batch // T // world
-    positions = sum(map(len, schedule.passes(T)[schedule.forward_init:]))  # of a row, all passes that keep activations
+    positions = sum(map(len, schedule.passes(T)[schedule.forward_passes:]))  # of a row, all passes that keep activations
     device_batch = args.device_batch_size or max(b for b in (16, 8, 4, 2, 1) if rows % b == 0 and (b * positions <= 2**15 or b == 1))
     if rows % device_batch:
         raise UserError(f"--device-batch-size {device_batch} does not divide the {rows} rows a step of each process "
@@ -667,7 +667,7 @@ def main():
         rate = plan.total_batch / dt
         if finite:
             smooth = losses[0] if smooth is None else 0.9 * smooth + 0.1 * losses[0]
-            record(kind="train", step=step, loss=losses[0], passes=losses[1:] if len(passes) <= 16 else None, norm=norm, lrm=multiplier, dt=dt)
+            record(kind="train", step=step, loss=losses[0], passes=[x if math.isfinite(x) else None for x in losses[1:]] if len(passes) <= 16 else None, norm=norm, lrm=multiplier, dt=dt)
         if finite and (step % args.log_every == 0 or step == num_iterations - 1):
             mfu = f" | mfu: {100 * plan.flops_per_token * rate / (peak * world):.1f}%" if peak else ""
             eta = seconds / (step + 1) * (num_iterations - step - 1)
