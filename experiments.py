@@ -96,8 +96,8 @@ def tuning(steps=500):
 def cheaper(steps=1000):
     """
     Plain passes in some of the steps, the first ones or any at random; and passes that run forward only: the first of an
-    interleaved step, and all but the last of a step of K refinements, which then need no layer above the source. The longer
-    runs have the FLOPs of twice as many steps of the baseline.
+    interleaved step, and all but the last of a step of K refinements, which then need no layer above the source; or with a
+    gradient, without the loss. The longer runs have the FLOPs of twice as many steps of the baseline.
     """
     def base(n=steps):
         return f"{SIZE} --lrt layerwise --num-iterations {n}"
@@ -106,7 +106,8 @@ def cheaper(steps=1000):
     return {f"last_{100 - start}": f"{base()} --memory-start {start / 100:g}" for start in (75, 50, 25)} \
         | {f"mixed_{share}": f"{base()} --memory-share {share / 100:g}" for share in (25, 50)} \
         | {"forward_init": f"{base()} --forward-passes 1", f"forward_init_{3 * steps // 2}": f"{base(3 * steps // 2)} --forward-passes 1"} \
-        | {f"forward_refine_{K}": refine(K) for K in (1, 2, 3)} | {f"forward_refine_1_{n}": refine(1, n) for n in (8 * steps // 5,)}
+        | {f"forward_refine_{K}": refine(K) for K in (1, 2, 3)} | {f"forward_refine_1_{8 * steps // 5}": refine(1, 8 * steps // 5)} \
+        | {"refine_1_loss_last": f"{base()} --schedule refine --refinements 1 --loss-weights 0 1"}
 
 def states():
     """State tracking beyond the lengths of training."""

@@ -95,24 +95,25 @@ class Schedule:
 
     def flops_per_token(self, model, T, projections=True):
         """
-        Training FLOPs per token of a sequence of T tokens: those of the model's plain pass, times the positions of each pass;
-        of a forward-only pass a third, without the head and the layers that it leaves out; and the memory projections
-        (unless told not to), from the first pass that has memory on, with kv_refresh once more after each pass for the
-        positions of every later one.
+        Training FLOPs per token of a sequence of T tokens: those of the model's plain pass, times the positions of each pass,
+        without what a pass leaves out (the head where it has no loss, layers by top(), the backward, which is two thirds);
+        and the memory projections (unless told not to), from the first pass that has memory on, with kv_refresh once more
+        after each pass for the positions of every later one.
         """
         passes, total = self.passes(T), 0
+        weights = self.weights(len(passes))
         for i, positions in enumerate(passes):
-            forward, n_layer = i < self.forward_passes, top(model.config, passes, i, self.forward_passes, self.kv_refresh)
-            flops = model.flops_per_token(T, n_layer, head=not forward)
+            n_layer = top(model.config, passes, i, weights, self.kv_refresh)
+            flops = model.flops_per_token(T, n_layer, head=weights[i] > 0)
             if i > 0 and projections:  # the first pass has memory zero
                 flops += 6 * (1 + i * self.kv_refresh) * sum(m.weight.numel() for m in (*model.mem_k[:n_layer], *model.mem_v[:n_layer]))
-            total += len(positions) * flops / (3 if forward else 1)
+            total += len(positions) * flops / (3 if i < self.forward_passes else 1)
         return total / T
 
     def cost(self, model, T):
         """
         Baseline-equivalent passes: as the paper counts them, a pass over all positions is one and memory projections are
-        not counted; a forward-only pass is its share of a pass's FLOPs.
+        not counted; one that leaves something out is its share of a pass's FLOPs.
         """
         return self.flops_per_token(model, T, projections=False) / model.flops_per_token(T)
 
@@ -150,19 +151,22 @@ def at(x, passes):
     classes = {p.step: residues(x, p.step, 1) for p in passes if p.step > 1}
     return [classes[p.step][p.start] if p.step > 1 else x if len(p) == x.size(1) else take(x, p) for p in passes]
 
-def top(config, passes, i, forward_passes, kv_refresh):
+def top(config, passes, i, weights, kv_refresh):
     """
-    How many layers pass i has to run: where it runs forward only and the next one writes all of its keys and values anew,
-    it leaves nothing but memory, and the layers up to the source do.
+    How many layers pass i has to run: where it has no loss and the next one writes all of its keys and values anew, it
+    leaves nothing but memory, and the layers up to the source do.
     """
-    return config.source_layer + 1 if i < forward_passes and passes[i] == passes[i + 1] and not kv_refresh else config.n_layer
+    again = i + 1 < len(passes) and passes[i + 1] == passes[i]
+    return config.source_layer + 1 if again and not weights[i] and not kv_refresh else config.n_layer
 
-def run(model, idx, passes, kv_refresh=False, detach=False, forward_passes=0):
+def run(model, idx, passes, kv_refresh=False, detach=False, forward_passes=0, weights=None):
     """
     Run a schedule on tokens idx (B, T): for each pass yields its positions, its hidden states (B, P, D), and the newest
     memories of all positions computed so far, as parts (see newest()). Gradients flow from later passes into earlier ones
-    through the keys, values and memories, unless detach; not into the first `forward_passes`, whose hidden states are None.
+    through the keys, values and memories, unless detach; not into the first `forward_passes`. Hidden is None for a pass
+    whose loss has weight 0, and what only its loss would need is not computed (weights, one a pass; None: all count).
     """
+    weights = weights or [1] * len(passes)
     kv_refresh = kv_refresh and model.config.kv_memory  # without projected memory there is nothing to renew
     kv = KVBuffer(model.config.n_layer, keep_local=kv_refresh)
     memories = []  # parts, as the store keeps keys and values
@@ -172,11 +176,10 @@ def run(model, idx, passes, kv_refresh=False, detach=False, forward_passes=0):
         left = split(memories, positions, 1)
         recurrent = previous(left if positions.step > 1 else memories, positions) if memories and model.config.lrt != "none" else None
         embedded = x0[i], [x[i] for x in value_embeds]
-        forward = i < forward_passes
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not forward):
-            hidden, source = model(take(idx, positions), positions, kv, recurrent, top(model.config, passes, i, forward_passes, kv_refresh), embedded)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and i >= forward_passes):
+            hidden, source = model(take(idx, positions), positions, kv, recurrent, top(model.config, passes, i, weights, kv_refresh), embedded)
         memories = [(positions, source), *left]
-        yield positions, None if forward else hidden, memories
+        yield positions, hidden if weights[i] else None, memories
         kv = kv.copy()  # a layer that is run again in the backward must find the store as it was
         if detach:
             kv.detach()
@@ -252,14 +255,16 @@ class TrainStep(nn.Module):
     def forward(self, idx, targets, memory=True):
         """
         idx, targets (B, T) int64 -> the training loss, equation (4): the mean (or weighted mean) over the passes of the
-        mean cross-entropy over the positions each computed; and those means (passes,), detached, NaN where the pass ran
-        forward only. Nats. memory=False: of one plain pass.
+        mean cross-entropy over the positions each computed; and those means (passes,), detached, NaN where a pass has
+        weight 0. Nats. memory=False: of one plain pass.
         """
         schedule = self.schedule if memory else Schedule("plain")
-        passes, first = schedule.passes(idx.size(1)), schedule.forward_passes
-        hidden = [hidden for _, hidden, _ in run(self.model, idx, passes, schedule.kv_refresh, schedule.detach, first)][first:]
-        loss, means = self.model.loss(hidden, [take(targets, positions) for positions in passes[first:]], schedule.weights(len(passes))[first:])
-        return loss, F.pad(means, (first, 0), value=math.nan)
+        passes = schedule.passes(idx.size(1))
+        weights = schedule.weights(len(passes))
+        hidden = [hidden for _, hidden, _ in run(self.model, idx, passes, schedule.kv_refresh, schedule.detach, schedule.forward_passes, weights)]
+        loss, means = self.model.loss(*zip(*[(x, take(targets, positions), w) for x, positions, w in zip(hidden, passes, weights) if w]))
+        means = iter(means)
+        return loss, torch.stack([next(means) if w else loss.new_full((), math.nan) for w in weights]).detach()
 
 @torch.no_grad()
 def pass_losses(model, idx, targets, schedule):

@@ -294,7 +294,7 @@ class HeadLoss(torch.autograd.Function):
         dw = torch.zeros_like(weight)
         for x, target, scale in zip(hidden, targets, weights):
             x, target, losses = x.flatten(0, 1), target.flatten(), []
-            dx = torch.empty_like(x) if scale else x  # x: not written to
+            dx = torch.empty_like(x)
             for x_i, y, dx_i in zip(*(z.split(HeadLoss.rows(x)) for z in (x, target, dx))):
                 t = F.linear(x_i, w)
                 t = t.to(torch.promote_types(t.dtype, torch.float32)).div_(15).tanh_()
@@ -302,14 +302,12 @@ class HeadLoss(torch.autograd.Function):
                 total, valid = p.sum(-1, keepdim=True), (y >= 0).unsqueeze(1)
                 y = y.clamp(min=0).unsqueeze(1)
                 losses.append((total.log() - 15 * t.gather(1, y)) * valid)
-                if not scale:  # nothing learns from this pass
-                    continue
                 unit = valid.to(p.dtype) * (scale / len(target))
                 p.mul_(unit / total).scatter_add_(1, y, -unit)  # d loss / d logits
                 p = p.mul_(t.square_().neg_().add_(1)).to(x.dtype)
                 torch.mm(p, w, out=dx_i)
                 dw += p.T @ x_i
-            grads.append(dx if scale else None)
+            grads.append(dx)
             means.append(torch.cat(losses).mean())
         means = torch.stack(means)
         ctx.shapes = [x.shape for x in hidden]
@@ -321,7 +319,7 @@ class HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _):
         dw, *grads = ctx.saved_tensors
-        return dw * grad, None, None, *(dx if dx is None else dx.view(shape) * grad.to(dx.dtype) for dx, shape in zip(grads, ctx.shapes))
+        return dw * grad, None, None, *(dx.view(shape) * grad.to(dx.dtype) for dx, shape in zip(grads, ctx.shapes))
 
 class GPT(nn.Module):
 
@@ -448,7 +446,6 @@ class GPT(nn.Module):
         The training loss, equation (4): the sum over passes of weights[i] (floats) times the mean cross-entropy of
         hidden[i] (B, P_i, D) against targets[i] (B, P_i) int64 (targets -1 count 0), and these means (passes,), detached. Nats.
         """
-        hidden = [x if weight else x.detach() for x, weight in zip(hidden, weights)]  # so that the backward never comes there
         return HeadLoss.apply(self.lm_head.weight, targets, weights, *hidden)
 
     # -------------------------------------------------------------------------

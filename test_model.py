@@ -436,12 +436,13 @@ def test_passes_that_run_forward_only(variant, schedule):
     whole = dataclasses.replace(schedule, forward_passes=0, loss_weights=weights)
     loss, means = TrainStep(model, schedule)(idx, targets)
     expected, expected_means = TrainStep(model, whole)(idx, targets)
-    torch.testing.assert_close((loss, means[n:]), (expected, expected_means[n:]), rtol=0, atol=1e-12)
-    assert means[:n].isnan().all()
+    torch.testing.assert_close((loss, means), (expected, expected_means), rtol=0, atol=1e-12, equal_nan=True)
+    assert means.isnan().tolist() == [w == 0 for w in weights]
     got = torch.autograd.grad(loss, list(model.parameters()))
     hidden = [hidden for _, hidden, _ in run(FrozenFirst(model, n), idx, passes, schedule.kv_refresh)]
-    wanted = torch.autograd.grad(model.loss(hidden, [take(targets, p) for p in passes], [w / sum(weights) for w in weights])[0], list(model.parameters()))
-    for a, b in zip(got, wanted):
+    everything = model.loss(hidden, [take(targets, p) for p in passes], [w / sum(weights) for w in weights])[0]
+    torch.testing.assert_close(loss, everything)
+    for a, b in zip(got, torch.autograd.grad(everything, list(model.parameters()))):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     through = torch.autograd.grad(expected, list(model.parameters()))
     assert max((a - b).abs().max() for a, b in zip(got, through)) > 1e-6  # these passes would have got a gradient
@@ -452,6 +453,18 @@ def test_passes_that_run_forward_only(variant, schedule):
             TrainStep(model, s)(idx, targets)
             kept.append(sum(n))
     assert kept[0] < 0.8 * kept[1]
+
+@pytest.mark.parametrize("schedule", [Schedule(loss_weights=[0.0, 1.0, 2.0]), Schedule("refine", refinements=2, loss_weights=[0.0, 0.0, 1.0])], ids=str)
+@pytest.mark.parametrize("variant", ["shared", "layerwise", "windows", "residual"])
+def test_what_a_pass_without_a_loss_leaves_out_changes_nothing(variant, schedule):
+    model, (idx, targets) = make(**VARIANTS[variant]), tokens(9)
+    passes = schedule.passes(9)
+    loss, means = TrainStep(model, schedule)(idx, targets)
+    everything, all_means = model.loss([hidden for _, hidden, _ in run(model, idx, passes)], [take(targets, p) for p in passes], schedule.weights(len(passes)))
+    torch.testing.assert_close(loss, everything)
+    torch.testing.assert_close(means, torch.where(torch.tensor(schedule.loss_weights) > 0, all_means, math.nan), equal_nan=True)
+    for a, b in zip(*(torch.autograd.grad(x, list(model.parameters())) for x in (loss, everything))):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 def test_a_pass_that_only_hands_over_memory_stops_at_the_source():
     """Before another pass over the same positions nothing above the source is run, nor projected; keys and values of others are wanted."""
@@ -466,6 +479,8 @@ def test_a_pass_that_only_hands_over_memory_stops_at_the_source():
     whole, memory = ["h.0", "h.1", "h.2"], ["mem_k.0", "mem_k.1", "mem_k.2"]
     assert layers(Schedule("refine", refinements=2, forward_passes=2)) == (whole[:2] * 2 + whole, memory[:2] + memory)
     assert layers(Schedule("refine", refinements=2, forward_passes=1)) == (whole[:2] + whole * 2, memory * 2)
+    assert layers(Schedule("refine", refinements=2, loss_weights=[0.0, 0.0, 1.0])) == (whole[:2] * 2 + whole, memory[:2] + memory)
+    assert layers(Schedule("refine", refinements=2, loss_weights=[0.0, 1.0, 1.0])) == (whole[:2] + whole * 2, memory * 2)
     assert layers(Schedule("refine", refinements=2)) == layers(Schedule(forward_passes=2)) == (whole * 3, memory * 2)
 
 
@@ -573,6 +588,8 @@ def test_flops_count_the_passes():
     lower = 6 * sum(p.numel() for p in lrt.h[:2].parameters()) + 12 * 2 * config.n_embd * T
     refined = Schedule("refine", refinements=2, forward_passes=2)
     assert flops(refined) == pytest.approx(2 * lower / 3 + base + 6 * gates + 6 * memory * 4 / 3)
+    last = Schedule("refine", refinements=1, loss_weights=[0.0, 1.0])
+    assert flops(last) == pytest.approx(lower + base + 6 * gates + 6 * memory) and flops(Schedule(loss_weights=[0.0, 1.0, 1.0])) == pytest.approx(flops(Schedule()) - 6 * counts["head"])
     assert refined.cost(lrt, T) == pytest.approx(1 + 2 * lower / 3 / (base + 6 * gates))
     layerwise = make(lrt="layerwise", window_pattern="L")
     assert refined.flops_per_token(layerwise, T) - refined.flops_per_token(layerwise, T, projections=False) == pytest.approx(6 * memory * (2 / 3 + 3))
