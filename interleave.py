@@ -106,7 +106,8 @@ class Schedule:
             n_layer = top(model.config, passes, i, weights, self.kv_refresh)
             flops = model.flops_per_token(T, n_layer, head=weights[i] > 0)
             if i > 0 and projections:  # the first pass has memory zero
-                flops += 6 * (1 + i * self.kv_refresh) * sum(m.weight.numel() for m in (*model.mem_k[:n_layer], *model.mem_v[:n_layer]))
+                entry = 4 if self.detach and i >= self.forward_passes or i == self.forward_passes else 6  # 4: no gradient into the memory
+                flops += entry * (1 + i * self.kv_refresh) * sum(m.weight.numel() for m in (*model.mem_k[:n_layer], *model.mem_v[:n_layer]))
             total += len(positions) * flops / (3 if i < self.forward_passes else 1)
         return total / T
 

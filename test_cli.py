@@ -217,12 +217,12 @@ def test_compiled_step_is_one_graph_and_the_same(data):
                 loss.backward()
                 results.append([loss.detach(), means] + [p.grad.clone() for p in step.parameters()])
             for x, y in zip(*results):
-                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, equal_nan=True)  # no loss where the weight is 0
         assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("what", ["decode --depth 2 --width 64 --vocab-size 64 --context 8 12 --batch 1 2 --tokens 1", "prefill --subsets 1 2",
-                                  "step --depth 2 --width 64 --vocab-size 64 --context 16 --batch 2 --subsets 2 --window-pattern SL"])
+                                  "step --depth 3 --width 64 --vocab-size 64 --context 16 --batch 2 --subsets 2 --window-pattern SL"])
 def test_benches_run(what, trained, here):
     run = ["--checkpoint", trained[0] / "runs/d2_shared"] if "prefill" in what else []
     code, out, err = cli("bench.py", *what.split(), "--repeats", 2, "--json", "bench.json", *run)
@@ -240,14 +240,14 @@ def test_benches_run(what, trained, here):
 
 def test_the_bench_runs_the_step_that_it_counts():
     """By PyTorch's own count, which leaves out attention on a CPU, variants are to the baseline as by ours."""
-    args = Namespace(width=64, context=64, depth=2, vocab_size=512, window_pattern="L", batch=4, compile=False)
+    args = Namespace(width=64, context=16, depth=3, vocab_size=512, window_pattern="L", batch=16, compile=False)
     ratios = []
     for variant in [("none", 1, False, 0), ("shared", 2, False, 0), ("layerwise", 4, False, 0), ("shared", 2, False, 1), ("layerwise", 1, False, 1)]:
         gradients, _, flops = bench.training_step(args, torch.device("cpu"), *variant)
         with FlopCounterMode(display=False) as counted:
             gradients()
         ratios.append(counted.get_total_flops() / flops)
-    assert ratios == pytest.approx([ratios[0]] * 5, rel=0.02) and 0.8 < ratios[0] <= 1
+    assert ratios == pytest.approx([ratios[0]] * 5, rel=0.02) and 0.9 < ratios[0] <= 1
 
 # -----------------------------------------------------------------------------
 # Two processes, and interruptions
@@ -370,7 +370,7 @@ def test_a_run_sees_every_row_once(data, here, monkeypatch):
     ("--schedule chunked --kv-refresh", ["kv_refresh goes with the interleaved schedule"]),
     ("--loss-weights 1 2", ["2 loss weights for 3 passes"]),
     ("--forward-passes 1 --loss-weights 1 1 1", ["forward_passes", "must be 0"]), ("--forward-passes 1 --schedule chunked --chunk 8", ["forward_passes goes with", "not with chunked"]),
-    ("--forward-passes 3", ["forward_passes must be from 0 to 2", "not 3"]), ("--forward-passes -1", ["--forward-passes must be at least 0"]),
+    ("--forward-passes 3", ["forward_passes must be from 0 to 2", "not 3"]), ("--forward-passes -1", ["--forward-passes must be a number of at least 0"]),
     ("--loss-weights -1 1 1", ["not negative"]),
     ("--n-kv-head 3", ["not divisible by n_kv_head 3"]),
     ("--window-pattern XL", ["letters S and L"]),
@@ -507,7 +507,7 @@ def test_dry_run_needs_no_data_and_writes_nothing(here):
                   "KV cache 262,297,600 bytes", "memory a process, bfloat16, 8 rows: weights 4.92 + gradients 4.92 + optimizers 8.36 + activations"):
         assert words in out, out
     code, out, err = cli("train.py", "--dry-run", "--depth", 20, "--lrt", "shared", "--forward-passes", 1)  # what keeps no activations leaves room for rows
-    assert code == 0 and "FLOPs, 1.34 times those of plain passes" in out and "1 x 32 x 16" in out, out + err
+    assert code == 0 and "FLOPs, 1.31 times those of plain passes" in out and "1 x 32 x 16" in out, out + err
 
 def test_dry_run_counts_what_a_step_keeps():
     """The estimate, on tensors without storage, is what autograd and the store really hold after a forward."""
