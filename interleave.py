@@ -265,7 +265,7 @@ class TrainStep(nn.Module):
         hidden = [hidden for _, hidden, _ in run(self.model, idx, passes, schedule.kv_refresh, schedule.detach, schedule.forward_passes, weights)]
         loss, means = self.model.loss(*zip(*[(x, take(targets, positions), w) for x, positions, w in zip(hidden, passes, weights) if w]))
         means = iter(means)
-        return loss, torch.stack([next(means) if w else loss.new_full((), math.nan) for w in weights]).detach()
+        return loss, torch.stack([next(means) if w else loss.new_full((), math.nan) for w in weights])
 
 @torch.no_grad()
 def pass_losses(model, idx, targets, schedule):

@@ -106,7 +106,7 @@ def test_every_run_is_a_command_that_its_script_takes(name, monkeypatch):
 
 def test_rows_are_complete_written_once_and_drawn(data, here, sets):
     sets(scaling={"none_6": RUN.format("none", 6), "shared_6": RUN.format("shared", 6)},
-         cheaper={"forward_6": RUN.format("shared", 6) + " --forward-passes 1"}, ablation={"shared": RUN.format("shared", 6)})
+         cheaper={"forward_6": RUN.format("shared", 6) + " --forward-passes 1 --memory-start 0.5"}, ablation={"shared": RUN.format("shared", 6)})
     common = ["--data", data, "--seeds", 0]
     code, out, err = cli("experiments.py", "scaling", "cheaper", *common, "--jobs", 2)
     assert code == 0 and "3 runs to do, 0 done" in out, out + err
@@ -114,10 +114,13 @@ def test_rows_are_complete_written_once_and_drawn(data, here, sets):
     assert set(rows) == {"none_6", "shared_6"}
     none, shared, (forward,) = rows["none_6"], rows["shared_6"], experiments.read_rows("results/cheaper.jsonl")
     assert shared["tokens"] == none["tokens"] == none["compute"] == 6 * 512 and shared["compute"] == 2 * shared["tokens"]
-    assert 1.1 < forward["compute"] / shared["tokens"] < 4 / 3 and plot.variant(forward) == "shared --forward-passes 1" and plot.variant(shared) == "shared"
+    plan = make_plan(make_parser().parse_args(forward["command"].split()[2:]), 512, 1, torch.float32)
+    assert forward["flops"] == pytest.approx(plan.flops_per_token * forward["tokens"]) and plot.variant(forward) == "shared --forward-passes 1 --memory-start 0.5" and plot.variant(shared) == "shared"
     assert none["bpb"]["merged"] == pytest.approx(none["bpb"]["decode"]) and set(shared["bpb"]) == {"pass 0", "pass 1", "pass 2", "merged", "decode", "no memory"}
     assert len(shared["by_position"]["no memory"]) == 16 and len(shared["learned"]["c"]) == 2 and set(shared["learned"]["gates"]["1"]) == {"local", "memory", "token"}
     assert 0 < shared["copying"]["share"] < 1 and none["copying"]["share"] == shared["copying"]["share"]
+    assert [x["passes"][0] is None for x in log("runs/experiments/cheaper/forward_6_s0")] == [False] * 3 + [True] * 3  # no loss, and no NaN in JSON
+    assert [x is None for x in forward["curve"][5]] == [False, True, False]
     assert none["curve"][0][2] is None and shared["curve"][0][2] == pytest.approx(none["curve"][0][1], abs=0.1) and len(shared["curve"]) == 6
     # the command in the row is the run: without the runner it gives the same model
     code, _, err = cli("train.py", *shared["command"].split()[2:], "--out", "again")
@@ -132,20 +135,20 @@ def test_rows_are_complete_written_once_and_drawn(data, here, sets):
     assert [line.startswith("done") for line in out.splitlines()] == [True, True, True, False]
 
 def test_runs_are_read_against_the_baseline_at_as_many_tokens_and_as_much_compute(capsys):
-    def row(name, lrt, tokens, compute, bpb):
-        return dict(name=name, seed=0, command=f"python train.py --lrt {lrt}", tokens=tokens, compute=compute, bpb=dict(merged=bpb, decode=bpb), train_seconds=60,
+    def row(name, lrt, tokens, compute, flops, bpb):
+        return dict(name=name, seed=0, command=f"python train.py --lrt {lrt}", tokens=tokens, compute=compute, flops=flops, bpb=dict(merged=bpb, decode=bpb), train_seconds=60,
                     commit="c", device="d", date="2026-11-21", copying=dict(share=0.1, repeated=2.5, new=5.0))
-    scaling = [row("none_500", "none", 100, 100, 2.0), row("none_1000", "none", 400, 400, 1.8), row("layerwise_500", "layerwise", 100, 200, 1.95)]
+    scaling = [row("none_500", "none", 100, 100, 1e6, 2.0), row("none_1000", "none", 400, 400, 4e6, 1.8), row("layerwise_500", "layerwise", 100, 200, 4e6, 1.95)]
     assert plot.baseline_at(200, scaling) == pytest.approx(1.9) and plot.baseline_at(400, scaling) == pytest.approx(1.8)  # half way in log tokens
     assert plot.baseline_at(300 * (1 + 1 / 3) + 1e-9, scaling) == pytest.approx(1.8)  # its largest budget, but for rounding
     assert plot.baseline_at(50, scaling) is None and plot.baseline_at(800, scaling) is None and plot.baseline_at(100, []) is None
-    results = dict(scaling=scaling, ablation=[row("subsets_4", "layerwise", 100, 800, 1.96)])
+    results = dict(scaling=scaling, ablation=[row("subsets_4", "layerwise", 100, 800, 9e6, 1.96)])
     assert [r["name"] for r in plot.with_beside("ablation", results)] == ["none_500", "layerwise_500", "subsets_4"]
     plot.table("scaling", scaling, scaling)
     plot.table("ablation", results["ablation"], scaling)
-    plot.table_copying([row("kv", "shared", 100, 200, 1.95) | dict(copying=dict(repeated=x, new=5.0, without=dict(keys=dict(repeated=x + 1, new=5.5)))) for x in (1.0, 2.0)])
+    plot.table_copying([row("kv", "shared", 100, 200, 2e6, 1.95) | dict(copying=dict(repeated=x, new=5.0, without=dict(keys=dict(repeated=x + 1, new=5.5)))) for x in (1.0, 2.0)])
     lines = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "| -0.0500 | +0.0500 |" in lines["| layerwise_500"] and "| -0.0400 |  |" in lines["| subsets_4"] and "|  |  | 2.500 | 5.000 | 1 |" in lines["| none_500"]
+    assert "| -0.0500 | +0.0500 | +0.1500 |" in lines["| layerwise_500"] and "| -0.0400 |  |  |" in lines["| subsets_4"] and "|  |  |  | 2.500 | 5.000 | 1 |" in lines["| none_500"]
     assert "| 2.500 | 5.500 |" in lines["| kv"]  # the last one, without its keys
 
 def test_copying_is_told_from_the_rest():

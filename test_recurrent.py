@@ -484,9 +484,12 @@ def test_compiled_step_is_the_same():
         torch.testing.assert_close(x, y)
 
 def test_flops_count_the_second_projection():
-    same = dict(sequence_len=64, vocab_size=100, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, value_embeds="none")
-    plain_flops, flops = (GPT(GPTConfig(**same, arch=arch)).flops_per_token() for arch in ("gpt", "recurrent"))
-    assert flops - plain_flops == 6 * 2 * (2 * 32 * 16)  # two layers, Wk and Wv
+    same = dict(sequence_len=64, vocab_size=100, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
+    for value_embeds in ("none", "all"):
+        plain, recurrent = (GPT(GPTConfig(**same, value_embeds=value_embeds, arch=arch)) for arch in ("gpt", "recurrent"))
+        gates = sum(p.numel() for name, p in plain.named_parameters() if "gate" in name)
+        assert bool(gates) == (value_embeds == "all")
+        assert recurrent.flops_per_token() - plain.flops_per_token() == 6 * (2 * 2 * 32 * 16 + gates)  # two layers, Wk and Wv, and their gates
 
 
 # -----------------------------------------------------------------------------
