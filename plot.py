@@ -139,10 +139,16 @@ def provenance(name, rows):
                       " to ".join(sorted({min(row["date"] for row in rows), max(row["date"] for row in rows)}))])
 
 def baseline_at(tokens, rows):
-    """BPB of the baseline in rows after so many tokens: between its budgets, linear in log tokens; None outside of them."""
-    points = sorted((np.log(rows[0]["tokens"]), spread(rows)[0]) for rows in by_name(rows).values() if variant(rows[0]) == "none")
-    at = np.log(round(tokens))  # thirds of a pass do not add up to whole tokens in floating point
-    return np.interp(at, *zip(*points)) if points and points[0][0] <= at <= points[-1][0] else None
+    """
+    BPB of the baseline in rows after so many tokens: between its budgets, by a polynomial in log tokens through them (a
+    straight line would lie above the curve, to the baseline's disadvantage); None outside of them.
+    """
+    budgets = sorted((rows[0]["tokens"], spread(rows)[0]) for rows in by_name(rows).values() if variant(rows[0]) == "none")
+    tokens = round(tokens)  # shares of a pass do not add up to whole tokens in floating point
+    if not budgets or not budgets[0][0] <= tokens <= budgets[-1][0]:
+        return None
+    x, y = np.array(budgets).T
+    return np.polyval(np.polyfit(np.log(x / tokens), y, min(len(x) - 1, 3)), 0)
 
 def table(name, rows, baseline):
     """

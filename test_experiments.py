@@ -141,6 +141,8 @@ def test_runs_are_read_against_the_baseline_at_as_many_tokens_and_as_much_comput
     scaling = [row("none_500", "none", 100, 100, 1e6, 2.0), row("none_1000", "none", 400, 400, 4e6, 1.8), row("layerwise_500", "layerwise", 100, 200, 4e6, 1.95)]
     assert plot.baseline_at(200, scaling) == pytest.approx(1.9) and plot.baseline_at(400, scaling) == pytest.approx(1.8)  # half way in log tokens
     assert plot.baseline_at(300 * (1 + 1 / 3) + 1e-9, scaling) == pytest.approx(1.8)  # its largest budget, but for rounding
+    curved = scaling + [row("none_250", "none", 25, 25, 25e4, 2.4)]  # 2.4, 2.0, 1.8 are on a parabola, in log tokens
+    assert [plot.baseline_at(x, curved) for x in (25, 50, 200)] == pytest.approx([2.4, 2.175, 1.875])
     assert plot.baseline_at(50, scaling) is None and plot.baseline_at(800, scaling) is None and plot.baseline_at(100, []) is None
     results = dict(scaling=scaling, ablation=[row("subsets_4", "layerwise", 100, 800, 9e6, 1.96)])
     assert [r["name"] for r in plot.with_beside("ablation", results)] == ["none_500", "layerwise_500", "subsets_4"]
