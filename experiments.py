@@ -29,10 +29,9 @@ import torch
 
 from bench import machine
 from eval_core import evaluate_bpb, first_rows, recurrent_losses
-from interleave import Schedule
 from prepare_data import ArgumentParser, UserError, at_least, lock, open_data, run_main
 from sample import find_checkpoint, load_checkpoint, load_model
-from train import has_memory, read_log
+from train import make_parser, make_plan, read_log
 
 ROWS = 256  # of the validation text: what every run is scored on
 COPYING_ROWS = 128  # of them, for what takes a decoding for each part of the memory
@@ -97,16 +96,18 @@ def cheaper(steps=1000):
     """
     Plain passes in some of the steps, the first ones or any at random; and passes that run forward only: the first of an
     interleaved step, and all but the last of a step of K refinements, which then need no layer above the source; or with a
-    gradient, without the loss. The longer runs have the FLOPs of twice as many steps of the baseline.
+    gradient, without the loss. deepen: with one refinement more in the last quarter of the steps. The longer runs have the
+    FLOPs of twice as many steps of the baseline.
     """
     def base(n=steps):
         return f"{SIZE} --lrt layerwise --num-iterations {n}"
     def refine(K, n=steps):
         return f"{base(n)} --schedule refine --refinements {K} --forward-passes {K}"
+    same, deep = 8 * steps // 5, 39 * steps // 25
     return {f"last_{100 - start}": f"{base()} --memory-start {start / 100:g}" for start in (75, 50, 25)} \
         | {f"mixed_{share}": f"{base()} --memory-share {share / 100:g}" for share in (25, 50)} \
         | {"forward_init": f"{base()} --forward-passes 1", f"forward_init_{3 * steps // 2}": f"{base(3 * steps // 2)} --forward-passes 1"} \
-        | {f"forward_refine_{K}": refine(K) for K in (1, 2, 3)} | {f"forward_refine_1_{8 * steps // 5}": refine(1, 8 * steps // 5)} \
+        | {f"forward_refine_{K}": refine(K) for K in (1, 2, 3)} | {f"forward_refine_1_{same}": refine(1, same), f"deepen_{deep}": f"{refine(1, deep)} --deepen 0.25"} \
         | {"refine_1_loss_last": f"{base()} --schedule refine --refinements 1 --loss-weights 0 1"}
 
 def states():
@@ -200,17 +201,15 @@ def curve(log, points=40):
     return [[part[0, 0], *(x if x is None else round(x, 4) for x in (mean(part[:, 1]), mean(part[:, 2])))] for part in parts]
 
 def finished(folder):
-    """The row of a finished run of train.py. compute: baseline-equivalent tokens, the passes counted as Schedule.cost() does; flops: everything."""
+    """The row of a finished run of train.py. compute: baseline-equivalent tokens, as Schedule.cost() counts; flops: all of them."""
     checkpoint = load_checkpoint(find_checkpoint(folder))
     args, data = checkpoint["args"], open_data(checkpoint["args"]["data"], verify=False)
-    schedule, T, steps = Schedule(**checkpoint["schedule"]), args["max_seq_len"], checkpoint["step"]
+    plan, T, steps = make_plan(Namespace(**vars(make_parser().parse_args([])) | args), data.meta["vocab_size"], 1, torch.float32), args["max_seq_len"], checkpoint["step"]
     model = load_model(checkpoint, torch.device(args["device"] or "cpu"))
-    with_memory = sum(has_memory(Namespace(**args), step, steps) for step in range(steps))
-    tokens, share, counts, plain = steps * args["total_batch_size"], with_memory / steps, model.parameter_counts(), model.flops_per_token(T)
-    return dict(steps=steps, tokens=tokens, compute=tokens * (1 + (schedule.cost(model, T) - 1) * share),
-                flops=tokens * (plain + (schedule.flops_per_token(model, T) - plain) * share), tokens_per_parameter=tokens / counts["scaling"],
+    tokens, counts = steps * args["total_batch_size"], plan.counts
+    return dict(steps=steps, tokens=tokens, compute=tokens * plan.cost, flops=tokens * plan.flops_per_token, tokens_per_parameter=tokens / counts["scaling"],
                 parameters=counts["total"], train_seconds=round(checkpoint["seconds"]), curve=curve(read_log(Path(folder))),
-                **score(model, first_rows(data.val, T, ROWS), data.token_bytes, schedule))
+                **score(model, first_rows(data.val, T, ROWS), data.token_bytes, plan.schedule))
 
 
 # -----------------------------------------------------------------------------

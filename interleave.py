@@ -11,7 +11,7 @@ prefill() runs the same passes without gradients until nothing moves: the exact 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -110,6 +110,11 @@ class Schedule:
                 flops += entry * (1 + i * self.kv_refresh) * sum(m.weight.numel() for m in (*model.mem_k[:n_layer], *model.mem_v[:n_layer]))
             total += len(positions) * flops / (3 if i < self.forward_passes else 1)
         return total / T
+
+    def deeper(self):
+        """The same with one refinement more, forward only: a memory that was handed over once more is what the loss is of."""
+        weights = self.loss_weights and [0.0, *self.loss_weights]
+        return replace(self, refinements=self.refinements + 1, forward_passes=self.forward_passes + 1, loss_weights=weights)
 
     def cost(self, model, T):
         """
@@ -253,13 +258,13 @@ class TrainStep(nn.Module):
         super().__init__()
         self.model, self.schedule = model, schedule
 
-    def forward(self, idx, targets, memory=True):
+    def forward(self, idx, targets, schedule=None):
         """
         idx, targets (B, T) int64 -> the training loss, equation (4): the mean (or weighted mean) over the passes of the
         mean cross-entropy over the positions each computed; and those means (passes,), detached, NaN where a pass has
-        weight 0. Nats. memory=False: of one plain pass.
+        weight 0. Nats. schedule: another one for this step.
         """
-        schedule = self.schedule if memory else Schedule("plain")
+        schedule = schedule or self.schedule
         passes = schedule.passes(idx.size(1))
         weights = schedule.weights(len(passes))
         hidden = [hidden for _, hidden, _ in run(self.model, idx, passes, schedule.kv_refresh, schedule.detach, schedule.forward_passes, weights)]

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 
 # runs of scaling() that a set is read against
 BESIDE = dict(ablation=("none_500", "layerwise_500"), tuning=("none_500", "shared_500"), cheaper=("none_1000", "none_2000", "layerwise_1000"))
-COLORS = {"none": "tab:gray", "shared": "tab:blue", "layerwise": "tab:orange", "layerwise --forward-passes 1 --schedule refine": "tab:red"}
+COLORS = {"none": "tab:gray", "shared": "tab:blue", "layerwise": "tab:orange", "layerwise --deepen 0.25 --forward-passes 1 --schedule refine": "tab:red"}
 
 
 def by_name(rows):
@@ -50,7 +50,7 @@ def errorbar(ax, x, groups, value=bpb, **style):
 
 def variant(row):
     """none | shared | layerwise, and the flags that make it cheaper if any do, from the command."""
-    return " ".join([re.search(r"--lrt (\w+)", row["command"])[1], *sorted(re.findall(r"--(?:memory-start|memory-share|schedule|forward-passes|loss-weights) \S+", row["command"]))])
+    return " ".join([re.search(r"--lrt (\w+)", row["command"])[1], *sorted(re.findall(r"--(?:memory-start|memory-share|schedule|forward-passes|loss-weights|deepen) \S+", row["command"]))])
 
 def draw_scaling(rows, ax, title):
     """The paper's scaling figure: one line a variant."""

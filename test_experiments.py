@@ -24,7 +24,7 @@ from eval_core import recurrent_losses
 from interleave import Schedule, TrainStep
 from model import GPT, GPTConfig
 from test_cli import HERE, SMALL, TINY, assert_refused, cli, log, shell
-from train import has_memory, make_config, make_optimizers, make_parser, make_plan, parse_args
+from train import make_config, make_optimizers, make_parser, make_plan, parse_args, schedule_at
 
 RUN = "train.py " + " ".join(SMALL) + " --eval-every 0 --eval-tokens 64 --decode-tokens 0 --save-every 5 --keep 1 --lrt {} --num-iterations {}"
 
@@ -42,16 +42,18 @@ def sets(monkeypatch):
 
 @pytest.mark.parametrize("start,share,low,high", [(0, 1, 1000, 1000), (0.75, 1, 250, 250), (0, 0.25, 200, 300), (0.5, 0.5, 220, 280), (1, 1, 0, 0), (0, 0, 0, 0)])
 def test_which_steps_run_the_schedule(start, share, low, high):
-    args = Namespace(memory_start=start, memory_share=share, seed=3)
-    steps = [has_memory(args, step, 1000) for step in range(1000)]
-    assert low <= sum(steps) <= high and not any(steps[:int(1000 * start)])
-    assert steps[::-1] == [has_memory(args, step, 1000) for step in reversed(range(1000))]  # whatever came before
+    args, schedule = Namespace(memory_start=start, memory_share=share, deepen=0.125, seed=3), Schedule("refine", refinements=1, forward_passes=1)
+    steps = [schedule_at(args, schedule, step, 1000) for step in range(1000)]
+    memory = [s.kind == "refine" for s in steps]
+    assert low <= sum(memory) <= high and not any(memory[:int(1000 * start)])
+    assert all(s.refinements == (1 if step < 875 else 2) for step, s in enumerate(steps) if memory[step])
+    assert steps[::-1] == [schedule_at(args, schedule, step, 1000) for step in reversed(range(1000))]  # whatever came before
 
 def test_a_plain_step_is_the_baseline_of_the_same_weights():
     torch.manual_seed(0)
     model = GPT(GPTConfig(sequence_len=16, vocab_size=32, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, lrt="shared"))
     idx = torch.randint(32, (2, 16))
-    loss, means = TrainStep(model, Schedule())(idx, idx, memory=False)
+    loss, means = TrainStep(model, Schedule())(idx, idx, Schedule("plain"))
     assert loss == TrainStep(model, Schedule("plain"))(idx, idx)[0] and means.shape == (1,)
     loss.backward()
     assert model.mem_lambdas.grad is None and model.wte.weight.grad is not None  # optimizers leave the memory alone
@@ -59,16 +61,20 @@ def test_a_plain_step_is_the_baseline_of_the_same_weights():
 def test_mixed_steps_on_one_and_two_processes(data, here):
     for n in (1, 2):
         done = shell(str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={n}", HERE / "train.py", "--data", data, *SMALL, "--name", f"on{n}",
-                     "--num-iterations", 12, "--memory-start", 0.25, "--memory-share", 0.5, "--eval-every", 0, "--device-batch-size", 4)
+                     "--num-iterations", 12, "--memory-start", 0.25, "--memory-share", 0.5, "--schedule", "refine", "--refinements", 1, "--forward-passes", 1, "--deepen", 0.25, "--eval-every", 0, "--device-batch-size", 4)
         assert done.returncode == 0, done.stderr
     one, two = log("runs/on1"), log("runs/on2")
-    args = Namespace(memory_start=0.25, memory_share=0.5, seed=0)
-    assert [len(row["passes"]) for row in one] == [3 if has_memory(args, step, 12) else 1 for step in range(12)]
-    assert {len(row["passes"]) for row in one} == {1, 3} and max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two)) < 1e-4
+    args, schedule = Namespace(memory_start=0.25, memory_share=0.5, deepen=0.25, seed=0), Schedule("refine", refinements=1, forward_passes=1)
+    assert [len(row["passes"]) for row in one] == [len(schedule_at(args, schedule, step, 12).passes(9)) for step in range(12)]
+    assert {len(row["passes"]) for row in one} == {1, 2, 3} and max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two)) < 1e-4
     assert_refused(cli("train.py", "--data", data, "--memory-share", 1.5), "--memory-share", "1.5")
     assert_refused(cli("train.py", "--data", data, "--memory-start", -1), "--memory-start", "-1")
     _, half, _ = cli("train.py", *TINY, "--data", data, "--num-iterations", 1000, "--total-batch-size", 512, "--dry-run", "--memory-share", 0.5)
     assert 1.45 < float(half.split(" times those of plain passes")[0].split()[-1]) < 1.55
+    assert_refused(cli("train.py", "--data", data, "--deepen", 0.5), "--deepen goes with --schedule refine, not with interleaved")
+    parse = ["--depth", "2", "--lrt", "shared", "--num-iterations", "1", "--schedule", "refine", "--refinements", "1", "--forward-passes", "1"]
+    costs = [make_plan(make_parser().parse_args([*parse, *extra]), 512, 1, torch.float32).cost for extra in (["--deepen", "0"], ["--deepen", "1"], ["--deepen", "0.25", "--memory-start", "0.5"])]
+    assert costs[1] - 1 == pytest.approx(2 * (costs[0] - 1)) and costs[2] == pytest.approx(0.5 + 0.25 * sum(costs[:2]))
 
 
 def test_what_is_new_in_an_lrt_can_be_trained_otherwise(data):

@@ -396,6 +396,8 @@ def test_merged_loss_is_the_last_pass_that_computed_a_position():
 def test_loss_weights_and_detach():
     model, (idx, targets) = make(), tokens(6)
     weighted = Schedule("refine", refinements=2, loss_weights=[0.0, 0.0, 2.0])
+    assert weighted.deeper() == Schedule("refine", refinements=3, forward_passes=1, loss_weights=[0.0, 0.0, 0.0, 2.0])
+    assert Schedule("refine", refinements=1, forward_passes=1).deeper() == Schedule("refine", refinements=2, forward_passes=2)
     loss, means = TrainStep(model, weighted)(idx, targets)
     torch.testing.assert_close(loss.detach(), means[-1])
     loss.backward()

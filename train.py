@@ -80,6 +80,7 @@ def make_parser():
     g.add_argument("--chunk", type=int, default=64, help="chunked: tokens a chunk")
     g.add_argument("--detach", action="store_true", help="no gradient from a pass into the ones before it")
     g.add_argument("--forward-passes", type=int, default=0, metavar="N", help="cheaper: the first N passes run forward only, without loss or gradient; those of --schedule refine up to the source layer only")
+    g.add_argument("--deepen", type=float, default=0.0, metavar="SHARE", help="refine: this share of the steps, the last ones, refines once more, forward only: decoding hands memory on and on")
     g.add_argument("--memory-start", type=float, default=0.0, help="cheaper: this share of the steps, from the first one on, runs one plain pass")
     g.add_argument("--memory-share", type=float, default=1.0, help="cheaper: after that, the share of the steps, drawn at random, that runs the schedule; the others run one plain pass")
     g.add_argument("--loss-weights", type=float, nargs="+", metavar="W", help="one weight a pass (default: the plain mean); where it is 0, nothing is computed for that loss alone")
@@ -147,10 +148,10 @@ def parse_args():
     at_least(args, depth=1, subsets=1, refinements=1, chunk=1, seed=0, num_iterations=1, target_flops=1, total_batch_size=1, device_batch_size=1, aspect_ratio=1, head_dim=1,
              matrix_lr=0, memory_lr=0, embedding_lr=0, head_lr=0, gate_lr=0, scalar_lr=0, weight_decay=0, grad_clip=0, warmup_steps=0, warmdown_ratio=0,
              final_lr_frac=0, eval_every=0, eval_tokens=1, decode_tokens=0, core_every=0, core_max_per_task=1, save_every=0, keep=1, log_every=1, target_param_data_ratio=0,
-             memory_start=0, memory_share=0, forward_passes=0)
+             memory_start=0, memory_share=0, deepen=0, forward_passes=0)
     if args.core_every is None and (args.core_bundle or args.core_max_per_task):
         raise UserError("--core-bundle and --core-max-per-task go with --core-every")
-    for name in ("warmdown_ratio", "memory_start", "memory_share"):
+    for name in ("warmdown_ratio", "memory_start", "memory_share", "deepen"):
         if getattr(args, name) > 1:
             raise UserError(f"--{name.replace('_', '-')} must be at most 1, not {getattr(args, name)}")
     return args, checkpoint
@@ -180,6 +181,8 @@ def make_schedule(args):
         raise UserError(e)
     if schedule.kind == "chunked" and args.chunk >= args.max_seq_len:
         raise UserError(f"--chunk {args.chunk} covers the whole context of {args.max_seq_len}: memory would never reach a token")
+    if args.deepen and schedule.kind != "refine":
+        raise UserError(f"--deepen goes with --schedule refine, not with {schedule.kind}")
     return schedule
 
 def make_optimizers(model, args, batch_scale):
@@ -229,9 +232,11 @@ def set_schedule(optimizers, step, num_iterations, args):
                 group["momentum"] = 0.85 + 0.10 * min(step / 300, 1.0)
     return multiplier
 
-def has_memory(args, step, num_iterations):
-    """Does this step run the schedule (True), or one plain pass? Every process, and a resumed run, says the same."""
-    return step >= args.memory_start * num_iterations and np.random.default_rng((args.seed, step)).random() < args.memory_share
+def schedule_at(args, schedule, step, num_iterations):
+    """What this step runs: the schedule, one refinement more, or one plain pass. Every process, and a resumed run, says the same."""
+    if step < args.memory_start * num_iterations or np.random.default_rng((args.seed, step)).random() >= args.memory_share:
+        return Schedule("plain")
+    return schedule.deeper() if step >= (1 - args.deepen) * num_iterations else schedule
 
 
 @dataclass
@@ -241,7 +246,8 @@ class Plan:
     schedule: Schedule
     counts: dict  # parameters by group
     flops_per_token: float  # the mean over the steps
-    passes_cost: float  # those of the schedule over those of one plain pass
+    cost: float  # passes, as the paper counts them: Schedule.cost(), the mean over the steps
+    passes_cost: float  # FLOPs over those of one plain pass
     kv_bytes: int  # the KV cache of one sequence that fills the context, as it is decoded
     total_batch: int  # tokens a step
     rows_per_step: int
@@ -257,8 +263,10 @@ def make_plan(args, vocab_size, world, dtype):
             model, depth_12 = GPT(config), GPT(GPTConfig(vocab_size=vocab_size, lrt=args.lrt))
     except RuntimeError as e:
         raise UserError(f"no model of width {config.n_embd} can be built ({e})")
-    counts, plain_flops, share = model.parameter_counts(), model.flops_per_token(T), (1 - args.memory_start) * args.memory_share
-    flops_per_token = share * schedule.flops_per_token(model, T) + (1 - share) * plain_flops
+    counts, with_memory, deep = model.parameter_counts(), (1 - args.memory_start) * args.memory_share, min(args.deepen, 1 - args.memory_start) * args.memory_share
+    shares = [(1 - with_memory, Schedule("plain")), (with_memory - deep, schedule), *([(deep, schedule.deeper())] if deep else [])]  # of the steps
+    flops_per_token = sum(share * s.flops_per_token(model, T) for share, s in shares)
+    cost = sum(share * s.cost(model, T) for share, s in shares)
     kv = KVCache(config, 1, T, "meta", dtype, rolling=True)
     total_batch = args.total_batch_size
     if total_batch is None:  # nanochat's rule: tokens^0.383, from 2^19 at depth 12 (Power Lines, arXiv 2505.13738)
@@ -279,7 +287,7 @@ def make_plan(args, vocab_size, world, dtype):
         num_iterations = max(round(args.target_flops / (flops_per_token * total_batch)), 1)
     else:
         num_iterations = max(round(args.target_param_data_ratio * counts["scaling"] / total_batch), 1)
-    return Plan(config, schedule, counts, flops_per_token, flops_per_token / plain_flops,
+    return Plan(config, schedule, counts, flops_per_token, cost, flops_per_token / model.flops_per_token(T),
                 sum(x.nbytes for x in kv.k + kv.v), total_batch, rows * world, device_batch, rows // device_batch, num_iterations)
 
 def describe(plan, world, device, dtype, rows_per_epoch):
@@ -490,7 +498,7 @@ def main():
     dtype = compute_dtype(device)
     plan, T = make_plan(args, data.meta["vocab_size"], world, dtype), args.max_seq_len
     args.total_batch_size, args.num_iterations = plan.total_batch, plan.num_iterations  # a continuation keeps them
-    config, schedule, num_iterations, passes = plan.config, plan.schedule, plan.num_iterations, plan.schedule.passes(T)
+    config, schedule, num_iterations = plan.config, plan.schedule, plan.num_iterations
     rows, val_rows = Rows(data.train, T, args.seed), first_rows(data.val, T, max(args.eval_tokens // T, 1))
     if rows.per_epoch < plan.rows_per_step:
         raise UserError(f"{data.folder} has {rows.per_epoch} training rows of {T} tokens, less than one batch of {plan.rows_per_step}: "
@@ -634,11 +642,11 @@ def main():
         # one step: gradients of all rows, then the optimizers
         t0 = time.perf_counter()
         multiplier, losses = set_schedule(optimizers, step, num_iterations, args), 0
-        with_memory = has_memory(args, step, num_iterations)
+        now = schedule_at(args, schedule, step, num_iterations)
         for i in range(plan.micro_steps):
             idx, targets = batch
             with train_step.no_sync() if ddp and i < plan.micro_steps - 1 else nullcontext():  # gradients meet once a step
-                loss, pass_means = train_step(idx, targets, with_memory)
+                loss, pass_means = train_step(idx, targets, now)
                 (loss / plan.micro_steps).backward()
             losses = losses + torch.cat([loss.detach().view(1), pass_means]) / plan.micro_steps
             batch = load(rows_seen, i + 1)  # while a GPU is still at work on this one
@@ -667,7 +675,7 @@ def main():
         rate = plan.total_batch / dt
         if finite:
             smooth = losses[0] if smooth is None else 0.9 * smooth + 0.1 * losses[0]
-            record(kind="train", step=step, loss=losses[0], passes=[x if math.isfinite(x) else None for x in losses[1:]] if len(passes) <= 16 else None, norm=norm, lrm=multiplier, dt=dt)
+            record(kind="train", step=step, loss=losses[0], passes=[x if math.isfinite(x) else None for x in losses[1:]] if len(losses) <= 17 else None, norm=norm, lrm=multiplier, dt=dt)
         if finite and (step % args.log_every == 0 or step == num_iterations - 1):
             mfu = f" | mfu: {100 * plan.flops_per_token * rate / (peak * world):.1f}%" if peak else ""
             eta = seconds / (step + 1) * (num_iterations - step - 1)
