@@ -96,18 +96,18 @@ def cheaper(steps=1000):
     """
     Plain passes in some of the steps, the first ones or any at random; and passes that run forward only: the first of an
     interleaved step, and all but the last of a step of K refinements, which then need no layer above the source; or with a
-    gradient, without the loss. deepen: with one refinement more in the last quarter of the steps. The longer runs have the
-    FLOPs of twice as many steps of the baseline.
+    gradient, without the loss. deepen: with one refinement more in the last quarter of the steps, at the FLOPs of half, as
+    many and twice as many steps of the baseline; of twice as many are the other longer runs, too.
     """
     def base(n=steps):
         return f"{SIZE} --lrt layerwise --num-iterations {n}"
     def refine(K, n=steps):
         return f"{base(n)} --schedule refine --refinements {K} --forward-passes {K}"
-    same, deep = 8 * steps // 5, 39 * steps // 25
     return {f"last_{100 - start}": f"{base()} --memory-start {start / 100:g}" for start in (75, 50, 25)} \
         | {f"mixed_{share}": f"{base()} --memory-share {share / 100:g}" for share in (25, 50)} \
         | {"forward_init": f"{base()} --forward-passes 1", f"forward_init_{3 * steps // 2}": f"{base(3 * steps // 2)} --forward-passes 1"} \
-        | {f"forward_refine_{K}": refine(K) for K in (1, 2, 3)} | {f"forward_refine_1_{same}": refine(1, same), f"deepen_{deep}": f"{refine(1, deep)} --deepen 0.25"} \
+        | {f"forward_refine_{K}": refine(K) for K in (1, 2, 3)} | {f"forward_refine_1_{n}": refine(1, n) for n in (8 * steps // 5,)} \
+        | {f"deepen_{n}": f"{refine(1, n)} --deepen 0.25" for n in (39 * steps // 100, 39 * steps // 50, 39 * steps // 25)} \
         | {"refine_1_loss_last": f"{base()} --schedule refine --refinements 1 --loss-weights 0 1"}
 
 def states():
