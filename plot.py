@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 
 # runs of scaling() that a set is read against
-BESIDE = dict(ablation=("none_500", "layerwise_500"), tuning=("none_500", "shared_500"), cheaper=("none_1000", "none_2000", "layerwise_1000"))
+BESIDE = dict(ablation=("none_500", "layerwise_500"), tuning=("none_500", "shared_500"), cheaper=("none_500", "none_1000", "none_2000", "layerwise_1000"))
 COLORS = {"none": "tab:gray", "shared": "tab:blue", "layerwise": "tab:orange", "layerwise --deepen 0.25 --forward-passes 1 --schedule refine": "tab:red"}
 
 
@@ -68,7 +68,7 @@ def draw_scaling(rows, ax, title):
     ticks = sorted({row["compute"] for row in rows if variant(row) == "none"})
     ax.set_xticks(ticks, [f"{x / 1e6:.2g}" for x in ticks])
     ax.minorticks_off()
-    ax.legend(fontsize=7, loc="lower left")
+    ax.legend(fontsize=7)
 
 def largest(rows):
     """The run of each variant with the most tokens, of those that all variants have; the first seed."""
@@ -206,10 +206,10 @@ def main():
     if not any(results.values()):
         raise UserError(f"{folder} has no rows: run `python experiments.py` first")
     if results["scaling"]:
-        panels = ["scaling", "longer"][:1 + bool(results["longer"])]
+        panels = [name for name in ("scaling", "cheaper", "longer") if results[name]]
         figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
         for name, ax in zip(panels, axes[0]):
-            draw_scaling(results[name] + (results["cheaper"] if name == "scaling" else []), ax, name)
+            draw_scaling(with_beside(name, results), ax, name)
         save(figure, folder / "scaling.png")
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
         draw_curves(results, axes[0])
