@@ -247,7 +247,7 @@ class Plan:
     counts: dict  # parameters by group
     flops_per_token: float  # the mean over the steps
     cost: float  # passes, as the paper counts them: Schedule.cost(), the mean over the steps
-    passes_cost: float  # FLOPs over those of one plain pass
+    flops_ratio: float  # flops_per_token over that of one plain pass
     kv_bytes: int  # the KV cache of one sequence that fills the context, as it is decoded
     total_batch: int  # tokens a step
     rows_per_step: int
@@ -300,8 +300,8 @@ def describe(plan, world, device, dtype, rows_per_epoch):
         + (f", memory from layer {config.source_layer}, {schedule.kind}, {len(schedule.passes(T))} passes" if config.lrt != "none" else ""),
         f"{plan.num_iterations} steps of {plan.total_batch:,} tokens ({plan.rows_per_step} rows of {T}: {world} x {plan.micro_steps} x {plan.device_batch}) = "
         f"{tokens:,} tokens, {tokens / counts['scaling']:.1f} a parameter" + (f", {plan.num_iterations * plan.rows_per_step / rows_per_epoch:.2f} epochs" if rows_per_epoch else ""),
-        f"{tokens * plan.flops_per_token:.2e} FLOPs, {plan.passes_cost:.2f} times those of plain passes over the same tokens "
-        f"({tokens * plan.passes_cost:,.0f} tokens of baseline-equivalent compute); "
+        f"{tokens * plan.flops_per_token:.2e} FLOPs, {plan.flops_ratio:.2f} times those of plain passes over the same tokens "
+        f"({tokens * plan.flops_ratio:,.0f} tokens of baseline-equivalent compute); "
         f"KV cache {plan.kv_bytes:,} bytes a sequence of {T} tokens",
     ]
 
