@@ -29,6 +29,7 @@ import torch
 
 from bench import machine
 from eval_core import evaluate_bpb, first_rows, recurrent_losses
+from interleave import Schedule
 from prepare_data import ArgumentParser, UserError, at_least, lock, open_data, run_main
 from sample import find_checkpoint, load_checkpoint, load_model
 from train import make_parser, make_plan, read_log
@@ -207,7 +208,7 @@ def finished(folder):
     tokens, counts = steps * args["total_batch_size"], plan.counts
     return dict(steps=steps, tokens=tokens, compute=tokens * plan.cost, flops=tokens * plan.flops_per_token, tokens_per_parameter=tokens / counts["scaling"],
                 parameters=counts["total"], train_seconds=round(checkpoint["seconds"]), curve=curve(read_log(Path(folder))),
-                **score(model, first_rows(data.val, T, ROWS), data.token_bytes, plan.schedule))
+                **score(model, first_rows(data.val, T, ROWS), data.token_bytes, Schedule(**checkpoint["schedule"])))
 
 
 # -----------------------------------------------------------------------------

@@ -232,11 +232,15 @@ def set_schedule(optimizers, step, num_iterations, args):
                 group["momentum"] = 0.85 + 0.10 * min(step / 300, 1.0)
     return multiplier
 
+def deepened(args, schedule, step, num_iterations):
+    """The schedule of this step, if it is one with memory: what a model that was trained up to it is scored with, too."""
+    return schedule.deeper() if step >= (1 - args.deepen) * num_iterations else schedule
+
 def schedule_at(args, schedule, step, num_iterations):
     """What this step runs: the schedule, one refinement more, or one plain pass. Every process, and a resumed run, says the same."""
     if step < args.memory_start * num_iterations or np.random.default_rng((args.seed, step)).random() >= args.memory_share:
         return Schedule("plain")
-    return schedule.deeper() if step >= (1 - args.deepen) * num_iterations else schedule
+    return deepened(args, schedule, step, num_iterations)
 
 
 @dataclass
@@ -562,6 +566,10 @@ def main():
             with suppress(OSError):
                 unwritten = unwritten[log.write(unwritten):]
 
+    def trained():
+        """The schedule of the step before this one."""
+        return deepened(args, schedule, step - 1, num_iterations)
+
     def save():
         """
         The log and the checkpoint of this step, and only the newest few kept. A disk that is full now may have room at
@@ -573,7 +581,7 @@ def main():
             optimizer.consolidate_state_dict()  # every process hands its share to the master
         if master:
             state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step, rows_seen=rows_seen, seconds=seconds,
-                         config=dataclasses.asdict(config), schedule=dataclasses.asdict(schedule), args=vars(args), torch_rng=torch.get_rng_state(),
+                         config=dataclasses.asdict(config), schedule=dataclasses.asdict(trained()), args=vars(args), torch_rng=torch.get_rng_state(),
                          tokenizer_sha256=data.meta["tokenizer_sha256"], shards_sha256=shards_sha256)
             try:
                 while unwritten:
@@ -597,12 +605,12 @@ def main():
 
     def evaluate():
         """Validation BPB in parallel and, on fewer rows, decoding; console and log. Raises UserError if not finite."""
-        bpb, _ = evaluate_bpb(model, val_rows, data.token_bytes, schedule, plan.device_batch, progress="validation")
+        bpb, _ = evaluate_bpb(model, val_rows, data.token_bytes, trained(), plan.device_batch, progress="validation")
         if not math.isfinite(bpb["merged"]):
             raise not_finite(f"the validation BPB is {bpb['merged']}")
         fewer, decoded = val_rows[:args.decode_tokens // T], {}
         if len(fewer):
-            decoded, _ = evaluate_bpb(model, fewer, data.token_bytes, schedule, plan.device_batch, decode=True, progress="decoding")
+            decoded, _ = evaluate_bpb(model, fewer, data.token_bytes, trained(), plan.device_batch, decode=True, progress="decoding")
         say(f"step {step:05d} | val bpb: " + ", ".join(f"{k} {v:.4f}" for k, v in bpb.items())
             + (f" | on {len(fewer)} rows: " + ", ".join(f"{k} {decoded[k]:.4f}" for k in ("merged", "decode", "no memory") if k in decoded) if decoded else ""))
         record(kind="eval", step=step, tokens=step * plan.total_batch, bpb=bpb, decode_rows=decoded)
