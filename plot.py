@@ -22,7 +22,8 @@ import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 
 # runs of scaling() that a set is read against
 BESIDE = dict(ablation=("none_500", "layerwise_500"), tuning=("none_500", "shared_500"), cheaper=("none_500", "none_1000", "none_2000", "layerwise_1000"))
-COLORS = {"none": "tab:gray", "shared": "tab:blue", "layerwise": "tab:orange", "layerwise --deepen 0.25 --forward-passes 1 --schedule refine": "tab:red"}
+COLORS = {"none": "tab:gray", "shared": "tab:blue", "layerwise": "tab:orange", "layerwise --deepen 0.25 --forward-passes 1 --schedule refine": "tab:red",
+          "shared --deepen 0.25 --forward-passes 1 --inject kv --schedule refine": "navy"}
 
 
 def by_name(rows):
@@ -49,8 +50,8 @@ def errorbar(ax, x, groups, value=bpb, **style):
     ax.errorbar(x, mean, yerr=[mean - low, high - mean], capsize=3, **style)
 
 def variant(row):
-    """none | shared | layerwise, and the flags that make it cheaper if any do, from the command."""
-    return " ".join([re.search(r"--lrt (\w+)", row["command"])[1], *sorted(re.findall(r"--(?:memory-start|memory-share|schedule|forward-passes|loss-weights|deepen) \S+", row["command"]))])
+    """none | shared | layerwise, and its flags that are not the paper's, if any, from the command; one line for all shares of plain steps."""
+    return " ".join([re.search(r"--lrt (\w+)", row["command"])[1], *sorted(re.findall(r"--memory-start|--memory-share|--(?:schedule|forward-passes|loss-weights|deepen|inject) \S+", row["command"]))])
 
 def draw_scaling(rows, ax, title):
     """The paper's scaling figure: one line a variant."""
@@ -68,7 +69,7 @@ def draw_scaling(rows, ax, title):
     ticks = sorted({row["compute"] for row in rows if variant(row) == "none"})
     ax.set_xticks(ticks, [f"{x / 1e6:.2g}" for x in ticks])
     ax.minorticks_off()
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7 if len(lines) < 7 else 6)
 
 def largest(rows):
     """The run of each variant with the most tokens, of those that all variants have; the first seed."""

@@ -126,7 +126,7 @@ def test_rows_are_complete_written_once_and_drawn(data, here, sets):
     none, shared, (forward,) = rows["none_6"], rows["shared_6"], experiments.read_rows("results/cheaper.jsonl")
     assert shared["tokens"] == none["tokens"] == none["compute"] == 6 * 512 and shared["compute"] == 2 * shared["tokens"]
     plan = make_plan(make_parser().parse_args(forward["command"].split()[2:]), 512, 1, torch.float32)
-    assert forward["flops"] == pytest.approx(plan.flops_per_token * forward["tokens"]) and plot.variant(forward) == "shared --forward-passes 1 --memory-start 0.5" and plot.variant(shared) == "shared"
+    assert forward["flops"] == pytest.approx(plan.flops_per_token * forward["tokens"]) and plot.variant(forward) == "shared --forward-passes 1 --memory-start" and plot.variant(shared) == "shared"
     assert none["bpb"]["merged"] == pytest.approx(none["bpb"]["decode"]) and set(shared["bpb"]) == {"pass 0", "pass 1", "pass 2", "merged", "decode", "no memory"}
     assert len(shared["by_position"]["no memory"]) == 16 and len(shared["learned"]["c"]) == 2 and set(shared["learned"]["gates"]["1"]) == {"local", "memory", "token"}
     assert 0 < shared["copying"]["share"] < 1 and none["copying"]["share"] == shared["copying"]["share"]
