@@ -85,7 +85,8 @@ def tuning(steps=500):
     Is it ours, where the shared LRT stays behind? What is new in it, trained otherwise (scalars are b and c, at a rate of
     0.5), and the choices that its one projection may depend on.
     """
-    changes = {"memory_lr_0.02": "--memory-lr 0.02", "memory_init_0": "--memory-init 0", "scalar_lr_0.1": "--scalar-lr 0.1", "inject_kv": "--inject kv", "source_3": "--source-layer 3",
+    changes = {"memory_lr_0.02": "--memory-lr 0.02", "memory_lr_0.08": "--memory-lr 0.08", "memory_init_0": "--memory-init 0",
+               "memory_init_1": "--memory-init 1", "scalar_lr_0.1": "--scalar-lr 0.1", "inject_kv": "--inject kv", "source_3": "--source-layer 3",
                "loss_memory_passes": "--loss-weights 0 1 1"}
     return {name: f"{SIZE} --lrt shared --num-iterations {steps} {change}" for name, change in changes.items()}
 
