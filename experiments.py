@@ -105,7 +105,7 @@ def cheaper(steps=1000):
     return {f"last_{100 - start}": f"{base()} --memory-start {start / 100:g}" for start in (75, 50, 25)} \
         | {f"mixed_{share}": f"{base()} --memory-share {share / 100:g}" for share in (25, 50)} \
         | {"forward_init": f"{base()} --forward-passes 1", f"forward_init_{3 * steps // 2}": f"{base(3 * steps // 2)} --forward-passes 1"} \
-        | {f"forward_refine_{K}": refine(K) for K in (1, 2)} | {f"forward_refine_1_{n}": refine(1, n) for n in (8 * steps // 5,)} \
+        | {f"forward_refine_{K}": refine(K) for K in (1, 2)} | {f"forward_refine_1_{8 * steps // 5}": refine(1, 8 * steps // 5)} \
         | {f"deepen_{n}": f"{refine(1, n)} --deepen 0.25" for n in (39 * steps // 100, 39 * steps // 50, 39 * steps // 25)} \
         | {f"deepen_shared_kv_{n}": f"{refine(1, n, 'shared')} --deepen 0.25 --inject kv" for n in (81 * steps // 100, 81 * steps // 50)} \
         | {"refine_1_loss_last": f"{base()} --schedule refine --refinements 1 --loss-weights 0 1"}

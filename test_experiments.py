@@ -67,6 +67,7 @@ def test_mixed_steps_on_one_and_two_processes(data, here):
         ends = [max(k for k in row["bpb"] if k.startswith("pass")) for row in log(f"runs/on{n}", "eval")]
         kept = [load_checkpoint(path)["schedule"] for path in sorted(Path(f"runs/on{n}").glob("*.pt"))]
         assert ends == ["pass 1", "pass 1", "pass 2"] and [(s["refinements"], s["forward_passes"]) for s in kept] == [(1, 1), (2, 2)]  # scored as the last steps trained
+        assert "pass 2" in experiments.finished(f"runs/on{n}")["bpb"]
     one, two = log("runs/on1"), log("runs/on2")
     args, schedule = Namespace(memory_start=0.25, memory_share=0.5, deepen=0.25, seed=0), Schedule("refine", refinements=1, forward_passes=1)
     assert [len(row["passes"]) for row in one] == [len(schedule_at(args, schedule, step, 12).passes(9)) for step in range(12)]
@@ -77,7 +78,7 @@ def test_mixed_steps_on_one_and_two_processes(data, here):
     assert 1.45 < float(half.split(" times those of plain passes")[0].split()[-1]) < 1.55
     assert_refused(cli("train.py", "--data", data, "--deepen", 0.5), "--deepen goes with --schedule refine, not with interleaved")
     parse = ["--depth", "2", "--lrt", "shared", "--num-iterations", "1", "--schedule", "refine", "--refinements", "1", "--forward-passes", "1"]
-    costs = [make_plan(make_parser().parse_args([*parse, *extra]), 512, 1, torch.float32).cost for extra in 
+    costs = [make_plan(make_parser().parse_args([*parse, *extra]), 512, 1, torch.float32).cost for extra in
              (["--deepen", "0"], ["--deepen", "1"], ["--deepen", "0.25", "--memory-start", "0.5"], ["--deepen", "0.5", "--memory-start", "0.75", "--memory-share", "0.5"])]
     assert costs[1] - 1 == pytest.approx(2 * (costs[0] - 1)) and costs[2] == pytest.approx(0.5 + 0.25 * sum(costs[:2])) and costs[3] == pytest.approx(0.875 + 0.125 * costs[1])
 

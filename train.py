@@ -305,7 +305,7 @@ def describe(plan, world, device, dtype, rows_per_epoch):
         f"{plan.num_iterations} steps of {plan.total_batch:,} tokens ({plan.rows_per_step} rows of {T}: {world} x {plan.micro_steps} x {plan.device_batch}) = "
         f"{tokens:,} tokens, {tokens / counts['scaling']:.1f} a parameter" + (f", {plan.num_iterations * plan.rows_per_step / rows_per_epoch:.2f} epochs" if rows_per_epoch else ""),
         f"{tokens * plan.flops_per_token:.2e} FLOPs, {plan.flops_ratio:.2f} times those of plain passes over the same tokens "
-        f"({tokens * plan.flops_ratio:,.0f} tokens of baseline-equivalent compute); "
+        f"({tokens * plan.cost:,.0f} tokens of baseline-equivalent compute); "
         f"KV cache {plan.kv_bytes:,} bytes a sequence of {T} tokens",
     ]
 
