@@ -1,19 +1,26 @@
 """
-Attention over keys and values that several passes have written, for training.
+The two stores of keys and values, and attention over what they hold.
 
-What a layer holds is a tuple of disjoint parts (positions, k, v): a range of positions, their keys and values. A pass
-that recomputes a subset puts one part in the place of another and leaves the rest alone: nothing is copied, and no mask
-is needed, because queries a + S*m and keys b + S*n of the same stride meet in an ordinary square attention:
+KVCache is the store of inference: the standard cache, preallocated and written in place. KVBuffer is the
+store of training: autograd flows through it, so nothing in it is ever overwritten. The protocol that both
+follow is KVStore.
+
+In a KVBuffer a layer holds a tuple of disjoint parts (positions, k, v): a range of positions, their keys
+and their values. A pass that recomputes a subset puts one part in the place of another and leaves the rest
+alone. Nothing is copied, and no mask is needed, because queries a + S*m and keys b + S*n of the same stride
+S meet in an ordinary square attention:
 
     key <= query  <=>  n <= m + floor((a - b) / S)
 
-which for residue classes a, b < S is causal (b <= a), or strictly causal (b > a): causal without the first query. Each
-part goes through a flash kernel of its own, and the results merge by the log-sum-exp of their scores, L:
+For residue classes a, b < S this is causal attention (b <= a), or strictly causal attention (b > a), which
+is causal attention without the first query. Every part goes through a flash attention kernel of its own,
+and the results are merged by the log-sum-exp L of their scores:
 
     out = sum over parts of exp(L_part - L) * out_part,    L = logsumexp over parts of L_part
 
-In the backward every part's kernel is handed the merged out and L, from which it computes its own share of the gradients,
-as in ring attention (arXiv 2310.01889). So a pass saves q, out, L and its own k and v; all else it shares with other passes.
+In the backward, the kernel of every part is given the merged out and L, from which it computes its own
+share of the gradients, as in ring attention (arXiv 2310.01889). So a pass saves q, out, L and its own k and
+v; everything else it shares with other passes.
 """
 
 import math
@@ -25,123 +32,309 @@ from torch.autograd.function import once_differentiable
 aten = torch.ops.aten
 
 
-class KVBuffer:
-    """Functional store for training: writing makes new parts, and gradients flow through all of them."""
+def take(x, positions, dim=1):
+    """The slice of x at a range of positions along dim: a view."""
+    index = (slice(None),) * dim + (slice(positions.start, positions.stop, positions.step),)
+    return x[index]
 
-    def __init__(self, n_layer, keep_local=False):
-        """keep_local: also keep what the first pass computed without memory in each layer, for GPT.refresh."""
-        self.parts = [()] * n_layer
-        self.local = [None] * n_layer if keep_local else None
-        self.first, self.start = 0, None  # where text starts: rows are not padded
+def dot_product_attention(q, k, v, mask=None, is_causal=False):
+    """
+    SDPA of q (B, n_head, P, d) over k, v (B, n_kv_head, n, d): n_head / n_kv_head query heads share a key
+    head.
+    """
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+
+def attention_mask(positions, window, device):
+    """
+    The attention mask of queries at `positions` over keys 0 .. positions[-1]: a query at p sees the keys
+    from p - window to p. Returns (mask (P, keys) bool or None, is_causal, first key), the cheapest form
+    that SDPA accepts: None, False means that every query sees all keys from the first key on.
+    """
+    last = positions[-1]
+    if len(positions) == 1:  # a decoding step
+        return None, False, max(last - window, 0)
+    if positions == range(last + 1) and window >= last:  # a full pass, full attention
+        return None, True, 0
+    first = max(positions[0] - window, 0)
+    query = torch.arange(positions.start, positions.stop, positions.step, device=device)[:, None]
+    key = torch.arange(first, last + 1, device=device)[None, :]
+    return (key <= query) & (key >= query - window), False, first
+
+
+# -----------------------------------------------------------------------------
+# The stores
+
+class KVStore:
+    """
+    The protocol of a store, all that model.py knows of one. The keys and values of P positions of a layer
+    are tensors (B, n_kv_head, P, d), the queries (B, n_head, P, d); `positions` is the range of the P
+    positions.
+    """
+    start = None  # (B,) int64: the position where the text of each row starts, after padding; None: all at 0
+    first = 0  # the largest start; the row that starts last is the last to reach the end of its context
+    local = None  # a list: local_kv() of the first pass of each layer, for GPT.refresh; None: not kept
 
     def write(self, layer, positions, k, v):
-        """Keys and values (B, n_kv_head, P, d) of one layer at `positions`, in place of any that were there."""
-        left = split(self.parts[layer], positions, 2)
-        self.parts[layer] = ((positions, k, v), *left)  # the newest first: merging starts with the queries' own keys
+        """Store the keys and values of one layer at `positions`, in place of any that were there."""
+        raise NotImplementedError
 
     def attend(self, layer, positions, q, k, v, window):
-        """Write, then attend: q (B, n_head, P, d) over all keys from window positions back up to their own -> like q."""
+        """
+        Write k and v at `positions`, then let every query see what the layer holds, from `window` positions
+        back up to its own. Returns (B, n_head, P, d).
+        """
+        raise NotImplementedError
+
+
+class KVBuffer(KVStore):
+    """The store of training. Writing makes new parts, and gradients flow through all of them."""
+
+    def __init__(self, n_layer, keep_local=False):
+        """keep_local: also keep what the first pass computed without memory, for GPT.refresh."""
+        self.parts = [()] * n_layer  # a layer: a tuple of (positions, k, v), the module's docstring
+        self.local = [None] * n_layer if keep_local else None
+
+    def write(self, layer, positions, k, v):
+        left = split(self.parts[layer], positions, 2)
+        # the newest first, because merging starts with the queries' own keys
+        self.parts[layer] = ((positions, k, v), *left)
+
+    def attend(self, layer, positions, q, k, v, window):
         self.write(layer, positions, k, v)
         return attend(q, positions, self.parts[layer], window)
 
     def copy(self):
         """A store that can be written without changing this one."""
         other = KVBuffer(len(self.parts))
-        other.parts, other.local = list(self.parts), self.local
+        other.parts = list(self.parts)
+        other.local = self.local
         return other
 
     def detach(self):
         """Cut the gradient between what was written so far and what will read it."""
-        self.parts = [tuple((p, k.detach(), v.detach()) for p, k, v in parts) for parts in self.parts]
+        for layer, parts in enumerate(self.parts):
+            self.parts[layer] = tuple((positions, k.detach(), v.detach()) for positions, k, v in parts)
         if self.local is not None:
             self.local = [[x.detach() for x in local] for local in self.local]
 
+
+class KVCache(KVStore):
+    """
+    The store of inference: preallocated tensors (B, n_kv_head, slots, d), written in place.
+    length: how many positions it holds. rolling: layers with a window keep only that window, position p in
+    slot p mod slots; one position is then written at a time.
+    start (B,) int64: rows of different lengths are aligned at their ends, and this is where each begins.
+    Rotary embedding is relative, so a row may start anywhere. None: all start at 0.
+    """
+
+    def __init__(self, config, batch_size, length, device, dtype, rolling=False, start=None):
+        self.length = length
+        self.start = start
+        if start is not None:
+            self.first = int(start.max())
+        self.slots = {}  # by window
+        self.k = []  # by layer
+        self.v = []
+        for layer in range(config.n_layer):
+            window = config.window(layer)
+            self.slots[window] = min(length, window + 1) if rolling else length
+            shape = batch_size, config.n_kv_head, self.slots[window], config.head_dim
+            self.k.append(torch.zeros(shape, device=device, dtype=dtype))
+            self.v.append(torch.zeros(shape, device=device, dtype=dtype))
+        self.masks = {}  # by window, for the positions of the latest pass: all its layers share them
+        self.masked_positions = None
+
+    def write(self, layer, positions, k, v):
+        slots = self.k[layer].size(2)
+        if positions[-1] >= slots:  # around the end of a rolling layer
+            slot = positions[-1] % slots
+            positions = range(slot, slot + 1)
+        take(self.k[layer], positions, dim=2).copy_(k)
+        take(self.v[layer], positions, dim=2).copy_(v)
+
+    def attend(self, layer, positions, q, k, v, window):
+        self.write(layer, positions, k, v)
+        if positions != self.masked_positions:
+            self.masks = {}
+            self.masked_positions = positions
+        if window not in self.masks:
+            self.masks[window] = self.mask(positions, window, q.device)
+        mask, is_causal, first = self.masks[window]
+        k = self.k[layer][:, :, first:positions[-1] + 1]
+        v = self.v[layer][:, :, first:positions[-1] + 1]
+        return dot_product_attention(q, k, v, mask, is_causal)
+
+    def mask(self, positions, window, device):
+        """
+        attention_mask() for the slots of this store, `first` being a slot; with `start`, mask (B, 1, P,
+        slots).
+        """
+        slots = self.slots[window]
+        rolling = slots < self.length
+        last = positions[-1]
+        if self.start is None:
+            mask, is_causal, first = attention_mask(positions, window, device)
+            return mask, is_causal, 0 if rolling else first  # a rolling layer holds nothing but its window
+        first = 0 if rolling else max(positions[0] - window, 0)
+        key = torch.arange(first, min(last + 1, slots), device=device)
+        if rolling:
+            key = last - (last - key) % slots  # from slots to the newest positions in them
+        query = torch.arange(positions.start, positions.stop, positions.step, device=device)[:, None]
+        seen = (key <= query) & (key >= query - window) & (key >= self.start[:, None, None])
+        seen = seen | (key == query)  # padding sees itself: softmax over nothing would be NaN
+        return seen[:, None], False, first
+
+    def copy_from(self, other, n, repeats):
+        """Take over positions 0 .. n-1 of a cache that is not rolling, every row `repeats` times."""
+        for mine, theirs in zip(self.k + self.v, other.k + other.v):
+            kept = torch.arange(max(n - mine.size(2), 0), n, device=mine.device)
+            mine[:, :, kept % mine.size(2)] = theirs[:, :, kept].repeat_interleave(repeats, dim=0)
+
+
+# -----------------------------------------------------------------------------
+# Parts
+
 def residues(x, step, dim):
-    """x[i::step] along dim for i = 0 .. step-1: views from one unbind, whose backward is one stack and no sum of padded slices."""
+    """
+    The residue classes x[i::step] along dim for i = 0 .. step-1: a list of views that come from one unbind,
+    because its backward is a single stack, where that of slices is a sum of tensors padded with zeros.
+    """
     n = x.size(dim)
-    whole = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, -n % step)) if n % step else x
-    return [c.narrow(dim, 0, len(range(i, n, step))) for i, c in enumerate(whole.unflatten(dim, (-1, step)).unbind(dim + 1))]
+    if n % step:
+        dims_behind = x.dim() - 1 - dim  # F.pad counts from the last dimension
+        x = F.pad(x, (0, 0) * dims_behind + (0, -n % step))
+    columns = x.unflatten(dim, (-1, step)).unbind(dim + 1)
+    return [column.narrow(dim, 0, len(range(i, n, step))) for i, column in enumerate(columns)]
 
 def split(parts, positions, dim):
     """
-    What is left of parts (positions, tensors ..) when `positions`, along dim, are taken out: a list of parts. One residue
-    class of a part goes, the others stay as views of it. Raises ValueError for a piece of a part in any other pattern.
+    What is left of parts (positions, tensors ..) when `positions`, along dim, are taken out: a list of
+    parts. If one residue class of a part goes, the others stay as views of it. Raises ValueError where
+    anything else would be cut out.
     """
     left = []
-    for p, *x in parts:
-        if p[-1] < positions[0] or positions[-1] < p[0] or (p[0] - positions[0]) % math.gcd(p.step, positions.step):
-            left.append((p, *x))  # apart
-        elif p[0] in positions and p[-1] in positions and p.step % positions.step == 0:
-            continue  # covered
-        elif positions[0] in p and positions == p[p.index(positions[0])::max(positions.step // p.step, 1)] and positions[0] - p[0] < positions.step:
-            step = positions.step // p.step
-            classes = zip(*(residues(tensor, step, dim) for tensor in x))
-            left += [(p[i::step], *c) for i, c in enumerate(classes) if p[i::step] != positions and p[i::step]]
-        else:
-            raise ValueError(f"{positions} takes a piece out of {p}: write residue classes of an earlier pass, or all of it")
+    for p, *tensors in parts:
+        apart = p[-1] < positions[0] or positions[-1] < p[0]
+        never_meet = (p[0] - positions[0]) % math.gcd(p.step, positions.step) != 0
+        if apart or never_meet:
+            left.append((p, *tensors))
+            continue
+        covered = p[0] in positions and p[-1] in positions and p.step % positions.step == 0
+        if covered:
+            continue
+        step = max(positions.step // p.step, 1)
+        begins_in_p = positions[0] in p and positions[0] - p[0] < positions.step
+        if not begins_in_p or positions != p[p.index(positions[0])::step]:
+            raise ValueError(f"{positions} takes a piece out of {p}: "
+                             "write residue classes of an earlier pass, or all of it")
+        classes = zip(*(residues(x, step, dim) for x in tensors))
+        for i, views in enumerate(classes):
+            kept = p[i::step]
+            if kept and kept != positions:
+                left.append((kept, *views))
     return left
 
 def relation(queries, keys, window):
     """
-    How queries see a part of the keys, both ranges of positions, p - window <= key <= p: "none", "all", (shift, back) or
-    "mixed". (shift, back): query m sees keys m - shift - back .. m - shift, back None: from the first; the first `shift`
-    queries see nothing.
+    How queries see a part of the keys, both ranges of positions, a query at p seeing keys p - window .. p:
+    "none", "all", (shift, back) or "mixed". With (shift, back), query m sees the keys from m - shift - back
+    to m - shift; back None means from the first. The first `shift` queries see nothing.
     """
     if keys[0] > queries[-1] or keys[-1] < queries[0] - window:
         return "none"
     if keys[-1] <= queries[0] and keys[0] >= queries[-1] - window:
         return "all"
-    step, shift = queries.step, -((queries.start - keys.start) // queries.step)
+    step = queries.step
+    shift = -((queries.start - keys.start) // step)
     if keys.step != step or shift not in (0, 1) or len(keys) < len(queries) - shift:
         return "mixed"
     back = (window + keys.start - queries.start) // step - shift
-    return "none" if back < 0 else (shift, back if back < len(queries) - shift - 1 else None)
+    if back < 0:
+        return "none"
+    reaches_first_key = back >= len(queries) - shift - 1
+    return shift, None if reaches_first_key else back
+
+
+# -----------------------------------------------------------------------------
+# Attention over parts
 
 def attend(q, queries, parts, window):
     """
-    Attention of q (B, n_head, P, d) at `queries` over parts (positions, k, v) with k, v (B, n_kv_head, n, d), each query
-    seeing the keys from `window` positions back up to its own. Scale 1/sqrt(d). Returns (B, n_head, P, d).
+    Attention of q (B, n_head, P, d) at the positions `queries` over parts (positions, k, v), with k and v
+    (B, n_kv_head, n, d); each query sees the keys from `window` positions back up to its own. Scale
+    1/sqrt(d). Returns (B, n_head, P, d).
     """
-    seen = [(relation(queries, p, window), p, k, v) for p, k, v in parts]
-    relations, positions, k, v = zip(*[part for part in seen if part[0] != "none"])
-    gqa = q.size(1) != k[0].size(1)
-    if relations == ((0, None),):
-        return F.scaled_dot_product_attention(q, k[0][:, :, :len(queries)], v[0][:, :, :len(queries)], is_causal=True, enable_gqa=gqa)
-    if len(queries) > 1 and "mixed" not in relations and (q.device.type == "cpu" or on_cuda(q)):
-        return Merged.apply(q, [(0, None, False) if r == "all" else (*r, True) for r in relations], *k, *v)
-    return dense(q, queries, relations, positions, k, v, window)
+    # the parts that any query sees
+    relations, positions, ks, vs = [], [], [], []
+    for p, k, v in parts:
+        seen = relation(queries, p, window)
+        if seen != "none":
+            relations.append(seen)
+            positions.append(p)
+            ks.append(k)
+            vs.append(v)
 
-def dense(q, queries, relations, positions, k, v, window):
-    """The same over one concatenated store with a mask: for a single query, odd shapes, and devices without the kernels."""
+    # one part, all of the past: ordinary causal attention
+    if relations == [(0, None)]:
+        n = len(queries)
+        return dot_product_attention(q, ks[0][:, :, :n], vs[0][:, :, :n], is_causal=True)
+
+    has_kernels = q.device.type == "cpu" or on_cuda(q)
+    if len(queries) == 1 or "mixed" in relations or not has_kernels:
+        return attend_dense(q, queries, relations, positions, ks, vs, window)
+
+    # a flash kernel for each part
+    kernels = []
+    for seen in relations:
+        if seen == "all":
+            kernels.append((0, None, False))
+        else:
+            shift, back = seen
+            kernels.append((shift, back, True))
+    return Merged.apply(q, kernels, *ks, *vs)
+
+def attend_dense(q, queries, relations, positions, ks, vs, window):
+    """
+    The same over concatenated parts and with a mask: for a single query, odd shapes, and devices without
+    kernels.
+    """
     mask = None
     if set(relations) != {"all"}:
-        at = [torch.arange(p.start, p.stop, p.step, device=q.device) for p in (queries, *positions)]
-        query, key = at[0][:, None], torch.cat(at[1:])
+        query = torch.arange(queries.start, queries.stop, queries.step, device=q.device)[:, None]
+        key = torch.cat([torch.arange(p.start, p.stop, p.step, device=q.device) for p in positions])
         mask = (key <= query) & (key >= query - window)
-    return F.scaled_dot_product_attention(q, torch.cat(k, dim=2), torch.cat(v, dim=2), attn_mask=mask, enable_gqa=q.size(1) != k[0].size(1))
+    return dot_product_attention(q, torch.cat(ks, dim=2), torch.cat(vs, dim=2), mask)
 
 
 class Merged(torch.autograd.Function):
-    """Attention over several parts, each by a flash kernel, merged by log-sum-exp (the module's docstring)."""
+    """
+    Attention over several parts, a flash kernel for each, merged by log-sum-exp (see the top of this file).
+    """
 
     @staticmethod
     def forward(ctx, *inputs):
         """
-        inputs: q; relations, a (shift, back, causal) a part; all k, all v. The first part must show every query a key.
-        (Starred, because torch.compile, where no gradient is wanted, counts the names to tell whether there is a ctx.)
+        inputs: q; for each part, (shift, back, causal); the k of all parts; the v of all parts. The first
+        part must show every query a key. (The inputs are starred because torch.compile, where no gradient
+        is wanted, tells from the number of named arguments whether there is a ctx.)
         """
         q, relations, *kv = inputs
-        n, seeds = len(relations), []
+        n = len(relations)
+        seeds = []
         for i, (shift, back, causal) in enumerate(relations):
-            new, new_lse, seed = kernel(*cut(shift, causal, q, kv[i], kv[n + i]), causal, back)
-            seeds += seed
+            part = queries_and_keys(shift, causal, q, kv[i], kv[n + i])
+            part_out, part_lse, part_seeds = kernel(*part, causal, back)
+            seeds += part_seeds
             if i == 0:
                 assert shift == 0
-                out, lse = (new, new_lse) if n == 1 else (new.to(new_lse.dtype), new_lse)  # merge in float32 or wider
+                lse = part_lse
+                out = part_out if n == 1 else part_out.to(lse.dtype)  # merge in float32 or wider
             else:
-                old = lse[:, :, shift:]
-                out[:, :, shift:].lerp_(new.to(out.dtype), torch.sigmoid(new_lse - old).unsqueeze(-1))
-                old.copy_(torch.logaddexp(old, new_lse))
+                old_lse = lse[:, :, shift:]
+                share = torch.sigmoid(part_lse - old_lse)  # exp(L_part) / (exp(L_part) + exp(L_old))
+                out[:, :, shift:].lerp_(part_out.to(out.dtype), share.unsqueeze(-1))
+                old_lse.copy_(torch.logaddexp(old_lse, part_lse))
         out = out.to(q.dtype)
         ctx.relations = relations
         ctx.save_for_backward(q, out, lse, *kv, *seeds)
@@ -152,55 +345,88 @@ class Merged(torch.autograd.Function):
     def backward(ctx, grad):
         n = len(ctx.relations)
         q, out, lse, *saved = ctx.saved_tensors
-        kv, seeds, grads = saved[:2 * n], saved[2 * n:], [None] * (2 * n)
+        kv, seeds = saved[:2 * n], saved[2 * n:]
+        grads = [None] * (2 * n)
         for i, (shift, back, causal) in enumerate(ctx.relations):
-            rows = [x[:, :, shift:] for x in (grad, out, lse)]
-            new, *dkv = kernel_backward(*rows, *cut(shift, causal, q, kv[i], kv[n + i]), causal, back, seeds[2 * i:2 * i + 2])
+            merged = [x[:, :, shift:] for x in (grad, out, lse)]
+            part = queries_and_keys(shift, causal, q, kv[i], kv[n + i])
+            part_dq, *dkv = kernel_backward(*merged, *part, causal, back, seeds[2 * i:2 * i + 2])
             if i == 0:
-                dq = new
+                dq = part_dq
             else:
-                dq[:, :, shift:] += new
-            for j, dx in zip((i, n + i), dkv):  # keys behind the last query get nothing
-                grads[j] = F.pad(dx, (0, 0, 0, kv[j].size(2) - dx.size(2))) if dx.size(2) < kv[j].size(2) else dx
+                dq[:, :, shift:] += part_dq
+            for j, dx in zip((i, n + i), dkv):
+                unseen = kv[j].size(2) - dx.size(2)  # keys behind the last query get no gradient
+                grads[j] = F.pad(dx, (0, 0, 0, unseen)) if unseen else dx
         return dq, None, *grads
 
-def on_cuda(q):
-    """Can CUDA's flash kernels take this? They know half precision only; sample.compute_dtype() picks bf16 where they run."""
-    return q.is_cuda and q.dtype == torch.bfloat16
-
-def cut(shift, causal, q, k, v):
-    """The square of queries and keys that meet in a part; where all is seen, all."""
+def queries_and_keys(shift, causal, q, k, v):
+    """
+    What of q, k and v meets in a part: the square of causal attention, or all keys where all of them are
+    seen.
+    """
     n = q.size(2) - shift if causal else k.size(2)
     return q[:, :, shift:], k[:, :, :n], v[:, :, :n]
 
-def band(n, back, like):
-    """The mask of a window for kernels without one: (n, n), 0 where m - back <= key <= m and -inf elsewhere."""
+
+# -----------------------------------------------------------------------------
+# The flash kernels that torch has
+
+def on_cuda(q):
+    """
+    Do CUDA's flash kernels take this? Only in half precision; common.compute_dtype() is bf16 where they run.
+    """
+    return q.is_cuda and q.dtype == torch.bfloat16
+
+def window_mask(n, back, like):
+    """The mask of a window, for kernels without one: (n, n), 0 where m - back <= key <= m, -inf elsewhere."""
     ones = torch.ones(n, n, dtype=torch.bool, device=like.device)
-    return torch.zeros(n, n, dtype=like.dtype, device=like.device).masked_fill_(~(ones.tril() & ones.triu(-back)), -torch.inf)
+    seen = ones.tril() & ones.triu(-back)
+    return torch.zeros(n, n, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
+
+def expand_heads(n_head, k, v):
+    """
+    k and v (B, n_kv_head, n, d) with every head repeated for its query heads, for kernels without grouped
+    queries.
+    """
+    repeats = n_head // k.size(1)
+    if repeats == 1:
+        return k, v
+    return k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
 
 def kernel(q, k, v, causal, back):
     """
-    torch's flash attention of q (B, n_head, P, d), k, v (B, n_kv_head, n, d), over the last `back` keys and the query's own
-    (None: all): out like q, L (B, n_head, P) in float32 or wider, and the random state that CUDA's backward asks for.
+    torch's flash attention of q (B, n_head, P, d) over k, v (B, n_kv_head, n, d). causal: over the last
+    `back` keys and the query's own (back None: over all up to its own). Returns out like q; the log-sum-exp
+    L (B, n_head, P) in float32 or wider; and a list of the two random states that CUDA's backward asks for
+    (empty on a CPU).
     """
     if on_cuda(q):
-        out, lse, *seeds, _ = aten._flash_attention_forward(*(x.transpose(1, 2) for x in (q, k, v)), None, None, q.size(2), k.size(2),
-                                                            0.0, causal, False, window_size_left=back)
+        inputs = [x.transpose(1, 2) for x in (q, k, v)]  # (B, P, heads, d)
+        out, lse, *seeds, _ = aten._flash_attention_forward(
+            *inputs, None, None, q.size(2), k.size(2), 0.0, causal, False, window_size_left=back)
         return out.transpose(1, 2), lse, seeds
-    k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v)) if q.size(1) != k.size(1) else (k, v)
-    mask = None if back is None else band(q.size(2), back, q)
-    return *aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal and mask is None, attn_mask=mask), []
+    k, v = expand_heads(q.size(1), k, v)
+    mask = None if back is None else window_mask(q.size(2), back, q)
+    is_causal = causal and mask is None
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=mask)
+    return out, lse, []
 
 def kernel_backward(grad, out, lse, q, k, v, causal, back, seeds):
-    """Its backward, given the merged out and L: the gradients of q, k and v."""
+    """The backward of kernel(), given the merged out and L: the gradients of q, k and v."""
     if on_cuda(q):
-        args = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
-        grads = aten._flash_attention_backward(*args, lse.contiguous(), None, None, q.size(2), k.size(2), 0.0, causal, *seeds, window_size_left=back)
+        inputs = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
+        grads = aten._flash_attention_backward(
+            *inputs, lse.contiguous(), None, None, q.size(2), k.size(2), 0.0, causal, *seeds,
+            window_size_left=back)
         return [x.transpose(1, 2) for x in grads]
-    heads = k.size(1)
-    k, v = (x.repeat_interleave(q.size(1) // heads, dim=1) for x in (k, v)) if q.size(1) != heads else (k, v)
-    mask = None if back is None else band(q.size(2), back, q)
-    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal and mask is None, attn_mask=mask)
-    if q.size(1) != heads:
-        dk, dv = (x.unflatten(1, (heads, -1)).sum(2) for x in (dk, dv))
+    n_kv_head = k.size(1)
+    k, v = expand_heads(q.size(1), k, v)
+    mask = None if back is None else window_mask(q.size(2), back, q)
+    is_causal = causal and mask is None
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask)
+    if q.size(1) != n_kv_head:  # the sum over the query heads that share a key head
+        dk = dk.unflatten(1, (n_kv_head, -1)).sum(2)
+        dv = dv.unflatten(1, (n_kv_head, -1)).sum(2)
     return dq, dk, dv

@@ -1,360 +1,640 @@
 """
 Timings and counts, measured side by side in one process: the variants take turns, and medians are compared.
 
-    python bench.py decode                                   latency a token of none, shared, layerwise and recurrent
-    python bench.py prefill --checkpoint runs/d4_shared      exact parallel prefill against token by token
-    python bench.py step                                     time and memory of a training step, S = 1, 2, 4, 8
-    python bench.py recurrent                                a recurrent layer, tiled and by plain autograd, and a plain layer
-    python bench.py core --bundle DIR                        CORE in batches against one example at a time
+    python bench.py decode                                latency a token: none, shared, layerwise, recurrent
+    python bench.py prefill --checkpoint runs/d4_shared   exact parallel prefill against token by token
+    python bench.py step                                  time and memory of a training step, S = 1, 2, 4, 8
+    python bench.py recurrent                             a recurrent layer, tiled and by plain autograd
+    python bench.py core --bundle DIR                     CORE in batches against one example at a time
 
 Every command prints a table and, with --json FILE, writes the same figures with the machine and the commit.
 """
 
 import ctypes
-import json
 import multiprocessing
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from argparse import BooleanOptionalAction
-from datetime import date
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from attention import KVBuffer, KVCache
+from checkpointing import find_checkpoint, load_checkpoint, load_model
+from common import (
+    ArgumentParser,
+    UserError,
+    check_folder,
+    compute_dtype,
+    flag,
+    machine,
+    peak_flops,
+    pick_device,
+    run_main,
+    write_json,
+)
 from core import batches, load_tasks, make_example, score
-from eval_core import first_rows
-from attention import KVBuffer
+from dataset import Rows, first_rows, load_tokenizer, open_data
 from interleave import Schedule, TrainStep, prefill
-from model import GPT, GPTConfig, KVCache
-from prepare_data import ArgumentParser, UserError, check_folder, load_tokenizer, open_data, run_main, write_atomic
-from recurrent import graphs, keys_read, reference, tiled
-from sample import compute_dtype, find_checkpoint, load_checkpoint, load_model, pick_device
-from train import Rows, make_optimizers, make_parser, peak_flops, saved_bytes
+from model import GPTConfig
+from optim import OptimizerConfig, make_optimizers
+from plan import saved_bytes
+from recurrent import RecurrentConfig, build_model, graphs, keys_read, reference, tiled
 
+MIB = 2**20
 
-def machine(device):
-    """Where and on what this was measured: a dict of strings."""
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()) \
-        if Path("/proc/cpuinfo").exists() else platform.processor()
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!results"], capture_output=True).returncode == 1  # rows that came before are no change
-    return dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
-                torch=torch.__version__, commit=commit + "-dirty" * changed or "unknown", date=str(date.today()))
+# -----------------------------------------------------------------------------
+# Measuring and reporting
 
 def clock(device, work):
-    """Seconds that work() takes, the device's queue included."""
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    sync()
-    t0 = time.perf_counter()
+    """Seconds that work() takes, with everything that it leaves in the device's queue."""
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    wait()
+    start = time.perf_counter()
     work()
-    sync()
-    return time.perf_counter() - t0
+    wait()
+    return time.perf_counter() - start
 
-def report(args, device, title, rows):
-    """Print the rows (dicts with the same keys) as a table, and write them to --json."""
-    where = machine(device)
-    print(f"{title} | " + " | ".join(where.values()))
-    columns = list(rows[0])
-    cells = [columns] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    for n, row in enumerate(cells):
-        print("| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths)) + " |")
-        if n == 0:
-            print("|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
-    if args.json:
-        write_atomic(args.json, lambda f: f.write(json.dumps(dict(title=title, **where, rows=rows), indent=1).encode()))
-
-@torch.no_grad()
-def bench_decode(args, device):
-    """Milliseconds a token at a given batch and context: one forward, logits and argmax, on a cache that is full up to there."""
-    models = {}
-    for name in ("none", "shared", "layerwise", "recurrent"):
-        torch.manual_seed(0)
-        kind = dict(arch=name) if name == "recurrent" else dict(lrt=name)
-        heads = max(args.width // 64, 1)
-        with torch.device(device):
-            models[name] = GPT(GPTConfig(sequence_len=max(args.context), vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads,
-                                         n_kv_head=heads, n_embd=args.width, **kind))
-        models[name].compute_dtype = compute_dtype(device)
-    rows = []
-    for batch in args.batch:
-        for context in args.context:
-            steps = {}
-            for name, model in models.items():
-                kv = KVCache(model.config, batch, context, device, model.compute_dtype, rolling=True)
-                for tensor in kv.k + kv.v:
-                    tensor.normal_()
-                state = dict(token=torch.zeros(batch, 1, dtype=torch.int64, device=device), memory=None)
-                def step(model=model, kv=kv, state=state, t=context - 1):
-                    hidden, source = model(state["token"], range(t, t + 1), kv, state["memory"])
-                    state["memory"] = source if model.config.lrt != "none" else None
-                    state["token"] = model.logits(hidden).argmax(-1)
-                steps[name] = step
-                step(), step()
-            times = {name: [] for name in steps}
-            for _ in range(args.repeats):  # taking turns: what the machine does beside this hits all of them
-                for name, step in steps.items():
-                    times[name].append(1000 * clock(device, lambda: [step() for _ in range(args.tokens)]) / args.tokens)
-            for name in times:
-                quartiles = statistics.quantiles(times[name], n=4)
-                ratio = statistics.median(a / b for a, b in zip(times[name], times["none"]))
-                rows.append(dict(batch=batch, context=context, model=name, ms_per_token=statistics.median(times[name]),
-                                 quartiles=f"{quartiles[0]:.3f}-{quartiles[2]:.3f}", over_none=round(ratio, 3)))
-    report(args, device, f"decode: depth {args.depth}, width {args.width}, vocabulary {args.vocab_size}", rows)
-
-@torch.no_grad()
-def bench_prefill(args, device):
-    """Sweeps and seconds of exact parallel prefill against token by token on validation text, and how far apart they end."""
-    rows = []
-    for path in map(find_checkpoint, args.checkpoint or [None]):
-        checkpoint = load_checkpoint(path)
-        model, data = load_model(checkpoint, device), open_data(args.data or checkpoint["args"]["data"], verify=False)
-        config, dtype = model.config, model.compute_dtype or model.wte.weight.dtype
-        lengths = [n for n in (128, 256, 512, 1024, 2048, 4096) if n < config.sequence_len] + [config.sequence_len]
-        for T in lengths:
-            idx = first_rows(data.val, T, args.batch)[:, :T].to(device)
-            def decode():
-                kv, memory = KVCache(config, len(idx), T, device, dtype), None
-                for t in range(T):
-                    hidden, source = model(idx[:, t:t + 1], range(t, t + 1), kv, memory)
-                    memory = source if config.lrt != "none" else None
-                return model.logits(hidden)
-            def parallel(subsets, result):
-                hidden, _, result[subsets] = prefill(model, idx, KVCache(config, len(idx), T, device, dtype), subsets)
-                return model.logits(hidden[:, -1:])
-            sweeps, exact = {}, decode()
-            error = {S: (parallel(S, sweeps) - exact).abs().max().item() for S in args.subsets}
-            serial, times = [], {S: [] for S in args.subsets}
-            for _ in range(args.repeats):
-                serial.append(clock(device, decode))
-                for S in args.subsets:
-                    times[S].append(clock(device, lambda: parallel(S, sweeps)))
-            for S in args.subsets:
-                rows.append(dict(run=path.parent.name, T=T, S=S, sweeps=sweeps[S], seconds=statistics.median(times[S]),
-                                 token_by_token=statistics.median(serial), error=error[S],
-                                 speedup=statistics.median(a / b for a, b in zip(serial, times[S]))))
-    report(args, device, f"prefill: batch {args.batch}", rows)
-
-def training_step(args, device, lrt, subsets, recompute, forward):
+def take_turns(device, works, repeats):
     """
-    One training step of a variant as train.py does it, on random tokens: two functions, the gradients and the update,
-    and the FLOPs of the step by count.
+    Run every function of the dict `works` `repeats` times: the first, the second, .., the first again. So
+    whatever else the machine does meanwhile hits all of them. Returns a dict of lists of seconds.
     """
-    torch.manual_seed(0)
-    heads, T = max(args.width // (64 if args.width % 128 else 128), 1), args.context
-    config = GPTConfig(sequence_len=T, vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads, n_kv_head=heads, n_embd=args.width, window_pattern=args.window_pattern, lrt=lrt)
-    with torch.device(device):
-        model, idx = GPT(config), torch.randint(args.vocab_size, (args.batch, T))
-    model.compute_dtype = compute_dtype(device)
-    model.recompute = recompute and not args.compile
-    schedule = Schedule("plain") if lrt == "none" else Schedule(subsets=subsets, forward_passes=forward)
-    step, optimizers = TrainStep(model, schedule), make_optimizers(model, make_parser().parse_args([]), 1.0)
-    if args.compile:
-        torch._functorch.config.activation_memory_budget = 0.2 if recompute else 1.0
-        step = torch.compile(step, dynamic=False)
-    def gradients():
-        step(idx, idx)[0].backward()
-    def update():
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    return gradients, update, schedule.flops_per_token(model, T) * idx.numel()
+    times = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            times[name].append(clock(device, work))
+    return times
 
-def resident(what):
-    """Memory of this process in bytes, VmRSS now or VmHWM at most so far; 0 where /proc has neither."""
-    lines = open("/proc/self/status").read().splitlines() if Path("/proc/self/status").exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(what)), 0)
+def median_ratio(times, base):
+    """The median of time over time of the baseline, where the two lists were measured in turns."""
+    return statistics.median(a / b for a, b in zip(times, base))
 
-def peak_of_child(pipe, args, *variant):
-    """In a process of its own: the peak resident memory of two steps, above that of torch alone."""
-    torch.ones(64, 64) @ torch.ones(64, 64)  # the libraries that every process loads
-    before = resident("VmRSS")
-    gradients, update, _ = training_step(args, torch.device("cpu"), *variant)
-    for _ in range(2):
-        gradients(), update()
-    pipe.send(resident("VmHWM") - before)
-
-def bench_step(args, device):
-    """
-    Time, memory and FLOPs of a training step: the baseline, shared and layerwise, each S, one with activation
-    checkpointing, two whose initialization pass runs forward only: all layers, and, where one pass of everything follows
-    (S = 1), those up to the source. On a CPU the variants take turns in one process, and
-    peak memory is that of a child process each. A GPU holds one variant at a time (its timings are steady); the baseline
-    comes first and last there.
-    """
-    gpu = device.type == "cuda"
-    args.depth = args.depth or (12 if gpu else 4)
-    sizes = dict(width=64 * args.depth, vocab_size=32768, context=2048, window_pattern="SSSL", compile=True) if gpu else \
-        dict(width=128, vocab_size=4096, context=256, window_pattern="L", compile=False)
-    for name, value in sizes.items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    few = min(2, max(args.subsets))
-    variants = [("none", 1, False, 0), *((lrt, S, False, 0) for lrt in ("shared", "layerwise") for S in args.subsets),
-                ("shared", few, True, 0), ("shared", few, False, 1), ("shared", 1, False, 1)]
-    times, flops, memory = {v: [] for v in variants}, {}, {}
-    def measure(variant, gradients, update):
-        times[variant].append((clock(device, gradients), clock(device, update)))
-    if device.type == "cpu":
-        steps = {v: training_step(args, device, *v) for v in variants}
-        for v, (gradients, update, flops[v]) in steps.items():
-            gradients(), update()
-        for _ in range(args.repeats):
-            for v, (gradients, update, _) in steps.items():
-                measure(v, gradients, update)
-        del steps
-        for v in variants:
-            ours, theirs = multiprocessing.get_context("spawn").Pipe()
-            child = multiprocessing.get_context("spawn").Process(target=peak_of_child, args=(theirs, args, *v))
-            child.start()
-            theirs.close()
-            memory[v] = ours.recv()
-            child.join()
-    else:
-        for v in variants + variants[:1]:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            gradients, update, flops[v] = training_step(args, device, *v)
-            for _ in range(3):
-                gradients(), update()
-            for _ in range(args.repeats):
-                measure(v, gradients, update)
-            memory[v] = torch.cuda.max_memory_allocated()
-            del gradients, update
-    base, peak, rows = variants[0], peak_flops(device), []
-    total = {v: [sum(t) for t in times[v]] for v in variants}
-    for v in variants:
-        quartiles = statistics.quantiles(total[v], n=4)
-        seconds = statistics.median(total[v])
-        ratio = statistics.median(a / b for a, b in zip(total[v], total[base])) if device.type == "cpu" else seconds / statistics.median(total[base])
-        rows.append(dict(lrt=v[0], S=v[1] if v != base else 0, checkpointing=v[2], forward_passes=v[3], step_ms=1000 * seconds, quartiles=f"{1000 * quartiles[0]:.0f}-{1000 * quartiles[2]:.0f}",
-                         over_none=round(ratio, 3), update_ms=1000 * statistics.median(t[1] for t in times[v]), tokens_per_s=round(args.batch * args.context / seconds),
-                         peak_MiB=round(memory[v] / 2**20), memory_over_none=round(memory[v] / max(memory[base], 1), 3), TFLOP=flops[v] / 1e12,
-                         mfu=f"{100 * flops[v] / seconds / peak:.1f}%" if peak else "?"))
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(Path(folder) / "shard.npy", np.random.default_rng(0).integers(args.vocab_size, size=10**7).astype(np.uint16))
-        data = Rows([np.load(Path(folder) / "shard.npy", mmap_mode="r")], args.context, seed=0)
-        loading = statistics.median(clock(device, lambda: data.batch(i * args.batch, args.batch, device)) for i in range(20))
-    report(args, device, f"step: depth {args.depth}, width {args.width}, vocabulary {args.vocab_size}, {args.batch} rows of {args.context}, windows {args.window_pattern}, "
-           f"{'compiled' if args.compile else 'eager'}; loading a batch {1000 * loading:.2f} ms", rows)
+def resident(entry):
+    """This process's memory in bytes: entry VmRSS now, VmHWM at most so far. 0 without /proc (not Linux)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith(entry):
+                return 1024 * int(line.split()[1])
+    return 0
 
 def peak_bytes(device, work):
-    """By how much memory grows at most while work() runs: of the GPU, or on Linux of this process; None elsewhere."""
+    """
+    By how many bytes memory grows at most while work() runs: that of the GPU, or on Linux that of this
+    process. None where neither can be measured.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system,
-        Path("/proc/self/clear_refs").write_text("5")  # and the high-water mark starts again here
+        ctypes.CDLL(None).malloc_trim(0)  # give memory that is free back to the system, ..
+        Path("/proc/self/clear_refs").write_text("5")  # .. and start VmHWM again from here
     except (OSError, AttributeError):
         return None
     before = resident("VmRSS")
     work()
     return resident("VmHWM") - before
 
-def bench_recurrent(args, device):
-    """
-    One layer, forward and backward: a plain one, a recurrent one by tiles, on a GPU captured and uncaptured, and a recurrent one
-    by autograd over t. Beside time and memory, how many keys of a head (and as many values) the forward pass reads from memory:
-    by tiles, or a row a position; the plain layer's one kernel is not counted.
-    """
-    batch, rows, dtype, gpu = args.batch, [], compute_dtype(device), device.type == "cuda"
-    for T in args.context or [128, 256, 512, 1024] + [2048] * gpu:
+def report(args, device, title, rows):
+    """Print the rows, dicts with the same keys, as a table in Markdown, and write them to --json."""
+    where = machine(device)
+    print(f"{title} | " + " | ".join(where.values()))
+    table = [list(rows[0])]
+    for row in rows:
+        table.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for i, cells in enumerate(table):
+        print("| " + " | ".join(cell.rjust(width) for cell, width in zip(cells, widths)) + " |")
+        if i == 0:
+            print("|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+    if args.json:
+        write_json(args.json, dict(title=title, **where, rows=rows))
+
+
+# -----------------------------------------------------------------------------
+# decode: latency of a token
+
+class Decoder:
+    """A model with a full cache of `context` positions, of which it decodes the last one again and again."""
+
+    def __init__(self, model, batch, context, device):
+        self.model = model
+        self.position = range(context - 1, context)
+        self.kv = KVCache(model.config, batch, context, device, model.compute_dtype, rolling=True)
+        for tensor in self.kv.k + self.kv.v:
+            tensor.normal_()
+        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.memory = None
+
+    def decode(self, tokens):
+        """One forward, logits and argmax for each of so many tokens; token and memory are carried along."""
+        for _ in range(tokens):
+            hidden, source = self.model(self.token, self.position, self.kv, self.memory)
+            if self.model.config.lrt != "none":
+                self.memory = source
+            self.token = self.model.logits(hidden).argmax(-1)
+
+def decode_models(args, device):
+    """One model of each kind, of the same sizes: a dict by name."""
+    heads = max(args.width // 64, 1)
+    sizes = dict(
+        sequence_len=max(args.context), vocab_size=args.vocab_size, n_layer=args.depth,
+        n_head=heads, n_kv_head=heads, n_embd=args.width)
+    configs = {lrt: GPTConfig(**sizes, lrt=lrt) for lrt in ("none", "shared", "layerwise")}
+    configs["recurrent"] = RecurrentConfig(**sizes)
+    models = {}
+    for name, config in configs.items():
         torch.manual_seed(0)
-        graphs.clear()  # so that what they keep counts in every row
-        heads = max(args.width // 64, 1)
-        config = dict(sequence_len=T, vocab_size=1, n_layer=1, n_head=heads, n_kv_head=heads, n_embd=args.width)
         with torch.device(device):
-            plain, recurrent = GPT(GPTConfig(**config)), GPT(GPTConfig(**config, arch="recurrent"))
-            for p in [*plain.h.parameters(), *recurrent.h.parameters()]:
-                torch.nn.init.normal_(p, std=args.width**-0.5)
-            x, value_embed = (torch.randn(batch, T, args.width, dtype=dtype).requires_grad_() for _ in range(2))
-        rotary = plain.cos[:T], plain.sin[:T]
-        forms = {
-            "plain": lambda: plain.h[0](x, value_embed, None, rotary, range(T), T, KVBuffer(1)),
-            "tiled": lambda: tiled(*recurrent.h[0].arguments(x, value_embed, rotary))[0],
-            "uncaptured": lambda: tiled(*recurrent.h[0].arguments(x, value_embed, rotary), capture=False)[0],
-            "reference": lambda: reference(*recurrent.h[0].arguments(x, value_embed, rotary))[0],
-        }
-        if T > args.reference_up_to:
-            del forms["reference"]
-        if not gpu:
-            del forms["uncaptured"]
-        def step(form):
-            forms[form]().sum().backward()
-        read = {"plain": None, "tiled": keys_read(T, T), "uncaptured": keys_read(T, T), "reference": T * (T - 1) // 2}
-        memory = {form: [saved_bytes(work, [*plain.parameters(), *recurrent.parameters()]),
-                         peak_bytes(device, lambda: [step(form) for _ in range(3 if gpu else 1)])]  # the second captures
-                  for form, work in forms.items()}
-        times = {form: [] for form in forms}
-        for _ in range(args.repeats):
-            for form in forms:
-                times[form].append(1000 * clock(device, lambda: step(form)))
-        for form in forms:
-            saved, peak = (None if n is None else round(n / 2**20, 1) for n in memory[form])
-            rows.append(dict(T=T, form=form, ms=statistics.median(times[form]), over_plain=statistics.median(
-                a / b for a, b in zip(times[form], times["plain"])), saved_mib=saved, peak_mib=peak, keys_read=read[form]))
-    report(args, device, f"recurrent: one layer of width {args.width}, batch {batch}, forward and backward", rows)
+            models[name] = build_model(config)
+        models[name].compute_dtype = compute_dtype(device)
+    return models
 
 @torch.no_grad()
-def one_at_a_time(model, example, use_memory):
-    """The field's habit: one forward over all choices of an example, padded on the right, and the losses of all positions."""
-    rows = [torch.cat([torch.from_numpy(example.prefix), torch.from_numpy(tail)]) for tail in example.tails]
+def bench_decode(args, device):
+    """Milliseconds a token for each batch size and context, on a full cache."""
+    models = decode_models(args, device)
+    rows = []
+    for batch in args.batch:
+        for context in args.context:
+            works = {}
+            for name, model in models.items():
+                decoder = Decoder(model, batch, context, device)
+                decoder.decode(2)  # warm up; from the second token on there is a memory
+                works[name] = partial(decoder.decode, args.tokens)
+
+            times = take_turns(device, works, args.repeats)
+            for name, seconds in times.items():
+                per_token = [1000 * t / args.tokens for t in seconds]
+                low, _, high = statistics.quantiles(per_token, n=4)
+                rows.append(dict(
+                    batch=batch,
+                    context=context,
+                    model=name,
+                    ms_per_token=statistics.median(per_token),
+                    quartiles=f"{low:.3f}-{high:.3f}",
+                    over_none=round(median_ratio(seconds, times["none"]), 3),
+                ))
+    title = f"decode: depth {args.depth}, width {args.width}, vocabulary {args.vocab_size}"
+    report(args, device, title, rows)
+
+
+# -----------------------------------------------------------------------------
+# prefill: parallel against token by token
+
+def new_cache(model, idx):
+    """An empty cache for tokens idx (B, T)."""
+    return KVCache(model.config, *idx.shape, idx.device, model.compute_dtype or model.wte.weight.dtype)
+
+def token_by_token(model, idx):
+    """Logits (B, 1, vocab) behind the last of tokens idx (B, T), decoded one after the other."""
+    kv = new_cache(model, idx)
+    memory = None
+    for t in range(idx.size(1)):
+        hidden, source = model(idx[:, t:t + 1], range(t, t + 1), kv, memory)
+        if model.config.lrt != "none":
+            memory = source
+    return model.logits(hidden)
+
+def in_parallel(model, idx, subsets):
+    """The same by parallel prefill, and the number of sweeps that it took."""
+    hidden, _, sweeps = prefill(model, idx, new_cache(model, idx), subsets)
+    return model.logits(hidden[:, -1:]), sweeps
+
+@torch.no_grad()
+def bench_prefill(args, device):
+    """
+    Sweeps and seconds of exact parallel prefill against decoding token by token, on validation text of
+    several lengths, and the largest difference of their logits.
+    """
+    rows = []
+    for run in args.checkpoint or [None]:
+        path = find_checkpoint(run)
+        checkpoint = load_checkpoint(path)
+        model = load_model(checkpoint, device)
+        data = open_data(args.data or checkpoint["args"]["data"], verify=False)
+        context = model.config.sequence_len
+        lengths = [T for T in (128, 256, 512, 1024, 2048, 4096) if T < context] + [context]
+        for T in lengths:
+            idx = first_rows(data.val, T, args.batch)[:, :T].to(device)
+
+            # once without the clock: what they compute
+            exact = token_by_token(model, idx)
+            sweeps, error = {}, {}
+            for S in args.subsets:
+                logits, sweeps[S] = in_parallel(model, idx, S)
+                error[S] = (logits - exact).abs().max().item()
+
+            works = {"serial": partial(token_by_token, model, idx)}
+            works |= {S: partial(in_parallel, model, idx, S) for S in args.subsets}
+            times = take_turns(device, works, args.repeats)
+            for S in args.subsets:
+                rows.append(dict(
+                    run=path.parent.name,
+                    T=T,
+                    S=S,
+                    sweeps=sweeps[S],
+                    seconds=statistics.median(times[S]),
+                    token_by_token=statistics.median(times["serial"]),
+                    error=error[S],
+                    speedup=median_ratio(times["serial"], times[S]),
+                ))
+    report(args, device, f"prefill: batch {args.batch}", rows)
+
+
+# -----------------------------------------------------------------------------
+# step: a training step
+
+class Variant(NamedTuple):
+    """What a training step is measured with."""
+    lrt: str
+    subsets: int
+    checkpointing: bool = False  # activation checkpointing
+    forward_passes: int = 0
+
+def training_step(args, device, variant):
+    """
+    One training step of a variant as train.py does it, on random tokens. Returns two functions, one that
+    computes the gradients and one that applies them, and the FLOPs of the step by count.
+    """
+    # a model and a batch
+    torch.manual_seed(0)
+    head_dim = 64 if args.width % 128 else 128
+    heads = max(args.width // head_dim, 1)
+    config = GPTConfig(
+        sequence_len=args.context, vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads,
+        n_kv_head=heads, n_embd=args.width, window_pattern=args.window_pattern, lrt=variant.lrt)
+    with torch.device(device):
+        model = build_model(config)
+        idx = torch.randint(args.vocab_size, (args.batch, args.context))
+    model.compute_dtype = compute_dtype(device)
+    model.recompute = variant.checkpointing and not args.compile
+
+    # its step and its optimizers
+    if variant.lrt == "none":
+        schedule = Schedule("plain")
+    else:
+        schedule = Schedule(subsets=variant.subsets, forward_passes=variant.forward_passes)
+    step = TrainStep(model, schedule)
+    optimizers = make_optimizers(model, OptimizerConfig(), batch_scale=1.0)
+    if args.compile:
+        # the compiler chooses what to compute again; this is the share of activations that it keeps
+        torch._functorch.config.activation_memory_budget = 0.2 if variant.checkpointing else 1.0
+        step = torch.compile(step, dynamic=False)
+
+    def compute_gradients():
+        loss, _ = step(idx, idx)
+        loss.backward()
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return compute_gradients, update, schedule.flops_per_token(model, args.context) * idx.numel()
+
+def send_peak_memory(pipe, args, variant):
+    """Run in a child process: send the peak resident memory of two steps, above that of torch alone."""
+    torch.ones(64, 64) @ torch.ones(64, 64)  # load the libraries that every process loads
+    before = resident("VmRSS")
+    compute_gradients, update, _ = training_step(args, torch.device("cpu"), variant)
+    for _ in range(2):
+        compute_gradients()
+        update()
+    pipe.send(resident("VmHWM") - before)
+
+def peak_memory_in_child(args, variant):
+    """Peak resident memory of a variant's step in bytes, measured in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe()
+    child = context.Process(target=send_peak_memory, args=(sender, args, variant))
+    child.start()
+    sender.close()
+    peak = receiver.recv()
+    child.join()
+    return peak
+
+def measure_steps_on_cpu(args, device, variants):
+    """
+    All variants in one process, taking turns, and the memory of each in a child process. Returns three dicts
+    by variant: (seconds of the gradients, seconds of the update) of every repeat; FLOPs; bytes of memory.
+    """
+    works, flops = {}, {}
+    for variant in variants:
+        compute_gradients, update, flops[variant] = training_step(args, device, variant)
+        compute_gradients()
+        update()
+        works[variant, "gradients"] = compute_gradients
+        works[variant, "update"] = update
+    seconds = take_turns(device, works, args.repeats)
+    times = {v: list(zip(seconds[v, "gradients"], seconds[v, "update"])) for v in variants}
+
+    del works, compute_gradients, update  # the models, before the child processes need memory
+    memory = {variant: peak_memory_in_child(args, variant) for variant in variants}
+    return times, flops, memory
+
+def measure_steps_on_gpu(args, device, variants):
+    """
+    The same three dicts on a GPU, which holds one variant at a time; its timings are steady. The baseline
+    comes first and last.
+    """
+    times, flops, memory = {variant: [] for variant in variants}, {}, {}
+    for variant in [*variants, variants[0]]:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        compute_gradients, update, flops[variant] = training_step(args, device, variant)
+        for _ in range(3):
+            compute_gradients()
+            update()
+        for _ in range(args.repeats):
+            times[variant].append((clock(device, compute_gradients), clock(device, update)))
+        memory[variant] = torch.cuda.max_memory_allocated()
+        del compute_gradients, update
+    return times, flops, memory
+
+def seconds_to_load(args, device):
+    """Seconds that loading a batch from a shard on disk takes, the median of 20."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shard.npy"
+        tokens = np.random.default_rng(0).integers(args.vocab_size, size=10**7)
+        np.save(path, tokens.astype(np.uint16))
+        data = Rows([np.load(path, mmap_mode="r")], args.context, seed=0)
+        loads = [partial(data.batch, i * args.batch, args.batch, device) for i in range(20)]
+        return statistics.median(clock(device, load) for load in loads)
+
+def bench_step(args, device):
+    """
+    Time, memory and FLOPs of a training step: the baseline; shared and layerwise with each S; one with
+    activation checkpointing; and two whose first pass runs forward only. With S = 1, where a pass over all
+    positions follows, that first pass ends at the source layer.
+    """
+    gpu = device.type == "cuda"
+
+    # sizes that were not given
+    if args.depth is None:
+        args.depth = 12 if gpu else 4
+    if gpu:
+        sizes = dict(
+            width=64 * args.depth, vocab_size=32768, context=2048, window_pattern="SSSL", compile=True)
+    else:
+        sizes = dict(width=128, vocab_size=4096, context=256, window_pattern="L", compile=False)
+    for name, size in sizes.items():
+        if getattr(args, name) is None:
+            setattr(args, name, size)
+
+    baseline = Variant("none", subsets=1)
+    few = min(2, max(args.subsets))
+    variants = [baseline]
+    for lrt in ("shared", "layerwise"):
+        variants += [Variant(lrt, S) for S in args.subsets]
+    variants.append(Variant("shared", few, checkpointing=True))
+    variants.append(Variant("shared", few, forward_passes=1))
+    variants.append(Variant("shared", 1, forward_passes=1))
+
+    measure = measure_steps_on_gpu if gpu else measure_steps_on_cpu
+    times, flops, memory = measure(args, device, variants)
+
+    peak = peak_flops(device)
+    whole_steps = {v: [gradients + update for gradients, update in times[v]] for v in variants}
+    base_seconds = statistics.median(whole_steps[baseline])
+    rows = []
+    for v in variants:
+        low, _, high = statistics.quantiles(whole_steps[v], n=4)
+        seconds = statistics.median(whole_steps[v])
+        if gpu:
+            over_none = seconds / base_seconds
+        else:
+            over_none = median_ratio(whole_steps[v], whole_steps[baseline])
+        rows.append(dict(
+            lrt=v.lrt,
+            S=0 if v == baseline else v.subsets,
+            checkpointing=v.checkpointing,
+            forward_passes=v.forward_passes,
+            step_ms=1000 * seconds,
+            quartiles=f"{1000 * low:.0f}-{1000 * high:.0f}",
+            over_none=round(over_none, 3),
+            update_ms=1000 * statistics.median(update for _, update in times[v]),
+            tokens_per_s=round(args.batch * args.context / seconds),
+            peak_MiB=round(memory[v] / MIB),
+            memory_over_none=round(memory[v] / max(memory[baseline], 1), 3),
+            TFLOP=flops[v] / 1e12,
+            mfu=f"{100 * flops[v] / seconds / peak:.1f}%" if peak else "?",
+        ))
+
+    compiled = "compiled" if args.compile else "eager"
+    title = (
+        f"step: depth {args.depth}, width {args.width}, vocabulary {args.vocab_size}, {args.batch} rows of "
+        f"{args.context}, windows {args.window_pattern}, {compiled}; "
+        f"loading a batch {1000 * seconds_to_load(args, device):.2f} ms")
+    report(args, device, title, rows)
+
+
+# -----------------------------------------------------------------------------
+# recurrent: one layer of the Recurrent Transformer
+
+def layer_forms(args, device, T):
+    """
+    One layer's forward pass over T tokens in each of its forms, a dict of functions; how many keys of a head
+    each reads from memory; and the parameters.
+    """
+    # a plain and a recurrent model of one layer, and inputs for that layer
+    torch.manual_seed(0)
+    heads = max(args.width // 64, 1)
+    sizes = dict(
+        sequence_len=T, vocab_size=1, n_layer=1, n_head=heads, n_kv_head=heads, n_embd=args.width)
+    with torch.device(device):
+        plain = build_model(GPTConfig(**sizes))
+        recurrent = build_model(RecurrentConfig(**sizes))
+        for parameter in [*plain.h.parameters(), *recurrent.h.parameters()]:
+            torch.nn.init.normal_(parameter, std=args.width**-0.5)
+        shape, dtype = (args.batch, T, args.width), compute_dtype(device)
+        x = torch.randn(shape, dtype=dtype).requires_grad_()
+        value_embed = torch.randn(shape, dtype=dtype).requires_grad_()
+    rotary = plain.cos[:T], plain.sin[:T]
+    plain_layer, recurrent_layer = plain.h[0], recurrent.h[0]
+
+    def run_plain():
+        return plain_layer(x, value_embed, None, rotary, range(T), T, KVBuffer(1))
+
+    def run_tiled(**options):
+        return tiled(*recurrent_layer.arguments(x, value_embed, rotary), **options)[0]
+
+    def run_reference():
+        return reference(*recurrent_layer.arguments(x, value_embed, rotary))[0]
+
+    forms = {"plain": run_plain, "tiled": run_tiled}
+    if device.type == "cuda":
+        forms["uncaptured"] = partial(run_tiled, capture=False)
+    if T <= args.reference_up_to:
+        forms["reference"] = run_reference
+    read = {
+        "plain": None,  # one kernel: not counted
+        "tiled": keys_read(T, T),
+        "uncaptured": keys_read(T, T),
+        "reference": T * (T - 1) // 2,
+    }
+    return forms, read, [*plain.parameters(), *recurrent.parameters()]
+
+def forward_and_backward(form, times=1):
+    for _ in range(times):
+        form().sum().backward()
+
+def bench_recurrent(args, device):
+    """
+    One layer, forward and backward: a plain one; a recurrent one by tiles, on a GPU with and without capture
+    as CUDA graphs; and a recurrent one by autograd over t. Beside time and memory, how many keys of a head
+    (and as many values) the forward pass reads from memory: tiles, or one row a position.
+    """
+    gpu = device.type == "cuda"
+    contexts = args.context or [128, 256, 512, 1024]
+    if gpu and not args.context:
+        contexts.append(2048)
+    rows = []
+    for T in contexts:
+        graphs.clear()  # so that every T counts the memory of its own graphs
+        forms, read, parameters = layer_forms(args, device, T)
+
+        # memory first; on a GPU the second of three steps captures the graphs
+        saved, peak = {}, {}
+        for name, form in forms.items():
+            saved[name] = saved_bytes(form, parameters)
+            peak[name] = peak_bytes(device, partial(forward_and_backward, form, times=3 if gpu else 1))
+
+        works = {name: partial(forward_and_backward, form) for name, form in forms.items()}
+        times = take_turns(device, works, args.repeats)
+        for name in forms:
+            rows.append(dict(
+                T=T,
+                form=name,
+                ms=1000 * statistics.median(times[name]),
+                over_plain=median_ratio(times[name], times["plain"]),
+                saved_mib=round(saved[name] / MIB, 1),
+                peak_mib=None if peak[name] is None else round(peak[name] / MIB, 1),
+                keys_read=read[name],
+            ))
+    title = f"recurrent: one layer of width {args.width}, batch {args.batch}, forward and backward"
+    report(args, device, title, rows)
+
+
+# -----------------------------------------------------------------------------
+# core: CORE in batches
+
+@torch.no_grad()
+def score_alone(model, example, use_memory):
+    """
+    Score an example as most evaluators do: one forward over all its choices, padded on the right, and the
+    losses of all positions. Returns the mean loss of each choice over its scored tokens.
+    """
+    rows = []
+    for tail in example.tails:
+        rows.append(torch.cat([torch.from_numpy(example.prefix), torch.from_numpy(tail)]))
     idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.wte.weight.device)
     if use_memory:
-        kv = KVCache(model.config, *idx.shape, idx.device, model.compute_dtype or model.wte.weight.dtype)
-        hidden, _, _ = prefill(model, idx, kv)
+        hidden, _, _ = prefill(model, idx, new_cache(model, idx))
     else:
         hidden, _ = model(idx, range(idx.size(1)), KVBuffer(model.config.n_layer))
     logits = model.logits(hidden[:, :-1])
     losses = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(len(rows), -1)
-    means = [losses[c, start - 1:len(row) - 1].mean().item() for c, (row, start) in enumerate(zip(rows, example.starts))]
-    return means, logits.argmax(-1)
+    logits.argmax(-1)  # an evaluator needs it, too: its time counts
+    means = []
+    for choice, (row, start) in enumerate(zip(rows, example.starts)):
+        means.append(losses[choice, start - 1:len(row) - 1].mean().item())
+    return means
+
+def score_all_alone(model, examples, use_memory):
+    """The losses of all choices of these examples, one example at a time."""
+    losses = []
+    for example in examples:
+        losses += score_alone(model, example, use_memory)
+    return losses
+
+def score_in_batches(model, examples, use_memory, budget):
+    """The losses of all choices of these examples, in batches of at most `budget` positions."""
+    by_index = {}
+    for batch in batches(examples, budget):
+        for example, (losses, _, _) in zip(batch, score(model, batch, use_memory)):
+            by_index[example.index] = losses
+    in_order = []
+    for example in examples:
+        in_order += by_index[example.index]
+    return in_order
 
 @torch.no_grad()
 def bench_core(args, device):
     """
-    Examples a second of every CORE task in the bundle, in batches and one at a time, on the same examples and taking turns.
-    Tokenizing is not counted on either side. The last rows are all tasks, each weighed with all the examples it has.
+    Examples a second of every CORE task in the bundle, in batches and one at a time, on the same examples
+    and in turns. Tokenizing is not counted on either side. The last rows are all tasks, each weighted by the
+    number of its examples.
     """
     path = find_checkpoint(args.checkpoint)
-    checkpoint = load_checkpoint(path)
-    model, tokenizer, tasks = load_model(checkpoint, device), load_tokenizer(path.parent), load_tasks(args.bundle)
-    context, rows, totals = model.config.sequence_len, [], {}
-    for task in tasks:
-        examples = [make_example(task, i, tokenizer, context) for i in range(min(args.examples, len(task.examples)))]
-        for use_memory in (True, False) if model.config.lrt != "none" else (False,):
-            def alone():
-                found["alone"] = [loss for e in few for loss in one_at_a_time(model, e, use_memory)[0]]
-            def batched():
-                scored = {e.index: x for batch in batches(examples, args.batch * context)
-                          for e, x in zip(batch, score(model, batch, use_memory))}
-                found["batched"] = [loss for e in few for loss in scored[e.index][0]]
-            few, found, times = examples[:args.alone], {}, []
-            for _ in range(args.repeats):  # taking turns
-                times.append((clock(device, alone) / len(few), clock(device, batched) / len(examples)))
-            slow, fast = (statistics.median(x) for x in zip(*times))
-            apart = max(abs(a - b) for a, b in zip(*found.values()))
-            rows.append(dict(task=task.name, memory=use_memory, one_at_a_time=1 / slow, batched=1 / fast,
-                             speedup=statistics.median(a / b for a, b in times), apart=apart))
-            n, alone_s, batched_s, most = totals.get(use_memory, (0, 0.0, 0.0, 0.0))
-            totals[use_memory] = (n + len(task.examples), alone_s + slow * len(task.examples), batched_s + fast * len(task.examples),
-                                  max(most, apart))
-    for use_memory, (n, slow, fast, apart) in totals.items():
-        rows.append(dict(task="all", memory=use_memory, one_at_a_time=n / slow, batched=n / fast, speedup=slow / fast, apart=apart))
-    report(args, device, f"core: {path.parent.name}, context {context}, examples a second, batches of {args.batch} rows", rows)
+    model = load_model(load_checkpoint(path), device)
+    tokenizer = load_tokenizer(path.parent)
+    context = model.config.sequence_len
+    budget = args.batch * context
+    with_and_without = (False,) if model.config.lrt == "none" else (True, False)
 
-def main():
+    rows = []
+    totals = {m: dict(examples=0, alone=0.0, batched=0.0, apart=0.0) for m in with_and_without}
+    for task in load_tasks(args.bundle):
+        n = min(args.examples, len(task.examples))
+        examples = [make_example(task, i, tokenizer, context) for i in range(n)]
+        few = examples[:args.alone]
+        for use_memory in with_and_without:
+            alone = partial(score_all_alone, model, few, use_memory)
+            batched = partial(score_in_batches, model, examples, use_memory, budget)
+            seconds = take_turns(device, dict(alone=alone, batched=batched), args.repeats)
+            per_example_alone = [t / len(few) for t in seconds["alone"]]
+            per_example_batched = [t / len(examples) for t in seconds["batched"]]
+            slow = statistics.median(per_example_alone)
+            fast = statistics.median(per_example_batched)
+            # the examples that went through one at a time are the first of those in batches
+            apart = max(abs(a - b) for a, b in zip(alone(), batched()))
+            rows.append(dict(
+                task=task.name,
+                memory=use_memory,
+                one_at_a_time=1 / slow,
+                batched=1 / fast,
+                speedup=median_ratio(per_example_alone, per_example_batched),
+                apart=apart,
+            ))
+            total = totals[use_memory]
+            total["examples"] += len(task.examples)
+            total["alone"] += slow * len(task.examples)
+            total["batched"] += fast * len(task.examples)
+            total["apart"] = max(total["apart"], apart)
+
+    for use_memory, total in totals.items():
+        rows.append(dict(
+            task="all",
+            memory=use_memory,
+            one_at_a_time=total["examples"] / total["alone"],
+            batched=total["examples"] / total["batched"],
+            speedup=total["alone"] / total["batched"],
+            apart=total["apart"],
+        ))
+    title = f"core: {path.parent.name}, context {context}, examples a second, batches of {args.batch} rows"
+    report(args, device, title, rows)
+
+
+# -----------------------------------------------------------------------------
+# The command
+
+def make_parser():
     parser = ArgumentParser(description="Timings and counts, measured side by side in one process.")
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
+
     def command(run, name, about):
         p = commands.add_parser(name, help=about, description=about)
         p.set_defaults(run=run)
@@ -363,9 +643,12 @@ def main():
         p.add_argument("--repeats", type=int, default=9, help="measurements of each variant, taking turns")
         return p
 
-    p = command(bench_step, "step", "time and memory of a training step: none, shared and layerwise, S = 1, 2, 4, 8 (defaults: CPU, GPU)")
+    p = command(bench_step, "step",
+                "time and memory of a training step: none, shared and layerwise, S = 1, 2, 4, 8 "
+                "(defaults: CPU, GPU)")
     p.add_argument("--depth", type=int, help="layers (4, 12)")
-    p.add_argument("--width", type=int, help="heads of 128, or of 64 if they do not fit (128, 64 times the depth)")
+    p.add_argument("--width", type=int,
+                   help="heads of 128, or of 64 if they do not fit (128, 64 times the depth)")
     p.add_argument("--vocab-size", type=int, help="vocabulary (4096, 32768)")
     p.add_argument("--batch", type=int, default=16, help="rows")
     p.add_argument("--context", type=int, help="tokens a row (256, 2048)")
@@ -382,7 +665,8 @@ def main():
     p.add_argument("--tokens", type=int, default=8, help="tokens a measurement")
 
     p = command(bench_prefill, "prefill", "exact parallel prefill against token by token")
-    p.add_argument("--checkpoint", nargs="+", metavar="PATH", help="trained runs (default: the newest in runs/)")
+    p.add_argument("--checkpoint", nargs="+", metavar="PATH",
+                   help="trained runs (default: the newest in runs/)")
     p.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
     p.add_argument("--batch", type=int, default=1, help="rows at a time")
     p.add_argument("--subsets", type=int, nargs="+", default=[1, 2, 4], help="subsets a sweep")
@@ -391,25 +675,40 @@ def main():
     p.add_argument("--checkpoint", metavar="PATH", help="trained run (default: the newest in runs/)")
     p.add_argument("--bundle", metavar="DIR", help="folder with core.yaml (default: downloaded once)")
     p.add_argument("--batch", type=int, default=64, help="rows of the context's length at a time")
-    p.add_argument("--examples", type=int, default=64, help="examples of each task that go through in batches")
+    p.add_argument("--examples", type=int, default=64,
+                   help="examples of each task that go through in batches")
     p.add_argument("--alone", type=int, default=8, help="examples of them that go through one at a time")
 
-    p = command(bench_recurrent, "recurrent", "a layer of the Recurrent Transformer: tiled, by autograd over t, and a plain one")
+    p = command(bench_recurrent, "recurrent",
+                "a layer of the Recurrent Transformer: tiled, by autograd over t, and a plain one")
     p.add_argument("--batch", type=int, default=4, help="rows at a time")
     p.add_argument("--width", type=int, default=128, help="width, heads of 64")
-    p.add_argument("--context", type=int, nargs="+", help="tokens a row (128 256 512 1024, and 2048 on a GPU)")
-    p.add_argument("--reference-up-to", type=int, default=1024, help="leave out autograd over t for more tokens: its memory grows with their square")
+    p.add_argument("--context", type=int, nargs="+",
+                   help="tokens a row (128 256 512 1024, and 2048 on a GPU)")
+    p.add_argument("--reference-up-to", type=int, default=1024,
+                   help="leave out autograd over t for more tokens: its memory grows with their square")
+    return parser
 
-    args, least = parser.parse_args(), dict(repeats=2, width=2)
+def check_sizes(args):
+    """
+    Raise UserError for a number below 1; below 2 for the repeats, of which there are quartiles, and for the
+    width, as rotary embedding rotates pairs.
+    """
+    least = dict(repeats=2, width=2)
     for name, value in vars(args).items():
-        for x in value if isinstance(value, list) else [value]:
-            if type(x) is int and x < least.get(name, 1):
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least.get(name, 1)}, not {x}")
+        low = least.get(name, 1)
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) is int and number < low:  # a bool is no number here
+                raise UserError(f"{flag(name)} must be at least {low}, not {number}")
+
+def main():
+    args = make_parser().parse_args()
+    check_sizes(args)
     check_folder(args.json)
     try:
         args.run(args, pick_device(args.device))
     except ValueError as e:  # sizes of which no model can be built
-        raise UserError(e)
+        raise UserError(e) from e
 
 if __name__ == "__main__":
     run_main(main)

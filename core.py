@@ -1,14 +1,19 @@
 """
-CORE: the 22 tasks of DCLM (arXiv 2406.11794), scored with the memory the model really has: prompts go through exact parallel
-prefill, and choices continue from the memory that their shared part left. `eval_core.py --eval core` is the command.
+CORE, the mean over 22 tasks of DCLM (arXiv 2406.11794), scored with the memory that the model really has:
+prompts go through exact parallel prefill, and the choices of an example continue from the memory that their
+shared beginning left. The command is `eval_core.py --eval core`.
 
-Prompts get a BOS token in front. Multiple choice: the choices share a prefix; schema: a suffix; the choice with the lowest mean
-loss over the part that differs (multiple choice) or is shared (schema) wins. Language modeling: right when every token of the
-continuation is the argmax. Prompts longer than the context keep their last tokens. Centered = (accuracy - baseline) / (1 -
-baseline); CORE = mean of the 22 centered accuracies.
+Every prompt starts with BOS. There are three kinds of tasks:
+
+    multiple choice     the choices follow a shared beginning; the one with the lowest mean loss is the answer
+    schema              the choices come before a shared end, whose mean loss decides in the same way
+    language modeling   the answer is right if every token of the continuation is the argmax
+
+Prompts longer than the context keep their last tokens. The centered accuracy of a task is
+(accuracy - baseline) / (1 - baseline), where the baseline is the accuracy of guessing. CORE is the mean of
+the 22 centered accuracies.
 """
 
-import contextlib
 import csv
 import hashlib
 import json
@@ -20,61 +25,85 @@ import stat
 import zipfile
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from common import UserError, from_rank_0, lock, rank_and_world_size, sha256_file, write_atomic, write_json
+from dataset import BOS
 from interleave import prefill
-from model import KVCache
-from prepare_data import UserError, download, lock, sha256_file, write_atomic, write_json
-
+from prepare_data import download
+from sample import new_cache
 
 # -----------------------------------------------------------------------------
 # The bundle
 
 # the 22 tasks whose mean is the score; a bundle may have fewer, and then there is no CORE
-CORE = ("hellaswag_zeroshot", "jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "copa", "commonsense_qa", "piqa",
-        "openbook_qa", "lambada_openai", "hellaswag", "winograd", "winogrande", "bigbench_dyck_languages", "agi_eval_lsat_ar",
-        "bigbench_cs_algorithms", "bigbench_operators", "bigbench_repeat_copy_logic", "squad", "coqa", "boolq",
-        "bigbench_language_identification")
-BUNDLE, BUNDLE_URL = Path("data_core/eval_bundle"), "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+CORE = (
+    "hellaswag_zeroshot", "jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "copa",
+    "commonsense_qa", "piqa", "openbook_qa", "lambada_openai", "hellaswag", "winograd", "winogrande",
+    "bigbench_dyck_languages", "agi_eval_lsat_ar", "bigbench_cs_algorithms", "bigbench_operators",
+    "bigbench_repeat_copy_logic", "squad", "coqa", "boolq", "bigbench_language_identification",
+)
+BUNDLE = Path("data_core/eval_bundle")
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 BUNDLE_BYTES = 2**30  # an archive that claims to unpack to more is not the bundle
+
+# the kinds of tasks, and what their examples have: two texts for language modeling; otherwise a text, a list
+# of texts, and the number of the right one under the key `gold`
+KINDS = {
+    "multiple_choice": ("query", "choices"),
+    "schema": ("continuation", "context_options"),
+    "language_modeling": ("context", "continuation"),
+}
 
 @dataclass
 class Task:
     name: str
-    kind: str  # multiple_choice | schema | language_modeling
-    shots: int  # examples in front of each prompt
+    kind: str  # a key of KINDS
+    shots: int  # few-shot examples in front of each prompt
     delimiter: str  # between a question and its answer
     baseline: float  # accuracy of guessing
-    sha256: str  # of all that decides the result but the model
-    examples: list  # dicts in the established order; their keys are those of KINDS
+    sha256: str  # of everything that decides the result beside the model
+    examples: list  # dicts with the keys that KINDS names, in the established order
 
-KINDS = {"multiple_choice": ("query", "choices"), "schema": ("continuation", "context_options"), "language_modeling": ("context", "continuation")}
+def check_members(archive, z, folder):
+    """Raise UserError unless the open archive z would put nothing but plain files into the folder."""
+    if sum(info.file_size for info in z.infolist()) > BUNDLE_BYTES:
+        megabytes = BUNDLE_BYTES >> 20
+        raise UserError(f"{archive} unpacks to more than {megabytes} MB: it is not the CORE bundle")
+    for info in z.infolist():
+        is_link = stat.S_ISLNK(info.external_attr >> 16)
+        is_inside = (folder / info.filename).resolve().is_relative_to(folder.resolve())
+        if is_link or not is_inside or "\\" in info.filename:
+            raise UserError(f"{archive} wants to write {info.filename!r}, outside its folder: "
+                            "nothing was unpacked")
 
 def unpack(archive, folder):
-    """Unpack a zip of the bundle into the new folder, all of it or nothing. UserError for anything but plain files inside it."""
+    """
+    Unpack a zip archive of the bundle into the new folder, all of it or nothing. Raises UserError for
+    anything but plain files inside it.
+    """
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         with zipfile.ZipFile(archive) as z:
-            if sum(info.file_size for info in z.infolist()) > BUNDLE_BYTES:
-                raise UserError(f"{archive} unpacks to more than {BUNDLE_BYTES >> 20} MB: it is not the CORE bundle")
+            check_members(archive, z, tmp)
             for info in z.infolist():
-                target = (tmp / info.filename).resolve()
-                if stat.S_ISLNK(info.external_attr >> 16) or "\\" in info.filename or not target.is_relative_to(tmp.resolve()):
-                    raise UserError(f"{archive} wants to write {info.filename!r}, outside its folder: nothing was unpacked")
-            for info in z.infolist():
-                if not info.is_dir():
-                    target = tmp / info.filename
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with z.open(info) as source, open(target, "wb") as f:  # compares the checksum at the end
-                        shutil.copyfileobj(source, f)
+                if info.is_dir():
+                    continue
+                target = tmp / info.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with z.open(info) as source, open(target, "wb") as f:  # compares the checksum at the end
+                    shutil.copyfileobj(source, f)
         inside = tmp / "eval_bundle" if (tmp / "eval_bundle").is_dir() else tmp
         if not (inside / "core.yaml").is_file():
             raise UserError(f"{archive} has no core.yaml: it is not the CORE bundle")
@@ -85,79 +114,115 @@ def unpack(archive, folder):
         shutil.rmtree(tmp, ignore_errors=True)
 
 def fetch_bundle(folder=BUNDLE, url=BUNDLE_URL):
-    """Download and unpack the bundle, unless it is there; what was begun is continued. Raises UserError."""
+    """
+    Download and unpack the bundle, unless the folder is there. A download that was cut short is continued.
+    Raises UserError.
+    """
     if folder.is_dir():
         return
+
     def check(path):
         if not zipfile.is_zipfile(path):
             raise UserError("it is not a zip archive")
+
     with lock(folder.parent, "download of the CORE bundle"):
-        archive = download(url, folder.parent / "eval_bundle.zip", check, "a zip archive", "get the bundle elsewhere and give --bundle DIR")
+        archive = download(url, folder.parent / "eval_bundle.zip", check, "a zip archive",
+                           "get the bundle elsewhere and give --bundle DIR")
         try:
             unpack(archive, folder)
         finally:
             archive.unlink()
 
+def check_example(example, kind):
+    """Raise KeyError or TypeError unless this value, read from JSON, is an example of this kind of task."""
+    texts = [example[key] for key in KINDS[kind]]
+    if kind != "language_modeling":
+        options = texts.pop()
+        if not isinstance(options, list) or not 0 <= example["gold"] < len(options):
+            raise TypeError
+        texts += options
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError
+
 def read_examples(path, kind, shots):
-    """The examples of a .jsonl file in the established order. Raises UserError with the line of a bad one."""
-    def is_good(x):
-        texts = [x[key] for key in KINDS[kind]]
-        options = texts.pop() if kind != "language_modeling" else None
-        return all(isinstance(text, str) for text in texts + (options or [])) and (options is None or 0 <= x["gold"] < len(options))
+    """
+    The examples of a .jsonl file, shuffled into the established order. Raises UserError with the line of a
+    bad one.
+    """
     examples = []
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
-                examples.append(json.loads(line))
-                if not is_good(examples[-1]):
-                    raise TypeError
-            except (KeyError, TypeError):
-                raise UserError(f"{path} line {n}: a {kind} example has {' and '.join(KINDS[kind])}"
-                                + (" as text" if kind == "language_modeling" else " as texts, and gold, the number of the right one"))
+                example = json.loads(line)
+                check_example(example, kind)
+            except (KeyError, TypeError) as e:
+                keys = " and ".join(KINDS[kind])
+                has = f"{path} line {n}: a {kind} example has {keys}"
+                if kind == "language_modeling":
+                    raise UserError(f"{has} as text") from e
+                raise UserError(f"{has} as texts, and gold, the number of the right one") from e
             except (ValueError, RecursionError) as e:
-                raise UserError(f"{path} line {n}: not valid JSON ({e})")
+                raise UserError(f"{path} line {n}: not valid JSON ({e})") from e
+            examples.append(example)
     if len(examples) <= shots:
-        raise UserError(f"{path} has {len(examples)} examples: {shots}-shot prompts need at least {shots + 1}")
+        raise UserError(f"{path} has {len(examples)} examples: "
+                        f"{shots}-shot prompts need at least {shots + 1}")
     random.Random(1337).shuffle(examples)
     return examples
 
+def read_baselines(path):
+    """The accuracies of guessing, a dict from the name of a task to a float, of eval_meta_data.csv."""
+    with open(path, newline="", encoding="utf-8") as f:
+        return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(f)}
+
 def load_tasks(bundle=None, names=None):
     """
-    The tasks (of these names) that the folder `bundle` has the data of; None: the bundle that was downloaded, or is now,
-    by the first process. Raises UserError where it is not whole or names an unknown task.
+    The Tasks that the folder `bundle` has the data of, or those of these names. bundle None: the one that was
+    downloaded; if there is none, rank 0 downloads it now. Raises UserError if the bundle is damaged or has no
+    data for one of the names.
     """
     if bundle is None:
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        rank, _ = rank_and_world_size()
+        if rank == 0:
             fetch_bundle()
         if dist.is_initialized():
             dist.barrier()
-    bundle, tasks, found = Path(bundle or BUNDLE), [], []
+        bundle = BUNDLE
+    bundle = Path(bundle)
+    data = bundle / "eval_data"
+    tasks, available = [], []
     try:
         listed = yaml.safe_load((bundle / "core.yaml").read_text("utf-8"))["icl_tasks"]
-        with open(bundle / "eval_meta_data.csv", newline="", encoding="utf-8") as f:
-            baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(f)}
-        for x in listed:
-            path = bundle / "eval_data" / x["dataset_uri"]
-            if ".." in path.relative_to(bundle / "eval_data").parts:
-                raise ValueError(f"{x['dataset_uri']} is outside the bundle")
-            shots, delimiter = int(x["num_fewshot"][0]), x.get("continuation_delimiter", " ")
-            if x["icl_task_type"] not in KINDS:
-                raise ValueError(f"{x['label']} is a {x['icl_task_type']}, which is none of {', '.join(KINDS)}")
-            if path.is_file():
-                found.append(x["label"])
-            if path.is_file() and (names is None or x["label"] in names):
-                sha256 = hashlib.sha256((sha256_file(path) + repr((x["icl_task_type"], shots, delimiter))).encode()).hexdigest()
-                tasks.append(Task(x["label"], x["icl_task_type"], shots, delimiter, baselines[x["label"]], sha256,
-                                  read_examples(path, x["icl_task_type"], shots)))
+        baselines = read_baselines(bundle / "eval_meta_data.csv")
+        for entry in listed:
+            path = data / entry["dataset_uri"]
+            if ".." in path.relative_to(data).parts:
+                raise ValueError(f"{entry['dataset_uri']} is outside the bundle")
+            name = entry["label"]
+            kind = entry["icl_task_type"]
+            shots = int(entry["num_fewshot"][0])
+            delimiter = entry.get("continuation_delimiter", " ")
+            if kind not in KINDS:
+                raise ValueError(f"{name} is a {kind}, which is none of {', '.join(KINDS)}")
+            if not path.is_file():
+                continue
+            available.append(name)
+            if names is None or name in names:
+                settings = repr((kind, shots, delimiter))
+                sha256 = hashlib.sha256((sha256_file(path) + settings).encode()).hexdigest()
+                examples = read_examples(path, kind, shots)
+                tasks.append(Task(name, kind, shots, delimiter, baselines[name], sha256, examples))
     except FileNotFoundError as e:
-        raise UserError(f"no CORE bundle in {bundle}: {e.filename} is missing")
+        raise UserError(f"no CORE bundle in {bundle}: {e.filename} is missing") from e
     except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
-        raise UserError(f"the CORE bundle in {bundle} is damaged: {e!r}")
-    unknown = [name for name in names or () if name not in found]
+        raise UserError(f"the CORE bundle in {bundle} is damaged: {e!r}") from e
+    unknown = [name for name in names or () if name not in available]
     if unknown or not tasks:
-        raise UserError(f"{bundle} has no data for {', '.join(unknown) or 'any task'}; it has {', '.join(found) or 'none'}")
+        wanted = ", ".join(unknown) or "any task"
+        there = ", ".join(available) or "none"
+        raise UserError(f"{bundle} has no data for {wanted}; it has {there}")
     return tasks
 
 
@@ -166,29 +231,40 @@ def load_tasks(bundle=None, names=None):
 
 def render(task, i):
     """
-    The prompts of example i, byte for byte those of the established evaluator: one a choice; for language modeling
-    [without, with] the continuation. The few-shot examples are drawn from all others, seeded by i.
+    The prompts of example i, byte for byte those of the established evaluator: one a choice; for language
+    modeling one without the continuation and one with it. The few-shot examples are drawn from all others,
+    seeded by i.
     """
-    x, d = task.examples[i], task.delimiter
-    drawn = random.Random(1234 + i).sample(range(len(task.examples) - 1), task.shots)
-    shots = [task.examples[k + (k >= i)] for k in drawn]  # numbered without i
+    example = task.examples[i]
+    others = task.examples[:i] + task.examples[i + 1:]
+    drawn = random.Random(1234 + i).sample(range(len(others)), task.shots)
+    shots = [others[k] for k in drawn]
+    d = task.delimiter
     if task.kind == "multiple_choice":
-        before = "".join(f"{s['query']}{d}{s['choices'][s['gold']]}\n\n" for s in shots) + x["query"] + d
-        return [before + choice for choice in x["choices"]]
+        before = "".join(f"{s['query']}{d}{s['choices'][s['gold']]}\n\n" for s in shots)
+        return [f"{before}{example['query']}{d}{choice}" for choice in example["choices"]]
     if task.kind == "schema":
         before = "".join(f"{s['context_options'][s['gold']]}{d}{s['continuation']}\n\n" for s in shots)
-        return [f"{before}{option}{d}{x['continuation']}" for option in x["context_options"]]
-    before = "".join(f"{s['context'].strip()}{d}{s['continuation']}\n\n" for s in shots) + x["context"].strip() + d
-    return [before.strip(), before + x["continuation"]]
+        return [f"{before}{option}{d}{example['continuation']}" for option in example["context_options"]]
+    before = "".join(f"{s['context'].strip()}{d}{s['continuation']}\n\n" for s in shots)
+    before += example["context"].strip() + d
+    return [before.strip(), before + example["continuation"]]
+
+def last_word_start(text):
+    """
+    The position of the last space in text that follows a non-space, 0 if there is none. Cutting there changes
+    no token, because no token crosses from a non-space to a space (see prepare_data.segments).
+    """
+    cut = text.rfind(" ")
+    while cut > 0 and text[cut - 1].isspace():
+        cut = text.rfind(" ", 0, cut)
+    return max(cut, 0)
 
 def encode(tokenizer, prompts):
-    """Tokens of each prompt, BOS first, as int64 arrays; what the prompts share is encoded once."""
+    """The tokens of each prompt, BOS first: a list of int64 arrays. What they all share is encoded once."""
     shared = os.path.commonprefix(prompts)
-    cut = shared.rfind(" ")  # no token crosses from a non-space to a space: see prepare_data.segments
-    while cut > 0 and shared[cut - 1].isspace():
-        cut = shared.rfind(" ", 0, cut)
-    cut = max(cut, 0)
-    head = [tokenizer.encode_single_token("<|bos|>")] + tokenizer.encode_ordinary(shared[:cut])
+    cut = last_word_start(shared)
+    head = [tokenizer.encode_single_token(BOS)] + tokenizer.encode_ordinary(shared[:cut])
     return [np.array(head + tokenizer.encode_ordinary(prompt[cut:])) for prompt in prompts]
 
 def common_length(rows):
@@ -199,147 +275,232 @@ def common_length(rows):
 
 @dataclass
 class Example:
-    """An example as the model reads it: the tokens of choice c are prefix + tails[c]."""
+    """An example as the model reads it. Choice c has the tokens prefix + tails[c]."""
     index: int
-    gold: int | None  # the right choice; None: language modeling, which has one row
-    prefix: np.ndarray  # what the choices share, up to the first scored token at most
-    tails: list  # an array a choice, at least one token each
-    starts: list  # for each choice, the position of the first token that is scored; all behind it are
+    gold: int | None  # the right choice; None: language modeling, which has a single row of tokens
+    prefix: np.ndarray  # tokens that the choices share, at most up to the first scored one
+    tails: list  # an array of at least one token for each choice
+    starts: list  # for each choice the position of its first scored token; all behind it are scored, too
+
+    @property
+    def length(self):
+        """Tokens of the longest choice."""
+        return len(self.prefix) + max(map(len, self.tails))
+
+    @property
+    def rows(self):
+        """All tokens of each choice, a list of arrays."""
+        return [np.concatenate([self.prefix, tail]) for tail in self.tails]
 
 def make_example(task, i, tokenizer, context):
     """
-    Example i in tokens. Multiple choice scores what follows the choices' common beginning, schema their common end,
-    language modeling the continuation; at least one token, also where a choice is the beginning of another. Rows beyond
-    the context keep their last tokens, and what has no token before it is not scored.
+    Example i in tokens. Scored is, for multiple choice, what follows the common beginning of the choices; for
+    schema, their common end; for language modeling, the continuation; in any case at least one token, even
+    where a choice is the beginning of another. Rows longer than the context keep their last tokens, and a
+    token that has none before it is not scored.
     """
     rows = encode(tokenizer, render(task, i))
-    if task.kind == "schema":
-        suffix = common_length([row[::-1] for row in rows])
-        starts = [len(row) - max(suffix, 1) for row in rows]
+
+    # where the scored part of each row starts
+    if task.kind == "multiple_choice":
+        start = min(common_length(rows), min(map(len, rows)) - 1)
+        starts = [start] * len(rows)
+    elif task.kind == "schema":
+        n_scored = max(common_length([row[::-1] for row in rows]), 1)
+        starts = [len(row) - n_scored for row in rows]
     else:
-        starts = [min(common_length(rows), min(map(len, rows)) - 1)] * len(rows)
-    if task.kind == "language_modeling":
-        rows, starts = rows[1:], [min(common_length(rows), len(rows[1]) - 1)]
-    starts = [max(start - max(len(row) - context, 0), 1) for row, start in zip(rows, starts)]
-    rows = [row[-context:] for row in rows]
-    shared = min(common_length(rows), min(starts), min(map(len, rows)) - 1) if len(rows) > 1 else 0
-    return Example(i, task.examples[i].get("gold") if task.kind != "language_modeling" else None,
-                   rows[0][:shared], [row[shared:] for row in rows], starts)
+        start = min(common_length(rows), len(rows[1]) - 1)
+        rows, starts = rows[1:], [start]
+
+    # leave out the first tokens of rows longer than the context
+    for c, row in enumerate(rows):
+        left_out = max(len(row) - context, 0)
+        rows[c] = row[left_out:]
+        starts[c] = max(starts[c] - left_out, 1)
+
+    # what the choices share; a single row shares nothing
+    shared = 0
+    if len(rows) > 1:
+        shared = min(common_length(rows), min(starts), min(map(len, rows)) - 1)
+    gold = None if task.kind == "language_modeling" else task.examples[i]["gold"]
+    return Example(i, gold, rows[0][:shared], [row[shared:] for row in rows], starts)
 
 
 # -----------------------------------------------------------------------------
 # Scoring
 
-BLOCK = 256  # positions that prefill works on at once: a query attends to few keys behind it then
-SPREAD = 8  # tokens by which the shared prefixes of a batch may differ
-# how close two choices, or the two best tokens, may come before rounding, which differs from batch to batch, could decide
-CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2}
+PREFILL_BLOCK = 256  # positions that go through prefill at once: few keys then lie behind the queries
+PREFIX_SPREAD = 8  # tokens by which the lengths of the prefixes in a batch may differ
+MAX_LOGITS = 2**24  # numbers that the head may compute at once
+
+# How close two choices, or the two best tokens, may come before rounding could decide, which differs from
+# batch to batch.
+TIE_MARGIN = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 def batches(examples, budget):
     """
-    The examples in batches of like length, longest first: at most `budget` positions (one example at least), choices
-    and padding counted.
+    Yields the examples in batches of similar length, the longest first. A batch has at most `budget`
+    positions, counting choices and padding, but at least one example.
     """
-    batch, width, rows = [], 0, 0
-    for e in sorted(examples, key=lambda e: (len(e.prefix), max(map(len, e.tails))), reverse=True):
-        length = len(e.prefix) + max(map(len, e.tails))
-        if batch and (max(width, length) * (rows + len(e.tails)) > budget or len(batch[0].prefix) - len(e.prefix) > SPREAD):
+    batch, width, n_rows = [], 0, 0
+    for e in sorted(examples, key=lambda e: (len(e.prefix), e.length), reverse=True):
+        over_budget = max(width, e.length) * (n_rows + len(e.tails)) > budget
+        if batch and (over_budget or len(batch[0].prefix) - len(e.prefix) > PREFIX_SPREAD):
             yield batch
-            batch, width, rows = [], 0, 0
+            batch, width, n_rows = [], 0, 0
         batch.append(e)
-        width, rows = max(width, length), rows + len(e.tails)
+        width = max(width, e.length)
+        n_rows += len(e.tails)
     if batch:
         yield batch
 
-def read(model, idx, kv, use_memory, first=0, memory=None, ends=None):
+def append_tokens(model, idx, kv, use_memory, first=0, memory=None, ends=None):
     """
-    Append tokens idx (B, T) to the `first` positions in the cache, with the exact recurrence or memory zero; memory and
-    ends as for interleave.prefill. Returns hidden (B, T, D) and the memory of the last position (B, 1, D) or None.
+    Append tokens idx (B, T) to the `first` positions that the cache holds, with the exact recurrence or with
+    the memory at zero; memory and ends as for interleave.prefill. Returns hidden (B, T, D), and the memory of
+    the last position (B, 1, D) or None.
     """
     done = []
-    for t in range(0, idx.size(1), BLOCK):
-        block, at = idx[:, t:t + BLOCK], first + t
+    for start in range(0, idx.size(1), PREFILL_BLOCK):
+        block = idx[:, start:start + PREFILL_BLOCK]
+        position = first + start
         if use_memory:
-            hidden, memory, _ = prefill(model, block, kv, first=at, memory=memory, ends=ends)
+            hidden, memory, _ = prefill(model, block, kv, first=position, memory=memory, ends=ends)
         else:
-            hidden, _ = model(block, range(at, at + block.size(1)), kv)
+            hidden, _ = model(block, range(position, position + block.size(1)), kv)
         done.append(hidden)
     return torch.cat(done, dim=1), memory
 
+def hidden_states(model, batch, use_memory):
+    """
+    Run a batch of Examples through the model. Returns hidden (R, n, D), a row for each choice of each
+    example, and the position of the first of the n hidden states.
+
+    The tokens that all choices of an example share are processed once; the choices continue from copies of
+    that cache. Rows are padded on the right only, so every token has the position that it would have alone.
+    """
+    device = model.wte.weight.device
+    shared = min(len(e.prefix) for e in batch)
+    n_choices = torch.tensor([len(e.tails) for e in batch], device=device)
+    hidden, memory = [], None
+
+    # what the choices share, a row for each example; its last hidden state predicts their first tokens
+    if shared:
+        idx = torch.from_numpy(np.stack([e.prefix[:shared] for e in batch])).to(device)
+        prefix_kv = new_cache(model, len(batch), shared)
+        prefix_hidden, memory = append_tokens(model, idx, prefix_kv, use_memory)
+        hidden.append(prefix_hidden[:, -1:].repeat_interleave(n_choices, dim=0))
+        if memory is not None:
+            memory = memory.repeat_interleave(n_choices, dim=0)
+
+    # the rest, a row for each choice, without the last token, which predicts nothing
+    rests = [torch.from_numpy(row[shared:-1]) for e in batch for row in e.rows]
+    T = max(map(len, rests))
+    if T:
+        idx = pad_sequence(rests, batch_first=True).to(device)
+        ends = torch.tensor([shared + len(rest) for rest in rests], device=device)
+        kv = new_cache(model, len(rests), shared + T)
+        if shared:
+            kv.copy_from(prefix_kv, shared, n_choices)
+        rest_hidden, _ = append_tokens(model, idx, kv, use_memory, shared, memory, ends)
+        hidden.append(rest_hidden)
+    return torch.cat(hidden, dim=1), max(shared - 1, 0)
+
+def scored_tokens(batch):
+    """The row, position and id of every scored token of a batch of Examples: three int64 tensors (N,)."""
+    found = []
+    row = 0
+    for e in batch:
+        for tokens, start in zip(e.rows, e.starts):
+            for position in range(start, len(tokens)):
+                found.append((row, position, tokens[position]))
+            row += 1
+    return torch.tensor(np.array(found)).unbind(1)
+
+def token_scores(model, hidden, targets):
+    """
+    For hidden states (N, D) and the tokens that follow them, (N,): the loss of each in nats; 1 if it is the
+    argmax, else 0; and the distance of its logit to the best of all other tokens. Three float64 tensors (N,)
+    on the CPU.
+    """
+    losses, is_argmax, margins = [], [], []
+    n = max(MAX_LOGITS // model.config.vocab_size, 1)
+    for part, target in zip(hidden.split(n), targets.split(n)):
+        logits = model.logits(part[None])[0]
+        losses.append(F.cross_entropy(logits, target, reduction="none").double())
+        is_argmax.append((logits.argmax(1) == target).double())
+        own = logits.gather(1, target[:, None])[:, 0]
+        best_other = logits.scatter(1, target[:, None], -math.inf).amax(1)
+        margins.append((own - best_other).abs().double())
+    return torch.cat(losses).cpu(), torch.cat(is_argmax).cpu(), torch.cat(margins).cpu()
+
+class Score(NamedTuple):
+    losses: list  # for each choice the mean loss of its scored tokens, in nats
+    is_argmax: bool  # whether every scored token of the first choice is the argmax
+    margin: float  # the least distance, in logits, of one of these tokens to the best of all others
+
 @torch.no_grad()
 def score(model, batch, use_memory=True):
-    """
-    Score a batch of Examples: for every one, (losses, argmax, margin): the mean loss of each choice over its scored tokens, a
-    list of floats in nats; whether each scored token of the first choice was the argmax; and the least distance, in logits,
-    of one of them to the best of all other tokens.
-    The tokens that all choices of an example share are processed once; the choices continue from a copy of that cache. Rows
-    are padded on the right only, so every token has the position it would have alone. The head runs on scored positions.
-    """
-    config, device, dtype = model.config, model.wte.weight.device, model.compute_dtype or model.wte.weight.dtype
-    shared = min(len(e.prefix) for e in batch)
-    rests = [np.concatenate([e.prefix[shared:], tail]) for e in batch for tail in e.tails]
-    repeats = torch.tensor([len(e.tails) for e in batch], device=device)
-    T = max(map(len, rests)) - 1  # the last token predicts nothing
-    hidden, memory = [], None
-    if shared:
-        prefix_kv = KVCache(config, len(batch), shared, device, dtype)
-        idx = torch.from_numpy(np.stack([e.prefix[:shared] for e in batch])).to(device)
-        through, memory = read(model, idx, prefix_kv, use_memory)
-        hidden.append(through[:, -1:].repeat_interleave(repeats, dim=0))
-        memory = None if memory is None else memory.repeat_interleave(repeats, dim=0)
-    if T:
-        idx, ends = torch.zeros(len(rests), T, dtype=torch.int64), torch.tensor([shared + len(rest) - 1 for rest in rests])
-        for row, rest in zip(idx, rests):
-            row[:len(rest) - 1] = torch.from_numpy(rest[:-1])
-        kv = KVCache(config, len(rests), shared + T, device, dtype)
-        if shared:
-            kv.copy_from(prefix_kv, shared, repeats)
-        hidden.append(read(model, idx.to(device), kv, use_memory, shared, memory, ends.to(device))[0])
-    hidden = torch.cat(hidden, dim=1)  # of positions first, first + 1, ..
-    first = max(shared - 1, 0)
+    """A Score for each Example of a batch, with the exact recurrence, or with the memory at zero."""
+    hidden, first = hidden_states(model, batch, use_memory)
 
-    starts = [start for e in batch for start in e.starts]
-    places = [(row, p - 1 - first, rest[p - shared]) for row, (rest, start) in enumerate(zip(rests, starts))
-              for p in range(start, shared + len(rest))]
-    rows, columns, targets = torch.tensor(np.array(places), device=device).unbind(1)
-    loss, argmax, margin = [], [], []
-    for places in torch.arange(len(rows), device=device).split(max(2**24 // config.vocab_size, 1)):
-        logits = model.logits(hidden[rows[places], columns[places]][None])[0]
-        target = targets[places, None]
-        loss.append(F.cross_entropy(logits, target[:, 0], reduction="none").double())
-        right = logits.gather(1, target)[:, 0]
-        argmax.append((logits.argmax(1) == target[:, 0]).double())
-        margin.append((right - logits.scatter(1, target, -math.inf).amax(1)).abs().double())
-    # in float64 the mean of equal losses is that loss, however many: ties stay ties
-    rows, zeros = rows.cpu(), torch.zeros(len(rests), dtype=torch.float64)
-    losses = (zeros.index_add(0, rows, torch.cat(loss).cpu()) / torch.bincount(rows)).split(repeats.tolist())
-    argmax, margin = (zeros.scatter_reduce(0, rows, torch.cat(x).cpu(), "amin", include_self=False) for x in (argmax, margin))
-    heads = repeats.cumsum(0).cpu() - repeats.cpu()
-    return [(x.tolist(), bool(hit), near) for x, hit, near in zip(losses, argmax[heads].tolist(), margin[heads].tolist())]
+    # the head, on the hidden states before scored tokens only
+    device = hidden.device
+    rows, positions, targets = scored_tokens(batch)
+    before_scored = hidden[rows.to(device), (positions - 1 - first).to(device)]
+    losses, is_argmax, margins = token_scores(model, before_scored, targets.to(device))
 
-def answer(example, losses, argmax, margin):
-    """(is the answer right, by how much it was decided): the choice with the lowest loss, the first of equals."""
+    # from tokens to rows; in float64 the mean of equal losses is that loss, however many: ties stay ties
+    zeros = torch.zeros(hidden.size(0), dtype=torch.float64)
+    losses = zeros.index_add(0, rows, losses) / torch.bincount(rows)
+    is_argmax = zeros.scatter_reduce(0, rows, is_argmax, "amin", include_self=False)
+    margins = zeros.scatter_reduce(0, rows, margins, "amin", include_self=False)
+
+    # from rows to examples
+    scores = []
+    row = 0
+    for e in batch:
+        next_row = row + len(e.tails)
+        scores.append(Score(losses[row:next_row].tolist(), bool(is_argmax[row]), margins[row].item()))
+        row = next_row
+    return scores
+
+def judge(example, scored):
+    """
+    Whether the model's answer is right, and the margin by which it came out so, given the example's Score.
+    The answer is the choice with the lowest loss, the first of equals.
+    """
     if example.gold is None:
-        return argmax, margin
-    best, second = sorted(losses)[:2] if len(losses) > 1 else (losses[0], math.inf)
-    return losses.index(best) == example.gold, second - best
+        return scored.is_argmax, scored.margin
+    lowest, *others = sorted(scored.losses)
+    margin = others[0] - lowest if others else math.inf
+    return scored.losses.index(lowest) == example.gold, margin
 
 def evaluate_task(model, tokenizer, task, indices, budget, use_memory=True, done=lambda n: None):
     """
-    Which of these examples are answered rightly: a dict index -> bool. budget: positions a batch; done(n) is called when
-    n more are. Rounding depends on the shapes of a batch; where it could decide, the example is scored again by itself, so
-    the answers are the same for any budget.
+    Which of these examples of a task the model answers rightly: a dict index -> bool. budget: positions a
+    batch; done(n) is called when n more examples are scored. Raises UserError for losses that are not finite.
+
+    Rounding depends on the shapes of a batch. Where it could decide, the example is scored again by itself,
+    so the answers are the same for any budget.
     """
-    right, close = {}, CLOSE[model.compute_dtype or model.wte.weight.dtype]
-    for batch in batches([make_example(task, i, tokenizer, model.config.sequence_len) for i in indices], budget):
+    tie_margin = TIE_MARGIN[model.compute_dtype or model.wte.weight.dtype]
+    examples = [make_example(task, i, tokenizer, model.config.sequence_len) for i in indices]
+    right = {}
+    for batch in batches(examples, budget):
         for example, scored in zip(batch, score(model, batch, use_memory)):
-            if not all(map(math.isfinite, scored[0])):
+            if not all(map(math.isfinite, scored.losses)):
                 raise UserError(f"{task.name}: the model's losses are not finite")
-            right[example.index], decided = answer(example, *scored)
-            if decided < close and len(batch) > 1:
-                right[example.index], _ = answer(example, *score(model, [example], use_memory)[0])
+            right[example.index], margin = judge(example, scored)
+            if margin < tie_margin and len(batch) > 1:
+                scored_alone, = score(model, [example], use_memory)
+                right[example.index], _ = judge(example, scored_alone)
         done(len(batch))
     return right
+
+
+# -----------------------------------------------------------------------------
+# The whole of CORE
 
 def weights_sha256(model):
     """Hex sha256 of all weights."""
@@ -348,75 +509,135 @@ def weights_sha256(model):
         digest.update(name.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
-def evaluate_core(model, tokenizer, tasks, folder, step, max_per_task=None, use_memory=True, batch_size=16, progress=True):
+def read_finished(path, header, tasks):
     """
-    CORE of a model on these tasks: a dict with `tasks` (accuracy, centered, stderr of both, n of all), `missing` (the tasks
-    without which there is no CORE), `core` and `core_stderr` (None if some are). Tasks are kept when they are finished, in
-    folder/core_<step>...json and .csv, and not run again for the same weights, data and flags.
-    batch_size: rows of the context's length at a time. Under torchrun the processes share the examples.
+    The results of finished tasks, a dict by name, that an earlier call left in the file `path`; {} if there
+    are none or they are of another model or other flags than the header's. Tasks whose data have changed are
+    left out.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    name = f"core_{step:07d}" + ("" if use_memory else "_no_memory") + (f"_max{max_per_task}" if max_per_task else "")
-    path, context, device = Path(folder) / f"{name}.json", model.config.sequence_len, model.wte.weight.device
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+        if any(kept[key] != value for key, value in header.items()):
+            return {}
+        finished = dict(kept["tasks"])
+        for task in tasks:
+            if finished.get(task.name, {}).get("sha256") != task.sha256:
+                finished.pop(task.name, None)
+        return finished
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no file, or a damaged one
+        return {}
+
+def work_per_example(task, context):
+    """About how much work an example is: the characters of its prompt, at most those of a full context."""
+    some = task.examples[:100]
+    characters = sum(len(json.dumps(example)) for example in some) / len(some)
+    return min((task.shots + 1) * characters, 4 * context)
+
+def task_result(task, n, correct):
+    """What is kept of a task of which `correct` out of n examples were answered rightly."""
+    accuracy = correct / n
+    stderr = math.sqrt(accuracy * (1 - accuracy) / n)
+    return dict(
+        kind=task.kind,
+        shots=task.shots,
+        n=n,
+        of=len(task.examples),
+        correct=correct,
+        accuracy=accuracy,
+        stderr=stderr,
+        baseline=task.baseline,
+        centered=(accuracy - task.baseline) / (1 - task.baseline),
+        centered_stderr=stderr / (1 - task.baseline),
+        sha256=task.sha256,
+    )
+
+def evaluate_core(model, tokenizer, tasks, folder, step, max_per_task=None, use_memory=True, batch_size=16,
+                  progress=True):
+    """
+    CORE of a model on these tasks: a dict with `tasks` (task_result() of each by name), `missing` (the names
+    of the tasks without which there is no CORE), `core` and `core_stderr` (None if some are missing), and the
+    model's weights_sha256 and the flags. A task that is finished is kept, in folder/core_<step>...json and
+    .csv, and not run again for the same weights, data and flags.
+
+    batch_size: rows of the context's length at a time. The ranks share the examples. Raises UserError.
+    """
+    context = model.config.sequence_len
+    device = model.wte.weight.device
     if context < 2:
         raise UserError(f"CORE needs a context of 2 tokens or more, the model has {context}")
-    header = dict(step=step, weights_sha256=weights_sha256(model), memory=use_memory and model.config.lrt != "none", max_per_task=max_per_task)
-    finished = {}
-    if rank == 0 and path.exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: from the beginning
-            kept = json.loads(path.read_text("utf-8"))
-            if all(kept[key] == header[key] for key in header):
-                changed = [task.name for task in tasks if kept["tasks"].get(task.name, {}).get("sha256") != task.sha256]
-                finished = {name: t for name, t in kept["tasks"].items() if name not in changed}
-    if world > 1:
-        told = [finished]
-        dist.broadcast_object_list(told, device=device)
-        finished, = told
+
+    # what is finished already
+    rank, world_size = rank_and_world_size()
+    name = f"core_{step:07d}"
+    if not use_memory:
+        name += "_no_memory"
+    if max_per_task:
+        name += f"_max{max_per_task}"
+    path = Path(folder) / f"{name}.json"
+    header = dict(
+        step=step,
+        weights_sha256=weights_sha256(model),
+        memory=use_memory and model.config.lrt != "none",
+        max_per_task=max_per_task,
+    )
+    finished = from_rank_0(read_finished(path, header, tasks) if rank == 0 else None, device)
+
+    # how much is left to do, of all ranks and of this one
     todo = [task for task in tasks if task.name not in finished]
-    n = {task.name: min(max_per_task or len(task.examples), len(task.examples)) for task in todo}
-    # an example's work: characters of its prompt, as many as the context could hold
-    work = {t.name: min((t.shots + 1) * sum(len(json.dumps(x)) for x in t.examples[:100]) / len(t.examples[:100]), 4 * context) for t in todo}
-    with tqdm(total=sum(work[t.name] * len(range(rank, n[t.name], world)) for t in todo), disable=True if rank or not progress else None,
-              bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", leave=False) as bar:
+    n_examples, mine, work = {}, {}, {}
+    for task in todo:
+        n = len(task.examples)
+        n_examples[task.name] = min(max_per_task or n, n)
+        mine[task.name] = range(rank, n_examples[task.name], world_size)
+        work[task.name] = work_per_example(task, context)
+    total_work = sum(work[task.name] * len(mine[task.name]) for task in todo)
+
+    hide_bar = True if rank > 0 or not progress else None  # None: hidden if the output is not a terminal
+    shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with tqdm(total=total_work, disable=hide_bar, bar_format=shape, leave=False) as bar:
+        def advance(work_each, n):
+            bar.update(n * work_each)
+
         for task in todo:
             bar.set_description(f"CORE {task.name}")
-            right = evaluate_task(model, tokenizer, task, range(rank, n[task.name], world), batch_size * context, use_memory,
-                                  lambda k: bar.update(k * work[task.name]))
+            right = evaluate_task(model, tokenizer, task, mine[task.name], batch_size * context, use_memory,
+                                  partial(advance, work[task.name]))
             correct = torch.tensor(sum(right.values()), dtype=torch.int64, device=device)
-            if world > 1:
+            if world_size > 1:
                 dist.all_reduce(correct)
-            accuracy = correct.item() / n[task.name]
-            stderr = math.sqrt(accuracy * (1 - accuracy) / n[task.name])
-            finished[task.name] = dict(
-                kind=task.kind, shots=task.shots, n=n[task.name], of=len(task.examples), correct=correct.item(), accuracy=accuracy,
-                stderr=stderr, baseline=task.baseline, centered=(accuracy - task.baseline) / (1 - task.baseline),
-                centered_stderr=stderr / (1 - task.baseline), sha256=task.sha256)
+            finished[task.name] = task_result(task, n_examples[task.name], correct.item())
             if rank == 0:
-                write_core(path, header | total(finished))
-    return header | total({task.name: finished[task.name] for task in tasks})
+                write_core(path, header | summarize(finished))
+    return header | summarize({task.name: finished[task.name] for task in tasks})
 
-def total(tasks):
-    """CORE of finished tasks, or which are missing: what evaluate_core returns of them."""
+def summarize(tasks):
+    """CORE of the results of finished tasks, a dict by name: what evaluate_core() returns of them."""
     missing = [name for name in CORE if name not in tasks]
-    core = None if missing else sum(tasks[name]["centered"] for name in CORE) / len(CORE)
-    stderr = None if missing else math.sqrt(sum(tasks[name]["centered_stderr"] ** 2 for name in CORE)) / len(CORE)
-    return dict(core=core, core_stderr=stderr, missing=missing, tasks=tasks)
+    core = core_stderr = None
+    if not missing:
+        core = sum(tasks[name]["centered"] for name in CORE) / len(CORE)
+        core_stderr = math.sqrt(sum(tasks[name]["centered_stderr"] ** 2 for name in CORE)) / len(CORE)
+    return dict(core=core, core_stderr=core_stderr, missing=missing, tasks=tasks)
 
 def write_core(path, results):
-    """Write results to path, .json, and its figures beside it as .csv."""
+    """Write results to `path`, a .json file, and the figures of each task to a .csv file beside it."""
     lines = ["task,n,of,accuracy,stderr,centered,centered_stderr"]
-    lines += [f"{name},{t['n']},{t['of']},{t['accuracy']:.6f},{t['stderr']:.6f},{t['centered']:.6f},{t['centered_stderr']:.6f}"
-              for name, t in results["tasks"].items()]
+    for name, t in results["tasks"].items():
+        figures = [f"{t[key]:.6f}" for key in ("accuracy", "stderr", "centered", "centered_stderr")]
+        lines.append(",".join([name, str(t["n"]), str(t["of"]), *figures]))
     if not results["missing"]:
         lines.append(f"CORE,,,,,{results['core']:.6f},{results['core_stderr']:.6f}")
-    write_atomic(path.with_suffix(".csv"), lambda f: f.write(("\n".join(lines) + "\n").encode()))
+    text = "\n".join(lines) + "\n"
+    write_atomic(path.with_suffix(".csv"), lambda f: f.write(text.encode()))
     write_json(path, results)
 
 def describe_core(results):
     """The line to show: CORE, or why there is none."""
     memory = "with memory" if results["memory"] else "without memory"
-    if results["missing"]:
-        return f"{memory}: no CORE, {len(results['missing'])} of its {len(CORE)} tasks did not run: {', '.join(results['missing'])}"
-    estimate = any(t["n"] < t["of"] for t in results["tasks"].values())
-    return f"{memory}: CORE {results['core']:.4f}" + (f", an estimate from at most {results['max_per_task']} examples a task" if estimate else "") \
-        + f" (standard error {results['core_stderr']:.4f})"
+    missing = results["missing"]
+    if missing:
+        return f"{memory}: no CORE, {len(missing)} of its {len(CORE)} tasks did not run: {', '.join(missing)}"
+    estimate = ""
+    if any(t["n"] < t["of"] for t in results["tasks"].values()):
+        estimate = f", an estimate from at most {results['max_per_task']} examples a task"
+    return f"{memory}: CORE {results['core']:.4f}{estimate} (standard error {results['core_stderr']:.4f})"

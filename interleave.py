@@ -1,13 +1,15 @@
 """
-Interleaved parallel training and its relatives: every schedule is a list of position sets (ranges), and run() runs any
-of them against the model's one forward. A new schedule is one more function that returns a list.
+Interleaved parallel training and its relatives (LRT, arXiv 2605.26797). Every schedule is a list of passes,
+a pass is a range of positions, and run() runs any such list against the model's one forward. A new schedule
+is one more function that returns a list.
 
-    loss = (L_0 + L_1 + .. ) / number of passes, L_i the mean cross-entropy over the positions that pass i computed  (4)
-    memory of a pass = newest m, shifted right by one, at its positions                                              (5)
-    keys and values = fresh ones at its own positions, the newest written ones elsewhere                             (6)
+    loss = mean over the passes of L_i, the mean cross-entropy over the positions that pass i computed   (4)
+    memory of a pass = newest m, shifted right by one, at its positions                                  (5)
+    keys and values = fresh ones at its own positions, the newest written ones elsewhere                 (6)
 
-Gradients flow from later passes through memory, keys and values into earlier ones (LRT, arXiv 2605.26797).
-prefill() runs the same passes without gradients until nothing moves: the exact recurrence of a whole prompt at once.
+Gradients flow from later passes through memory, keys and values into earlier ones. prefill() runs the same
+passes without gradients until no memory changes: the exact recurrence of a whole prompt, computed in
+parallel.
 """
 
 import math
@@ -17,9 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import KVBuffer, residues, split
-from model import take
-
+from attention import KVBuffer, residues, split, take
 
 # -----------------------------------------------------------------------------
 # Schedules for a sequence of T tokens
@@ -29,19 +29,19 @@ def plain(T):
     return [range(T)]
 
 def interleaved(T, subsets=2):
-    """Initialize, then refine S disjoint subsets, p mod S = 0, 1, .. S-1, each with the newest memory; the paper's way."""
+    """The paper's way: initialize, then recompute S disjoint subsets, p mod S = 0 .. S-1, with new memory."""
     return [range(T)] + [range(i, T, subsets) for i in range(min(subsets, T))]
 
 def refine(T, refinements=3):
-    """Initialize, then K passes over everything. With K >= T-1 the last pass is the exact recurrence."""
+    """Initialize, then K passes over all positions. With K >= T-1 the last pass is the exact recurrence."""
     return [range(T)] * (1 + refinements)
 
 def chunked(T, chunk=64):
-    """Contiguous chunks, left to right: memory only crosses a chunk's border; the paper's weak baseline."""
+    """Contiguous chunks, left to right: memory only crosses a chunk's border. The paper's weak baseline."""
     return [range(start, min(start + chunk, T)) for start in range(0, T, chunk)]
 
 def sequential(T):
-    """Token by token: the exact recurrence, differentiable. Slow; the reference for everything else."""
+    """Token by token: the exact recurrence, differentiable. Slow, and the reference for everything else."""
     return [range(t, t + 1) for t in range(T)]
 
 @dataclass
@@ -51,242 +51,367 @@ class Schedule:
     subsets: int = 2  # interleaved: S
     refinements: int = 3  # refine: K
     chunk: int = 64  # chunked: tokens a chunk
-    kv_refresh: bool = False  # interleaved: after each pass, renew the memory term in the keys and values yet to be visited
+    kv_refresh: bool = False  # interleaved: after each pass, renew the memory term where later passes go
     detach: bool = False  # no gradient from a pass into the ones before it
     loss_weights: list | None = None  # one weight a pass; None: the plain mean, equation (4)
-    forward_passes: int = 0  # this many passes, from the first on, only hand over: no loss of their own and no gradient
+    forward_passes: int = 0  # so many passes, from the first on, have no loss and no gradient
 
     def __post_init__(self):
         """Raises ValueError for a schedule that cannot be run."""
-        if self.kind not in ("plain", "interleaved", "refine", "chunked", "sequential"):
-            raise ValueError(f"schedule {self.kind!r} is none of plain, interleaved, refine, chunked, sequential")
+        kinds = ("plain", "interleaved", "refine", "chunked", "sequential")
+        if self.kind not in kinds:
+            raise ValueError(f"schedule {self.kind!r} is none of {', '.join(kinds)}")
         for name in ("subsets", "refinements", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.kv_refresh and self.kind != "interleaved":
             raise ValueError(f"kv_refresh goes with the interleaved schedule, not with {self.kind}")
         if self.forward_passes and self.kind not in ("interleaved", "refine"):
-            raise ValueError(f"forward_passes goes with the schedules that initialize, interleaved and refine, not with {self.kind}")
-        if self.loss_weights and any(self.loss_weights[:self.forward_passes]):
-            raise ValueError(f"forward_passes leaves {self.forward_passes} without a gradient: their loss weights must be 0")
-        if self.loss_weights is not None and not (min(self.loss_weights) >= 0 and 0 < sum(self.loss_weights) < math.inf):
-            raise ValueError("loss weights must be finite, not negative, and not all zero")
+            raise ValueError("forward_passes goes with the schedules that initialize, "
+                             f"interleaved and refine, not with {self.kind}")
+        if self.loss_weights is not None:
+            if any(self.loss_weights[:self.forward_passes]):
+                raise ValueError(f"forward_passes leaves {self.forward_passes} without a gradient: "
+                                 "their loss weights must be 0")
+            if min(self.loss_weights) < 0 or not 0 < sum(self.loss_weights) < math.inf:
+                raise ValueError("loss weights must be finite, not negative, and not all zero")
 
     def passes(self, T):
-        """The list of ranges for T tokens. Raises ValueError if loss_weights are not as many, or forward_passes too many."""
-        if self.kind == "interleaved":
+        """The ranges for T tokens. Raises ValueError if loss_weights or forward_passes do not fit them."""
+        if self.kind == "plain":
+            passes = plain(T)
+        elif self.kind == "interleaved":
             passes = interleaved(T, self.subsets)
         elif self.kind == "refine":
             passes = refine(T, self.refinements)
         elif self.kind == "chunked":
             passes = chunked(T, self.chunk)
         else:
-            passes = sequential(T) if self.kind == "sequential" else plain(T)
+            passes = sequential(T)
         if self.loss_weights is not None and len(self.loss_weights) != len(passes):
             raise ValueError(f"{len(self.loss_weights)} loss weights for {len(passes)} passes")
         if not 0 <= self.forward_passes < len(passes):
-            raise ValueError(f"forward_passes must be from 0 to {len(passes) - 1}, one less than the passes, not {self.forward_passes}")
+            raise ValueError(f"forward_passes must be from 0 to {len(passes) - 1}, "
+                             f"one less than the passes, not {self.forward_passes}")
         return passes
 
     def weights(self, n):
         """The loss weights of n passes, of sum 1."""
-        weights = self.loss_weights or [float(i >= self.forward_passes) for i in range(n)]
-        return [w / sum(weights) for w in weights]
+        weights = self.loss_weights
+        if weights is None:
+            weights = [0.0] * self.forward_passes + [1.0] * (n - self.forward_passes)
+        total = sum(weights)
+        return [w / total for w in weights]
+
+    def deeper(self):
+        """The same with one refinement more, forward only: memory is handed over once more, then the loss."""
+        weights = self.loss_weights
+        if weights is not None:
+            weights = [0.0, *weights]
+        return replace(self, refinements=self.refinements + 1, forward_passes=self.forward_passes + 1,
+                       loss_weights=weights)
 
     def flops_per_token(self, model, T, projections=True):
         """
-        Training FLOPs per token of a sequence of T tokens: those of the model's plain pass, times the positions of each pass,
-        without what a pass leaves out (the head where it has no loss, layers by top(), the backward, which is two thirds);
-        and the memory projections (unless told not to), from the first pass that has memory on, with kv_refresh once more
-        after each pass for the positions of every later one.
+        Training FLOPs per token of a sequence of T tokens: for every pass, those of the model's plain pass
+        times the pass's positions, less what it leaves out: the output head where it has no loss, layers by
+        layers_needed(), and in a forward-only pass the backward, which is two thirds. projections: with the
+        memory projections.
         """
-        passes, total = self.passes(T), 0
+        passes = self.passes(T)
         weights = self.weights(len(passes))
+        total = 0
         for i, positions in enumerate(passes):
-            n_layer = top(model.config, passes, i, weights, self.kv_refresh)
+            forward_only = i < self.forward_passes
+            n_layer = layers_needed(model.config, passes, i, weights, self.kv_refresh)
             flops = model.flops_per_token(T, n_layer, head=weights[i] > 0)
-            if i > 0 and projections:  # the first pass has memory zero
-                entry = 4 if self.detach and i >= self.forward_passes or i == self.forward_passes else 6  # 4: no gradient into the memory
-                flops += entry * (1 + i * self.kv_refresh) * sum(m.weight.numel() for m in (*model.mem_k[:n_layer], *model.mem_v[:n_layer]))
-            total += len(positions) * flops / (3 if i < self.forward_passes else 1)
+            if projections and i > 0:  # the first pass has memory zero
+                # a matrix entry and a position: forward, gradient of the weight, gradient of the memory
+                per_entry = 2 + 2 + 2
+                memory_is_forward_only = i == self.forward_passes
+                memory_is_detached = self.detach and not forward_only
+                if memory_is_forward_only or memory_is_detached:
+                    per_entry -= 2
+                if self.kv_refresh:  # each of the i earlier passes has renewed the memory term here
+                    per_entry *= 1 + i
+                projections_run = *model.mem_k[:n_layer], *model.mem_v[:n_layer]
+                flops += per_entry * sum(m.weight.numel() for m in projections_run)
+            total += len(positions) * flops / (3 if forward_only else 1)
         return total / T
-
-    def deeper(self):
-        """The same with one refinement more, forward only: a memory that was handed over once more is what the loss is of."""
-        weights = self.loss_weights and [0.0, *self.loss_weights]
-        return replace(self, refinements=self.refinements + 1, forward_passes=self.forward_passes + 1, loss_weights=weights)
 
     def cost(self, model, T):
         """
-        Baseline-equivalent passes: as the paper counts them, a pass over all positions is one and memory projections are
-        not counted; one that leaves something out is its share of a pass's FLOPs.
+        Baseline-equivalent passes, as the paper counts them: a pass over all positions is one, one that
+        leaves something out is its share of the FLOPs, and memory projections are not counted.
         """
         return self.flops_per_token(model, T, projections=False) / model.flops_per_token(T)
 
 
 # -----------------------------------------------------------------------------
-# Running them
+# The newest memories, kept as disjoint parts (positions, m (B, P, D)), like the keys and values of a KVBuffer
 
-def newest(parts):
-    """The memory of all positions computed so far, (B, n, D), from parts (positions, m) as run() keeps them."""
-    memory = parts[0][1].new_zeros(parts[0][1].size(0), max(p[-1] for p, _ in parts) + 1, parts[0][1].size(2))
+def newest_memory(parts):
+    """The memories of all positions computed so far, (B, n, D); zero where none has been computed."""
+    n = max(positions[-1] for positions, _ in parts) + 1
+    _, first = parts[0]
+    memory = first.new_zeros(first.size(0), n, first.size(2))
     for positions, m in parts:
         memory = memory.slice_scatter(m, 1, positions.start, positions.stop, positions.step)
     return memory
 
-def previous(parts, positions):
+def part_of(parts, wanted):
     """
-    Equation (5): m_{p-1} for every p in positions, (B, P, D), from the newest memories, parts (positions, m); zero before
-    the first token and where nothing has been computed yet (within a chunk).
+    The part that holds the memories at the positions `wanted`, as many of them as have been computed; if
+    they are spread over several parts, all of them put together.
     """
-    before = int(positions[0] == 0)
-    wanted = range(positions[0] + before * positions.step - 1, positions[-1], positions.step)
-    end = max(p[-1] for p, _ in parts)
-    p, m = next(((p, m) for p, m in parts if wanted and wanted[0] in p and wanted.step % p.step == 0 and p[-1] >= min(wanted[-1], end)), (None, None))
-    if p is None:  # in several parts
-        m = newest(parts)
-        p = range(m.size(1))
-    found = m[:, p.index(wanted[0])::wanted.step // p.step][:, :len(wanted)] if wanted else m[:, :0]
-    return F.pad(found, (0, 0, before, len(positions) - before - found.size(1)))
+    newest = max(positions[-1] for positions, _ in parts)
+    for positions, m in parts:
+        same_residue = wanted[0] in positions and wanted.step % positions.step == 0
+        if same_residue and positions[-1] >= min(wanted[-1], newest):
+            return positions, m
+    memory = newest_memory(parts)
+    return range(memory.size(1)), memory
 
-def at(x, passes):
-    """x (B, T, D) at the positions of each pass: views, taken so that their gradients meet in few sums."""
-    ends = [0] + [p.stop for p in passes]
-    if ends[-1] == x.size(1) and all(p.start == end and p.step == 1 for p, end in zip(passes, ends)):  # one after another
-        return x.split([len(p) for p in passes], dim=1)
-    classes = {p.step: residues(x, p.step, 1) for p in passes if p.step > 1}
-    return [classes[p.step][p.start] if p.step > 1 else x if len(p) == x.size(1) else take(x, p) for p in passes]
+def previous_memory(parts, positions):
+    """
+    Equation (5): the newest m_{p-1} for every p in positions, (B, P, D); zero before the first token, and
+    where none has been computed yet (within a chunk).
+    """
+    wanted = range(positions[0] - 1, positions[-1], positions.step)
+    if positions[0] == 0:
+        wanted = wanted[1:]  # there is nothing before the first token
+    if wanted:
+        available, m = part_of(parts, wanted)
+        found = m[:, available.index(wanted[0])::wanted.step // available.step][:, :len(wanted)]
+    else:
+        found = parts[0][1][:, :0]
+    zeros_before = len(positions) - len(wanted)
+    zeros_behind = len(wanted) - found.size(1)
+    return F.pad(found, (0, 0, zeros_before, zeros_behind))
 
-def top(config, passes, i, weights, kv_refresh):
+
+# -----------------------------------------------------------------------------
+# Running a schedule
+
+def gather_positions(x, passes):
     """
-    How many layers pass i has to run: where it has no loss and the next one writes all of its keys and values anew, it
-    leaves nothing but memory, and the layers up to the source do.
+    x (B, T, D) at the positions of each pass: a list of views, taken so that their gradients meet in few
+    sums.
     """
-    again = i + 1 < len(passes) and passes[i + 1] == passes[i]
-    return config.source_layer + 1 if again and not weights[i] and not kv_refresh else config.n_layer
+    ends = [0] + [positions.stop for positions in passes]
+    consecutive = all(p.start == end and p.step == 1 for p, end in zip(passes, ends))
+    if consecutive and ends[-1] == x.size(1):
+        return x.split([len(positions) for positions in passes], dim=1)
+    classes = {positions.step: residues(x, positions.step, 1) for positions in passes if positions.step > 1}
+    views = []
+    for positions in passes:
+        if positions.step > 1:
+            views.append(classes[positions.step][positions.start])
+        elif len(positions) == x.size(1):
+            views.append(x)
+        else:
+            views.append(take(x, positions))
+    return views
+
+def layers_needed(config, passes, i, weights, kv_refresh):
+    """
+    How many layers pass i has to run. If it has no loss and the next pass writes all of its keys and values
+    anew, it leaves nothing but memory, which is complete after the source layer.
+    """
+    overwritten = i + 1 < len(passes) and passes[i + 1] == passes[i]
+    if overwritten and not weights[i] and not kv_refresh:
+        return config.source_layer + 1
+    return config.n_layer
 
 def run(model, idx, passes, kv_refresh=False, detach=False, forward_passes=0, weights=None):
     """
-    Run a schedule on tokens idx (B, T): for each pass yields its positions, its hidden states (B, P, D), and the newest
-    memories of all positions computed so far, as parts (see newest()). Gradients flow from later passes into earlier ones
-    through the keys, values and memories, unless detach; not into the first `forward_passes`. Hidden is None for a pass
-    whose loss has weight 0, and what only its loss would need is not computed (weights, one a pass; None: all count).
+    Run a schedule on tokens idx (B, T). For each pass, yields its positions, its hidden states (B, P, D),
+    and the newest memories of all positions computed so far, as parts (see newest_memory()). Gradients flow
+    from later passes into earlier ones through keys, values and memories, except with detach, and never
+    into the first `forward_passes`. weights: one loss weight a pass; where it is 0, hidden is None, and
+    what only the loss would need is not computed. None: all passes count.
     """
-    weights = weights or [1] * len(passes)
-    kv_refresh = kv_refresh and model.config.kv_memory  # without projected memory there is nothing to renew
-    kv = KVBuffer(model.config.n_layer, keep_local=kv_refresh)
-    memories = []  # parts, as the store keeps keys and values
-    x0, value_embeds = model.embed(idx)  # once for all passes
-    x0, value_embeds = at(x0, passes), [at(x, passes) if x is not None else [None] * len(passes) for x in value_embeds]
+    config = model.config
+    if weights is None:
+        weights = [1] * len(passes)
+    kv_refresh = kv_refresh and config.kv_memory  # without projected memory there is nothing to renew
+    kv = KVBuffer(config.n_layer, keep_local=kv_refresh)
+    memories = []
+
+    # what is looked up by token, once for all passes
+    x0, value_embeds = model.embed(idx)
+    x0 = gather_positions(x0, passes)
+    gathered = []
+    for x in value_embeds:
+        gathered.append([None] * len(passes) if x is None else gather_positions(x, passes))
+
     for i, positions in enumerate(passes):
+        # the memory that this pass reads
         left = split(memories, positions, 1)
-        recurrent = previous(left if positions.step > 1 else memories, positions) if memories and model.config.lrt != "none" else None
-        embedded = x0[i], [x[i] for x in value_embeds]
+        memory = None
+        if memories and config.lrt != "none":
+            is_subset = positions.step > 1 and left  # it reads memories at positions that it leaves alone
+            memory = previous_memory(left if is_subset else memories, positions)
+
+        # the pass
+        n_layer = layers_needed(config, passes, i, weights, kv_refresh)
+        embedded = x0[i], [x[i] for x in gathered]
         with torch.set_grad_enabled(torch.is_grad_enabled() and i >= forward_passes):
-            hidden, source = model(take(idx, positions), positions, kv, recurrent, top(model.config, passes, i, weights, kv_refresh), embedded)
+            hidden, source = model(take(idx, positions), positions, kv, memory, n_layer, embedded)
         memories = [(positions, source), *left]
         yield positions, hidden if weights[i] else None, memories
+
+        # what the next pass reads
         kv = kv.copy()  # a layer that is run again in the backward must find the store as it was
         if detach:
             kv.detach()
-            memories = [(p, m.detach()) for p, m in memories]
+            memories = [(positions, m.detach()) for positions, m in memories]
         if kv_refresh:
             for later in passes[i + 1:]:
-                model.refresh(later, kv, previous(memories, later))
-
-# relative change of the memories at which prefill takes them for final: some way above the rounding of one pass
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-@torch.no_grad()
-def prefill(model, idx, kv, subsets=2, max_sweeps=24, tolerance=None, first=0, memory=None, ends=None):
-    """
-    Exact parallel prefill: fill the cache for tokens idx (B, T) as decoding them one by one would, in a few passes.
-    The recurrence is a fixed point; sweeps over S interleaved subsets repeat from the latest iterate until no memory
-    moves by more than `tolerance` (relative; default: by dtype). A sweep runs the layers up to the source, and starts
-    behind the positions that are final: those that stopped moving together with all before them, and S more each time
-    in any case. What is not final after max_sweeps is decoded token by token, so the result is never an unconverged
-    one. A last full pass computes all layers of all final positions.
-    kv: a KVCache that is not rolling, of length first + T at least; its `start` tells rows of different lengths, aligned
-    at their ends, apart. subsets: 2 was the fastest at long prompts (bench.py prefill).
-    first: how many positions the cache holds already, idx being the next ones, and memory (B, 1, D) that of the last of
-    them (None: zero). ends (B,) int64: the position at which each row's text ends; what follows is padding, for which
-    nothing waits, and whose memory is zero.
-    Returns hidden (B, T, D); the memory of the last position (B, 1, D), None where lrt is none; and the number of sweeps,
-    the first included.
-    """
-    T, config = idx.size(1), model.config
-    if config.lrt == "none":
-        return model(idx, range(first, first + T), kv)[0], None, 1
-    tolerance = TOLERANCE[kv.k[0].dtype] if tolerance is None else tolerance
-    p, padding = torch.arange(first, first + T, device=idx.device)[:, None], None
-    for outside in (kv.start is not None and p < kv.start[:, None, None], ends is not None and p >= ends[:, None, None]):
-        if outside is not False:
-            padding = outside if padding is None else padding | outside
-
-    def sweep(positions, memory, n_layer=None):
-        """Recompute positions (from `first` on) with this memory: hidden, and the new memory with padding kept at zero."""
-        at = range(first + positions.start, first + positions.stop, positions.step)
-        hidden, source = model(take(idx, positions), at, kv, memory, n_layer)
-        return hidden, source if padding is None else source.masked_fill(take(padding, positions), 0)
-
-    _, source = sweep(range(T), None if memory is None else F.pad(memory, (0, 0, 0, T - 1)), config.source_layer + 1)
-    # memory[:, p] is what position p reads, equation (5); memory[:, p + 1] is what it leaves
-    memory = torch.cat([torch.zeros_like(source[:, :1]) if memory is None else memory, source], dim=1)
-    final, sweeps = 1, 1  # the first token's memory was there from the start
-    while final < T and sweeps < max_sweeps:
-        moved = memory.new_zeros(T)
-        for i in range(final, min(final + subsets, T)):
-            positions = range(i, T, subsets)
-            _, source = sweep(positions, take(memory, positions), config.source_layer + 1)
-            old = take(memory, range(i + 1, T + 1, subsets))
-            take(moved, positions, dim=0).copy_((source - old).square().mean(-1).sqrt().amax(0))  # memories have RMS 1
-            old.copy_(source)
-        moving = (moved > tolerance).nonzero()
-        final = min(max(final + subsets, moving[0].item()), T) if len(moving) else T
-        sweeps += 1
-    hidden, last = sweep(range(final), memory[:, :final])
-    done, last = [hidden], last[:, -1:]
-    for t in range(final, T):
-        hidden, last = sweep(range(t, t + 1), last)
-        done.append(hidden)
-    return torch.cat(done, dim=1), last, sweeps
+                model.refresh(later, kv, previous_memory(memories, later))
 
 class TrainStep(nn.Module):
     """All passes of a training step as one module, for DDP and torch.compile to wrap."""
 
     def __init__(self, model, schedule):
         super().__init__()
-        self.model, self.schedule = model, schedule
+        self.model = model
+        self.schedule = schedule
 
     def forward(self, idx, targets, schedule=None):
         """
-        idx, targets (B, T) int64 -> the training loss, equation (4): the mean (or weighted mean) over the passes of the
-        mean cross-entropy over the positions each computed; and those means (passes,), detached, NaN where a pass has
-        weight 0. Nats. schedule: another one for this step.
+        idx, targets (B, T) int64 -> the training loss, equation (4) with the schedule's loss weights, and
+        the mean cross-entropy of each pass over the positions it computed: (passes,), detached, NaN where
+        its weight is 0. Nats. schedule: another one for this step.
         """
-        schedule = schedule or self.schedule
+        if schedule is None:
+            schedule = self.schedule
         passes = schedule.passes(idx.size(1))
         weights = schedule.weights(len(passes))
-        hidden = [hidden for _, hidden, _ in run(self.model, idx, passes, schedule.kv_refresh, schedule.detach, schedule.forward_passes, weights)]
-        loss, means = self.model.loss(*zip(*[(x, take(targets, positions), w) for x, positions, w in zip(hidden, passes, weights) if w]))
-        means = iter(means)
-        return loss, torch.stack([next(means) if w else loss.new_full((), math.nan) for w in weights])
+        options = schedule.kv_refresh, schedule.detach, schedule.forward_passes, weights
+        hidden = [hidden for _, hidden, _ in run(self.model, idx, passes, *options)]
+
+        # the loss of the passes that have one
+        counted = [i for i, weight in enumerate(weights) if weight]
+        loss, counted_means = self.model.loss(
+            [hidden[i] for i in counted],
+            [take(targets, passes[i]) for i in counted],
+            [weights[i] for i in counted],
+        )
+        means = [loss.new_full((), math.nan)] * len(passes)
+        for i, mean in zip(counted, counted_means):
+            means[i] = mean
+        return loss, torch.stack(means)
 
 @torch.no_grad()
 def pass_losses(model, idx, targets, schedule):
     """
-    Losses of every pass and token for evaluation, idx and targets (B, T) int64: losses (passes, B, T) in nats, zero
-    where a pass did not compute; mask (passes, T) bool, True where it did; merged (B, T): each position scored by the
-    last pass that computed it.
+    The losses of every pass and token, for evaluation. idx and targets (B, T) int64 -> losses (passes, B,
+    T) in nats, zero where a pass did not compute; mask (passes, T) bool, True where it did; merged (B, T):
+    each position scored by the last pass that computed it.
     """
-    passes = schedule.passes(idx.size(1))
-    losses = torch.zeros(len(passes), *idx.shape, device=idx.device, dtype=torch.promote_types(
-        model.compute_dtype or model.wte.weight.dtype, torch.float32))
-    mask = torch.zeros(len(passes), idx.size(1), dtype=torch.bool, device=idx.device)
-    merged = torch.zeros_like(losses[0])
+    B, T = idx.shape
+    passes = schedule.passes(T)
+    dtype = torch.promote_types(model.compute_dtype or model.wte.weight.dtype, torch.float32)
+    losses = torch.zeros(len(passes), B, T, device=idx.device, dtype=dtype)
+    mask = torch.zeros(len(passes), T, dtype=torch.bool, device=idx.device)
+    merged = torch.zeros(B, T, device=idx.device, dtype=dtype)
     for i, (positions, hidden, _) in enumerate(run(model, idx, passes, schedule.kv_refresh)):
         loss = model.token_loss(hidden, take(targets, positions))
         take(losses[i], positions).copy_(loss)
         take(merged, positions).copy_(loss)
         take(mask[i], positions, dim=0).fill_(True)
     return losses, mask, merged
+
+
+# -----------------------------------------------------------------------------
+# Exact parallel prefill
+
+# prefill takes a memory for final when it moves by less, relative to its size: above the rounding of a pass
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+@torch.no_grad()
+def prefill(model, idx, kv, subsets=2, max_sweeps=24, tolerance=None, first=0, memory=None, ends=None):
+    """
+    Fill the cache for tokens idx (B, T) exactly as decoding them one by one would, in a few passes.
+
+    The recurrence is a fixed point, which sweeps over S interleaved subsets iterate until no memory moves
+    by more than `tolerance` (relative; None: by dtype). A sweep runs the layers up to the source, and
+    leaves out the positions that are final: those that stopped moving together with all before them, and at
+    least S more each time. What is not final after max_sweeps is decoded token by token, so the result is
+    never an unconverged one. A last full pass computes all layers of all final positions.
+
+    kv: a KVCache that is not rolling, of length first + T at least. It may have a `start` for each row.
+    subsets: S; 2 is the fastest for long prompts (bench.py prefill).
+    first: how many positions the cache holds already, idx being the next ones.
+    memory: that of the last of these positions, (B, 1, D); None: zero.
+    ends: (B,) int64, the position at which the text of each row ends; what follows is padding, for which
+    nothing waits, and whose memory is zero.
+
+    Returns hidden (B, T, D); the memory of the last position (B, 1, D), None where lrt is none; and the
+    number of sweeps, the first included.
+    """
+    config = model.config
+    T = idx.size(1)
+    if config.lrt == "none":
+        hidden, _ = model(idx, range(first, first + T), kv)
+        return hidden, None, 1
+    if tolerance is None:
+        tolerance = TOLERANCE[kv.k[0].dtype]
+
+    # the positions (B, T, 1) that are padding, before the text of a row or behind it
+    position = torch.arange(first, first + T, device=idx.device)[:, None]
+    padding = None
+    if kv.start is not None:
+        padding = position < kv.start[:, None, None]
+    if ends is not None:
+        behind = position >= ends[:, None, None]
+        padding = behind if padding is None else padding | behind
+
+    def compute(positions, memory, n_layer=None):
+        """
+        Recompute positions, counted from `first` on, with this memory: hidden, and the new memory, 0 at
+        padding.
+        """
+        shifted = range(first + positions.start, first + positions.stop, positions.step)
+        hidden, source = model(take(idx, positions), shifted, kv, memory, n_layer)
+        if padding is not None:
+            source = source.masked_fill(take(padding, positions), 0)
+        return hidden, source
+
+    # The initialization pass. Position p reads memories[:, p], equation (5), and leaves memories[:, p + 1].
+    source_layers = config.source_layer + 1
+    if memory is None:
+        _, source = compute(range(T), None, source_layers)
+        memory = torch.zeros_like(source[:, :1])
+    else:
+        _, source = compute(range(T), F.pad(memory, (0, 0, 0, T - 1)), source_layers)
+    memories = torch.cat([memory, source], dim=1)
+
+    # sweeps over the positions that are not final
+    final = 1  # the first token has read its memory already
+    sweeps = 1
+    while final < T and sweeps < max_sweeps:
+        moved = memories.new_zeros(T)
+        for i in range(final, min(final + subsets, T)):
+            positions = range(i, T, subsets)
+            _, source = compute(positions, take(memories, positions), source_layers)
+            old = take(memories, range(i + 1, T + 1, subsets))
+            change = (source - old).square().mean(-1).sqrt().amax(0)  # memories have RMS 1
+            take(moved, positions, dim=0).copy_(change)
+            old.copy_(source)
+        moving = (moved > tolerance).nonzero()
+        if len(moving) == 0:
+            final = T
+        else:
+            final = min(max(final + subsets, moving[0].item()), T)
+        sweeps += 1
+
+    # all layers of the final positions, then token by token
+    hidden, source = compute(range(final), memories[:, :final])
+    done = [hidden]
+    memory = source[:, -1:]
+    for t in range(final, T):
+        hidden, memory = compute(range(t, t + 1), memory)
+        done.append(hidden)
+    return torch.cat(done, dim=1), memory, sweeps

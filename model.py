@@ -1,29 +1,32 @@
 """
-The Latent Recurrent Transformer (LRT, arXiv 2605.26797) on a nanochat-style GPT backbone, all of it in this file.
+The Latent Recurrent Transformer (LRT, arXiv 2605.26797) on a nanochat-style GPT backbone.
 
-A plain GPT computes a high-level hidden state for every token and throws it away. Here the hidden state of token
-t-1 after `source_layer`, its memory m_{t-1}, is handed to token t. With norm the parameter-free RMSNorm, D the width,
-G the key/value heads, and zero memory before the first token:
+A plain GPT computes a high-level hidden state for every token and then throws it away. Here the hidden state
+of token t-1 after `source_layer`, its memory m_{t-1}, is handed to token t. With norm the parameter-free
+RMSNorm, D the width, G the key/value heads, and zero memory before the first token:
 
     h = norm(embed(token_t));  x0 = h
     per layer l:
-      h = a_l * h + b_l * x0 + c_l * m_{t-1}                        (1) residual injection: resid_, x0_, mem_lambdas
-      u = norm(h);  g_loc, g_mem, g_tok = 2 * sigmoid(u @ Wg_l)         a gate a head, each (G,)
+      h = a_l * h + b_l * x0 + c_l * m_{t-1}                    (1) residual injection of the memory
+      u = norm(h);  g_loc, g_mem, g_tok = 2 * sigmoid(u @ Wg_l)     a gate for each key/value head, (G,) each
       q = u @ Wq_l
-      k = g_loc * (u @ Wk_l) + g_mem * (m_{t-1} @ Rk)               (2) KV projection of the memory
+      k = g_loc * (u @ Wk_l) + g_mem * (m_{t-1} @ Rk)           (2) KV projection of the memory
       v = g_loc * (u @ Wv_l) + g_mem * (m_{t-1} @ Rv) + g_tok * value_embed_l[token_t]
-      q, k = norm(rotate(q, t)), norm(rotate(k, t))                     per head
-      h = h + attention(q, k, v) @ Wo_l                                 causal, scale 1/sqrt(head size), optional window
+      q, k = norm(rotate(q, t)), norm(rotate(k, t))                 per head
+      h = h + attention(q, k, v) @ Wo_l                             causal, scale 1/sqrt(d), optional window
       h = h + relu(norm(h) @ W1_l)**2 @ W2_l
     logits = 15 * tanh(norm(h) @ Wu / 15);   m_t = norm(h after the source layer)   (3)
 
-lrt="shared" has one Rk and Rv for all layers, "layerwise" one a layer; "none" is the baseline, with no m, g_loc, g_mem.
+lrt="shared" has one Rk and one Rv for all layers, "layerwise" one of each per layer. lrt="none" is the
+baseline, without m, g_loc and g_mem.
 
-There is ONE forward. It computes the positions it is given, writes their fresh keys and values into a store, and
-attends to what the store then holds. Training passes, subsets, decoding steps and prefill differ only in the
-positions and in the store (attention.KVBuffer: autograd flows through it; KVCache: preallocated, written in place).
-Position sets are plain Python ranges: range(T) is a full pass, range(i, T, S) a subset, range(t, t + 1) a decoding
-step. Which sets run in which order is interleave.py.
+There is ONE forward. It computes the positions it is given, writes their fresh keys and values into a store,
+and attends to what the store then holds. A training pass, a subset of it, a decoding step and a prefill
+differ only in the positions and in the store (attention.py). Positions are plain Python ranges: range(T) is
+a full pass, range(i, T, S) one of S subsets, range(t, t + 1) a decoding step. Which of them are run, and in
+which order, is the subject of interleave.py.
+
+Shapes are written with B sequences, P positions, D = n_embd, H = n_head, G = n_kv_head, d = D / H.
 """
 
 import math
@@ -35,6 +38,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from attention import take
+
 
 @dataclass
 class GPTConfig:
@@ -44,40 +49,47 @@ class GPTConfig:
     n_head: int = 6  # query heads
     n_kv_head: int = 6  # key/value heads: n_head / n_kv_head query heads share one
     n_embd: int = 768
-    window_pattern: str = "SSSL"  # tiled over the layers: L sees everything, S half the context; the last layer is L
+    window_pattern: str = "SSSL"  # tiled over the layers: S sees half the context, L and the last layer all
     value_embeds: str = "all"  # none | alternate (every other layer, the last one included) | all
-    lrt: str = "none"  # none: plain GPT | shared: one memory projection for all layers | layerwise: one a layer
-    source_layer: int | None = None  # 0-based: memory is read after this block; None: upper-middle, 3/4 of the way up
+    lrt: str = "none"  # none: plain GPT | shared: one memory projection for all | layerwise: one a layer
+    source_layer: int | None = None  # 0-based: memory is read after this layer; None: 3/4 of the way up
     inject: str = "both"  # how memory enters: kv | residual | both
     memory_init: float = 0.1  # c of equation (1) at the start
-    arch: str = "gpt"  # gpt | recurrent: layers attend to keys and values of their own outputs, see recurrent.py
 
     def __post_init__(self):
         """Raises ValueError, in one line, for a model that cannot be built."""
         def check(ok, message):
             if not ok:
                 raise ValueError(message)
+
+        def check_choice(name, *choices):
+            value = getattr(self, name)
+            check(value in choices, f"{name} {value!r} is none of {', '.join(choices)}")
+
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        check(self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        check(self.n_embd // self.n_head % 2 == 0, f"head size {self.n_embd // self.n_head} is odd: rotary needs pairs")
-        check(self.n_head % self.n_kv_head == 0, f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
+            value = getattr(self, name)
+            check(value >= 1, f"{name} must be at least 1, not {value}")
+        check(self.n_embd % self.n_head == 0,
+              f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        check(self.head_dim % 2 == 0, f"head size {self.head_dim} is odd: rotary needs pairs")
+        check(self.n_head % self.n_kv_head == 0,
+              f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         check(self.window_pattern and set(self.window_pattern) <= set("SL"),
               f"window_pattern {self.window_pattern!r} must be made of the letters S and L")
-        for name, allowed in (("value_embeds", ("none", "alternate", "all")), ("lrt", ("none", "shared", "layerwise")),
-                              ("inject", ("kv", "residual", "both")), ("arch", ("gpt", "recurrent"))):
-            check(getattr(self, name) in allowed, f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
+        check_choice("value_embeds", "none", "alternate", "all")
+        check_choice("lrt", "none", "shared", "layerwise")
+        check_choice("inject", "kv", "residual", "both")
         check(math.isfinite(self.memory_init), f"memory_init must be a number, not {self.memory_init}")
-        check(self.arch == "gpt" or self.lrt == "none", f"arch recurrent goes with lrt none, not with {self.lrt}: one recurrence at a time")
         if self.source_layer is None:  # the paper finds an upper-middle layer strongest
             self.source_layer = max(round(0.75 * self.n_layer) - 1, 0)
         check(0 <= self.source_layer < self.n_layer,
-              f"source_layer {self.source_layer} is out of range: {self.n_layer} layers are numbered 0 to {self.n_layer - 1}")
+              f"source_layer {self.source_layer} is out of range: "
+              f"{self.n_layer} layers are numbered 0 to {self.n_layer - 1}")
 
     @property
     def label(self):
         """What the scripts call a model of this kind."""
-        return f"lrt={self.lrt}" if self.arch == "gpt" else self.arch
+        return f"lrt={self.lrt}"
 
     @property
     def head_dim(self):
@@ -94,165 +106,113 @@ class GPTConfig:
         return self.lrt != "none" and self.inject != "kv"
 
     def window(self, layer):
-        """How many positions back a query of `layer` sees beside its own; sequence_len: everything."""
-        letter = "L" if layer == self.n_layer - 1 else self.window_pattern[layer % len(self.window_pattern)]
-        return self.sequence_len if letter == "L" else self.sequence_len // 2
+        """How many positions back a query of `layer` sees beside its own; sequence_len means all of them."""
+        if layer == self.n_layer - 1 or self.window_pattern[layer % len(self.window_pattern)] == "L":
+            return self.sequence_len
+        return self.sequence_len // 2
 
     def has_value_embed(self, layer):
-        return self.value_embeds == "all" or (self.value_embeds == "alternate" and (self.n_layer - 1 - layer) % 2 == 0)
+        if self.value_embeds == "alternate":
+            return (self.n_layer - 1 - layer) % 2 == 0
+        return self.value_embeds == "all"
 
 
 # -----------------------------------------------------------------------------
-# Small parts
+# The layers
 
 def norm(x):
-    """RMSNorm over the last axis, no parameters."""
+    """RMSNorm over the last axis, without parameters."""
     return F.rms_norm(x, (x.size(-1),))
 
 def rotate(x, cos, sin):
     """
-    Rotary embedding of x (B, P, heads, d): halves (a, b) of a head become (a*cos + b*sin, b*cos - a*sin). The tables
-    (P, 1, d) hold (cos, cos) and (sin, -sin). Keeps x's dtype.
+    Rotary embedding of x (B, P, heads, d), in x's dtype: the halves (a, b) of a head become
+    (a*cos + b*sin, b*cos - a*sin). The tables (P, 1, d) hold (cos, cos) and (sin, -sin).
     """
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin).to(x.dtype)
 
-def take(x, positions, dim=1):
-    """The slice of x at a range of positions: a view."""
-    index = (slice(None),) * dim + (slice(positions.start, positions.stop, positions.step),)
-    return x[index]
-
-def visible(positions, window, device):
-    """
-    The attention mask of queries at `positions` over keys 0 .. positions[-1], True where p - window <= key <= p, as
-    (mask (P, keys) bool or None, is_causal, first key): the leanest form that SDPA takes.
-    """
-    last = positions[-1]
-    if len(positions) == 1:  # a decoding step sees all the keys it is handed
-        return None, False, max(last - window, 0)
-    if positions == range(last + 1) and window >= last:
-        return None, True, 0
-    first = max(positions[0] - window, 0)
-    q = torch.arange(positions.start, positions.stop, positions.step, device=device)[:, None]
-    k = torch.arange(first, last + 1, device=device)[None, :]
-    return (k <= q) & (k >= q - window), False, first
-
 class Linear(nn.Linear):
-    """No bias; the fp32 master weight is used in the dtype of the activations."""
+    """
+    A matrix without bias. Its float32 master weight is cast to the dtype of the activations at every use.
+    """
+
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
-
-# -----------------------------------------------------------------------------
-# The key/value store of inference; that of training is attention.KVBuffer. attend() takes the fresh keys and values
-# (B, n_kv_head, P, d) of one layer, writes them, and lets the queries (B, n_head, P, d) see all that the layer then holds.
-
-class KVCache:
-    """
-    Preallocated store for inference, written in place: the standard cache, (B, n_kv_head, length, d) a layer.
-    rolling: layers with a window keep only that window, position p in slot p mod size; one position is written a time.
-    start (B,) int64: the position at which each row's text starts, for rows of different lengths aligned at their ends
-    (rotary embedding is relative, so a row may start anywhere); None: all start at 0.
-    """
-
-    def __init__(self, config, batch_size, length, device, dtype, rolling=False, start=None):
-        self.length, self.start, self.local, self.masks = length, start, None, {}
-        self.first = 0 if start is None else int(start.max())  # rows that start earlier end earlier
-        self.size = {w: min(length, w + 1) if rolling else length for w in map(config.window, range(config.n_layer))}
-        shapes = [(batch_size, config.n_kv_head, self.size[config.window(l)], config.head_dim) for l in range(config.n_layer)]
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-
-    def write(self, layer, positions, k, v):
-        if positions[-1] >= self.k[layer].size(2):  # around the end of a rolling layer
-            slot = positions[-1] % self.k[layer].size(2)
-            positions = range(slot, slot + 1)
-        take(self.k[layer], positions, dim=2).copy_(k)
-        take(self.v[layer], positions, dim=2).copy_(v)
-
-    def attend(self, layer, positions, q, k, v, window):
-        self.write(layer, positions, k, v)
-        if (positions, window) not in self.masks:  # one for all layers of a pass
-            self.masks = {key: mask for key, mask in self.masks.items() if key[0] == positions}
-            self.masks[positions, window] = self.visible(positions, window, q.device)
-        mask, is_causal, first = self.masks[positions, window]
-        k, v = (x[layer][:, :, first:positions[-1] + 1] for x in (self.k, self.v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1))
-
-    def visible(self, positions, window, device):
-        """The mask of a pass, as the function above, for what this store holds."""
-        size, last = self.size[window], positions[-1]
-        if self.start is None:
-            mask, is_causal, first = visible(positions, window, device)
-            return mask, is_causal, first if size == self.length else 0  # a rolling layer holds nothing but its window
-        first = max(positions[0] - window, 0) if size == self.length else 0
-        slots = torch.arange(first, min(last + 1, size), device=device)
-        k = last - (last - slots) % size if size < self.length else slots
-        q = torch.arange(positions.start, positions.stop, positions.step, device=device)[:, None]
-        mask = (k <= q) & (k >= q - window) & (k >= self.start[:, None, None]) | (k == q)  # padding sees itself: no empty rows
-        return mask[:, None], False, first
-
-    def copy_from(self, other, n, repeats):
-        """Take over positions 0 .. n-1 of a cache that is not rolling, every row `repeats` times."""
-        for mine, theirs in zip(self.k + self.v, other.k + other.v):
-            kept = torch.arange(max(n - mine.size(2), 0), n, device=mine.device)
-            mine[:, :, kept % mine.size(2)] = theirs[:, :, kept].repeat_interleave(repeats, dim=0)
-
-
-# -----------------------------------------------------------------------------
-# The model
-
 class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        D, self.layer, self.head_dim = config.n_embd, layer, config.head_dim
-        self.n_head, self.n_kv_head, self.kv_memory = config.n_head, config.n_kv_head, config.kv_memory
+        D = config.n_embd
+        self.layer = layer
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head
+        self.head_dim = config.head_dim
+        self.kv_memory = config.kv_memory
         self.c_q = Linear(D, D)
         self.c_k = Linear(D, self.n_kv_head * self.head_dim)
         self.c_v = Linear(D, self.n_kv_head * self.head_dim)
         self.c_proj = Linear(D, D)
-        # one gate a key/value head for each source of keys and values: local and memory (LRT), token (value embedding)
-        n_gates = 2 * config.kv_memory + config.has_value_embed(layer)
+        # a gate for each key/value head and each source of k and v: local and memory, value embedding
+        n_gates = 0
+        if config.kv_memory:
+            n_gates += 2
+        if config.has_value_embed(layer):
+            n_gates += 1
         self.gate = Linear(D, n_gates * self.n_kv_head) if n_gates else None
 
     def local_kv(self, u, value_embed):
         """
-        Equation (2) without its memory term, before rotation: u (B, P, D), value_embed (B, P, G*d) or
-        None -> k, v (B, P, G, d) and the memory's gate g_mem (B, P, G, 1), None without KV memory.
+        Equation (2) without its memory term, before rotation. u (B, P, D); value_embed (B, P, G*d) or None.
+        Returns k, v (B, P, G, d), and the gate of the memory g_mem (B, P, G, 1) or None without KV memory.
         """
-        heads = u.shape[:2] + (self.n_kv_head, self.head_dim)
-        k, v, g_mem = self.c_k(u).view(heads), self.c_v(u).view(heads), None
+        G = self.n_kv_head
+        heads = u.shape[:2] + (G, self.head_dim)
+        k = self.c_k(u).view(heads)
+        v = self.c_v(u).view(heads)
+        g_mem = None
         if self.gate is not None:
-            gates = 2 * torch.sigmoid(self.gate(u)).unsqueeze(-1)
+            gates = 2 * torch.sigmoid(self.gate(u)).unsqueeze(-1)  # (B, P, n_gates * G, 1)
             if self.kv_memory:
-                g_loc, g_mem, gates = gates[:, :, :self.n_kv_head], gates[:, :, self.n_kv_head:2 * self.n_kv_head], \
-                    gates[:, :, 2 * self.n_kv_head:]
-                k, v = g_loc * k, g_loc * v
+                g_loc = gates[:, :, :G]
+                g_mem = gates[:, :, G:2 * G]
+                gates = gates[:, :, 2 * G:]
+                k = g_loc * k
+                v = g_loc * v
             if value_embed is not None:
                 v = torch.addcmul(v, gates, value_embed.view(heads))
         return k, v, g_mem
 
     def finish_kv(self, k, v, g_mem, memory_kv, rotary):
-        """Add the memory term, rotate and norm: the keys and values to be stored, (B, G, P, d)."""
+        """
+        Add the memory term of equation (2), if memory_kv is a pair (B, P, G*d), to what local_kv() returned;
+        rotate and norm. Returns the keys and values to be stored, (B, G, P, d).
+        """
         if memory_kv is not None:
-            k = torch.addcmul(k, g_mem, memory_kv[0].view(k.shape))
-            v = torch.addcmul(v, g_mem, memory_kv[1].view(v.shape))
+            memory_k, memory_v = memory_kv
+            k = torch.addcmul(k, g_mem, memory_k.view(k.shape))
+            v = torch.addcmul(v, g_mem, memory_v.view(v.shape))
         return norm(rotate(k, *rotary)).transpose(1, 2), v.transpose(1, 2)
 
     def query(self, u, rotary):
         """u (B, P, D) -> queries (B, H, P, d), rotated and normed."""
-        return norm(rotate(self.c_q(u).view(*u.shape[:2], self.n_head, self.head_dim), *rotary)).transpose(1, 2)
+        B, P, _ = u.shape
+        q = self.c_q(u).view(B, P, self.n_head, self.head_dim)
+        return norm(rotate(q, *rotary)).transpose(1, 2)
 
     def forward(self, u, value_embed, memory_kv, rotary, positions, window, kv):
+        """u (B, P, D) -> (B, P, D). The other arguments are those of Block.forward."""
         B, P, D = u.shape
         local = self.local_kv(u, value_embed)
-        if kv.local is not None and kv.local[self.layer] is None:
+        if kv.local is not None and kv.local[self.layer] is None:  # the first pass keeps it for GPT.refresh
             kv.local[self.layer] = local
-        y = kv.attend(self.layer, positions, self.query(u, rotary), *self.finish_kv(*local, memory_kv, rotary), window)
+        q = self.query(u, rotary)
+        k, v = self.finish_kv(*local, memory_kv, rotary)
+        y = kv.attend(self.layer, positions, q, k, v, window)
         return self.c_proj(y.transpose(1, 2).reshape(B, P, D))
 
 class MLP(nn.Module):
@@ -272,88 +232,133 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, h, *attn_args):
-        h = h + self.attn(norm(h), *attn_args)
+    def forward(self, h, value_embed, memory_kv, rotary, positions, window, kv):
+        """
+        One layer without its residual injection: h (B, P, D) -> (B, P, D).
+        value_embed (B, P, G*d) or None; memory_kv: the memory projected by Rk and Rv, a pair (B, P, G*d), or
+        None; rotary: the tables (P, 1, d) of cos and sin; positions: a range of length P; window: how far
+        back they see; kv: the store (attention.KVStore), which is read and written.
+        """
+        h = h + self.attn(norm(h), value_embed, memory_kv, rotary, positions, window, kv)
         return h + self.mlp(norm(h))
 
-class HeadLoss(torch.autograd.Function):
+
+# -----------------------------------------------------------------------------
+# The loss
+
+class FusedLinearCrossEntropy(torch.autograd.Function):
     """
-    Output head, softcap and cross-entropy of all passes, some rows at a time: the logits of a pass never exist at once,
-    nor are they computed twice, because the forward goes on to the gradients, of a unit loss, while it has them.
-    With t = tanh(x @ W.T / 15), |logit| = |15 t| <= 15, so exp needs no maximum taken off, and d logit / d(x @ W.T) = 1 - t^2.
+    Output head, softcap and cross-entropy of all passes in one function, a chunk of rows at a time. The
+    logits of a pass never exist all at once, and they are not computed twice, because the forward also
+    computes the gradients of a unit loss while it has them. With t = tanh(x @ Wu / 15) a logit is 15 t, and
+    |15 t| <= 15, so that exp needs no maximum subtracted; its derivative is d logit / d(x @ Wu) = 1 - t^2.
     """
 
     @staticmethod
-    def rows(x):
-        """How many at a time: what stays in a CPU's cache, and what fills a GPU."""
+    def chunk_size(x):
+        """Rows at a time: on a CPU what stays in its cache, on a GPU what fills it."""
         return 256 if x.device.type == "cpu" else 4096
 
     @staticmethod
     def forward(ctx, weight, targets, weights, *hidden):
-        w, grads, means = weight.to(hidden[0].dtype), [], []
+        """
+        weight (V, D): the output head. For each pass: targets (B, P) int64, of which -1 counts as loss 0; its
+        weight, a float; hidden (B, P, D). Returns the weighted sum of the passes' mean losses, and these
+        means (passes,), which take no gradient.
+        """
+        w = weight.to(hidden[0].dtype)
         dw = torch.zeros_like(weight)
-        for x, target, scale in zip(hidden, targets, weights):
-            x, target, losses = x.flatten(0, 1), target.flatten(), []
+        dhidden = []
+        means = []
+        for x, target, pass_weight in zip(hidden, targets, weights):
+            x = x.flatten(0, 1)
+            target = target.flatten()
             dx = torch.empty_like(x)
-            for x_i, y, dx_i in zip(*(z.split(HeadLoss.rows(x)) for z in (x, target, dx))):
+            losses = []
+            chunk_size = FusedLinearCrossEntropy.chunk_size(x)
+            for x_i, y, dx_i in zip(x.split(chunk_size), target.split(chunk_size), dx.split(chunk_size)):
+                # the loss of these rows, -log softmax(logits)[y]
                 t = F.linear(x_i, w)
                 t = t.to(torch.promote_types(t.dtype, torch.float32)).div_(15).tanh_()
                 p = (15 * t).exp_()
-                total, valid = p.sum(-1, keepdim=True), (y >= 0).unsqueeze(1)
+                total = p.sum(-1, keepdim=True)
+                valid = (y >= 0).unsqueeze(1)
                 y = y.clamp(min=0).unsqueeze(1)
                 losses.append((total.log() - 15 * t.gather(1, y)) * valid)
-                unit = valid.to(p.dtype) * (scale / len(target))
-                p.mul_(unit / total).scatter_add_(1, y, -unit)  # d loss / d logits
+                # its gradient: first in the logits, (softmax - one hot) / rows, then in x @ Wu
+                scale = valid.to(p.dtype) * (pass_weight / len(target))
+                p.mul_(scale / total).scatter_add_(1, y, -scale)
                 p = p.mul_(t.square_().neg_().add_(1)).to(x.dtype)
                 torch.mm(p, w, out=dx_i)
                 dw += p.T @ x_i
-            grads.append(dx)
+            dhidden.append(dx)
             means.append(torch.cat(losses).mean())
         means = torch.stack(means)
         ctx.shapes = [x.shape for x in hidden]
-        ctx.save_for_backward(dw, *grads)
+        ctx.save_for_backward(dw, *dhidden)
         ctx.mark_non_differentiable(means)
         return (means * means.new_tensor(weights)).sum(), means
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        dw, *grads = ctx.saved_tensors
-        return dw * grad, None, None, *(dx.view(shape) * grad.to(dx.dtype) for dx, shape in zip(grads, ctx.shapes))
+        dw, *dhidden = ctx.saved_tensors
+        dhidden = [dx.view(shape) * grad.to(dx.dtype) for dx, shape in zip(dhidden, ctx.shapes)]
+        return dw * grad, None, None, *dhidden
+
+
+# -----------------------------------------------------------------------------
+# The model
 
 class GPT(nn.Module):
+    block_class = Block  # what a layer is made of; a subclass may have another
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.compute_dtype = None  # dtype of the activations; None: that of the weights
-        self.recompute = False  # activation checkpointing: save a layer's input only, and run it again in the backward
-        D, L, V, kv_dim = config.n_embd, config.n_layer, config.vocab_size, config.n_kv_head * config.head_dim
+        self.recompute = False  # activation checkpointing: keep a layer's inputs, and run it again later
+        D, L, V = config.n_embd, config.n_layer, config.vocab_size
+        kv_dim = config.n_kv_head * config.head_dim
+
+        # embeddings, layers, output head
         self.wte = nn.Embedding(V, D)
-        self.value_embeds = nn.ModuleDict({str(l): nn.Embedding(V, kv_dim) for l in range(L) if config.has_value_embed(l)})
-        block = Block
-        if config.arch == "recurrent":
-            from recurrent import RecurrentBlock as block  # here, as it builds on this file
-        self.h = nn.ModuleList(block(config, l) for l in range(L))
+        self.value_embeds = nn.ModuleDict()
+        for l in range(L):
+            if config.has_value_embed(l):
+                self.value_embeds[str(l)] = nn.Embedding(V, kv_dim)
+        self.h = nn.ModuleList(self.block_class(config, l) for l in range(L))
         self.lm_head = Linear(D, V)
+
         # a, b and c of equation (1)
         self.resid_lambdas = nn.Parameter(torch.ones(L))
         self.x0_lambdas = nn.Parameter(torch.full((L,), 0.1))
-        self.mem_lambdas = nn.Parameter(torch.full((L,), config.memory_init)) if config.residual_memory else None
-        # Rk and Rv of equation (2): one pair in all (shared) or one a layer (layerwise)
-        n_pairs = {"none": 0, "shared": 1, "layerwise": L}[config.lrt] * config.kv_memory
+        self.mem_lambdas = None
+        if config.residual_memory:
+            self.mem_lambdas = nn.Parameter(torch.full((L,), config.memory_init))
+
+        # Rk and Rv of equation (2)
+        n_pairs = 0
+        if config.kv_memory:
+            n_pairs = 1 if config.lrt == "shared" else L
         self.mem_k = nn.ModuleList(Linear(D, kv_dim) for _ in range(n_pairs))
         self.mem_v = nn.ModuleList(Linear(D, kv_dim) for _ in range(n_pairs))
+
+        # rotary tables (2 * sequence_len, 1, d): a row that is padded on its left ends beyond the context
         frequencies = 10000.0 ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-        # twice the context: a row that is padded on the left ends further to the right
-        angles = torch.outer(torch.arange(2 * config.sequence_len, dtype=torch.float32), frequencies)[:, None]
-        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False)  # (2 * sequence_len, 1, head_dim)
+        positions = torch.arange(2 * config.sequence_len, dtype=torch.float32)
+        angles = torch.outer(positions, frequencies)[:, None]
+        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False)
         self.register_buffer("sin", torch.cat([angles.sin(), -angles.sin()], -1), persistent=False)
+
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """As the LRT release: output projections and gates start at zero, so every block starts as the identity."""
+        """
+        As in the LRT release. Output projections and gates start at zero, so every block starts as the
+        identity.
+        """
         bound = math.sqrt(3 / self.config.n_embd)  # uniform with standard deviation 1/sqrt(D)
         for name, module in self.named_modules():
             if isinstance(module, (Linear, nn.Embedding)):
@@ -364,89 +369,133 @@ class GPT(nn.Module):
         nn.init.normal_(self.wte.weight, std=1.0)
         nn.init.normal_(self.lm_head.weight, std=0.001)
 
-    def memory_kv(self, memory, n_layer):
-        """Rk and Rv applied to memory (B, P, D) once a pass, for the first n_layer layers: a list of as many pairs (B, P, G*d)."""
-        if memory is None or not self.config.kv_memory:
-            return [None] * n_layer
-        pairs = [(k(memory), v(memory)) for k, v in list(zip(self.mem_k, self.mem_v))[:n_layer]]
-        return pairs if self.config.lrt == "layerwise" else pairs * n_layer
+    # -------------------------------------------------------------------------
+    # The forward
 
     def embed(self, idx):
         """
-        All that is looked up by token: idx (B, P) int64 -> x0 (B, P, D), and a tuple of every layer's value embedding
-        (B, P, G*d), None where a layer has none.
+        All that is looked up by token: idx (B, P) int64 -> x0 (B, P, D), and a tuple of every layer's value
+        embedding (B, P, G*d), None where a layer has none.
         """
         dtype = self.compute_dtype or self.wte.weight.dtype
-        value_embeds = (self.value_embeds[str(l)](idx).to(dtype) if self.config.has_value_embed(l) else None for l in range(self.config.n_layer))
-        return norm(self.wte(idx).to(dtype)), tuple(value_embeds)
+        x0 = norm(self.wte(idx).to(dtype))
+        value_embeds = []
+        for l in range(self.config.n_layer):
+            has_one = self.config.has_value_embed(l)
+            value_embeds.append(self.value_embeds[str(l)](idx).to(dtype) if has_one else None)
+        return x0, tuple(value_embeds)
+
+    def project_memory(self, memory, n_layer):
+        """
+        Rk and Rv of the first n_layer layers applied to memory (B, P, D): a list of as many pairs (B, P,
+        G*d). Without memory, or if it does not enter by keys and values, a list of None.
+        """
+        if memory is None or not self.config.kv_memory:
+            return [None] * n_layer
+        if self.config.lrt == "shared":
+            return [(self.mem_k[0](memory), self.mem_v[0](memory))] * n_layer
+        return [(self.mem_k[l](memory), self.mem_v[l](memory)) for l in range(n_layer)]
 
     def forward(self, idx, positions, kv, memory=None, n_layer=None, embedded=None):
         """
         The one forward, equations (1) to (3).
         idx (B, P) int64: the tokens at `positions`, a range of length P within the context.
-        kv: KVBuffer or KVCache. Keys and values of `positions` are written; the queries see all positions up to their
-        own, so the store must hold those, from earlier calls or from this one.
+        kv: KVBuffer or KVCache. The keys and values of `positions` are written; the queries see all
+        positions up to their own, so the store must hold those, from earlier calls or from this one.
         memory (B, P, D): m_{t-1} for every t in positions; None: zero, and its projections are not computed.
-        n_layer: stop after this many layers, at least up to the source layer; all that memory depends on is done then.
-        embedded: embed(idx), where a caller has it from an earlier pass over the same tokens.
-        Returns hidden (B, P, D), the normed output of the last layer, to be passed to logits() or token_loss(), and
-        source (B, P, D), the memory m_t of every position. Raises ValueError beyond the context.
+        n_layer: stop after this many layers, at least up to the source layer; None: run all.
+        embedded: embed(idx), if the caller has it from an earlier pass over the same tokens.
+        Returns hidden (B, P, D), the normed output of the last layer, for logits(), token_loss() or loss(),
+        and source (B, P, D), the memory m_t of every position. Raises ValueError beyond the context.
         """
         config = self.config
-        if positions[-1] - kv.first >= config.sequence_len:
-            raise ValueError(f"position {positions[-1] - kv.first} is beyond the context of {config.sequence_len} tokens")
+        last = positions[-1] - kv.first
+        if last >= config.sequence_len:
+            raise ValueError(f"position {last} is beyond the context of {config.sequence_len} tokens")
+        if n_layer is None:
+            n_layer = config.n_layer
         rotary = take(self.cos, positions, dim=0), take(self.sin, positions, dim=0)
-        n_layer = n_layer or config.n_layer
-        memory_kv = self.memory_kv(memory, n_layer)
+        memory_kv = self.project_memory(memory, n_layer)
         x0, value_embeds = embedded or self.embed(idx)
-        abc = [x.to(x0.dtype).unbind() for x in (self.resid_lambdas, self.x0_lambdas, self.mem_lambdas) if x is not None]
+
+        # a, b and c of equation (1): one unbind each, whose backward is one stack
+        resid_lambdas = self.resid_lambdas.to(x0.dtype).unbind()
+        x0_lambdas = self.x0_lambdas.to(x0.dtype).unbind()
+        if self.mem_lambdas is not None:
+            mem_lambdas = self.mem_lambdas.to(x0.dtype).unbind()
+        else:
+            mem_lambdas = [None] * n_layer
+
+        run_layer = self.recomputed_layer if self.recompute and torch.is_grad_enabled() else self.layer
         h = x0
         for l in range(n_layer):
-            args = l, [x[l] for x in abc], h, x0, value_embeds[l], memory, memory_kv[l], rotary, positions
-            if self.recompute and torch.is_grad_enabled():
-                stores = [kv]  # the run in the backward gets a copy: what it writes must not stay
-                h = checkpoint(lambda *args, stores=stores: self.layer(*args, stores.pop() if stores else kv.copy()), *args, use_reentrant=False)
-            else:
-                h = self.layer(*args, kv)
+            lambdas = resid_lambdas[l], x0_lambdas[l], mem_lambdas[l]
+            h = run_layer(l, kv, h=h, x0=x0, value_embed=value_embeds[l], memory=memory,
+                          memory_kv=memory_kv[l], lambdas=lambdas, rotary=rotary, positions=positions)
             if l == config.source_layer:
                 source = norm(h)
         return norm(h), source
 
-    def layer(self, l, abc, h, x0, value_embed, memory, memory_kv, rotary, positions, kv):
-        """Equations (1), abc its scalars, and (2) of layer l and the rest of its block: h (B, P, D) -> (B, P, D)."""
-        h = torch.addcmul(abc[0] * h, abc[1], x0)
+    def layer(self, l, kv, h, x0, value_embed, memory, memory_kv, lambdas, rotary, positions):
+        """Layer l: equation (1), with lambdas its a, b and c, and the block. h (B, P, D) -> (B, P, D)."""
+        a, b, c = lambdas
+        h = torch.addcmul(a * h, b, x0)
         if memory is not None and self.config.residual_memory:
-            h = torch.addcmul(h, abc[2], memory)
+            h = torch.addcmul(h, c, memory)
         return self.h[l](h, value_embed, memory_kv, rotary, positions, self.config.window(l), kv)
+
+    def recomputed_layer(self, l, kv, **inputs):
+        """layer() with activation checkpointing: only its inputs are kept, and the backward runs it again."""
+        first_run = True
+
+        def run(**inputs):
+            # The second run, in the backward, must see what the first one saw, and write into a copy of the
+            # store: in the store itself, what it writes would outlive its use.
+            nonlocal first_run
+            store = kv if first_run else kv.copy()
+            first_run = False
+            return self.layer(l, store, **inputs)
+
+        return checkpoint(run, use_reentrant=False, **inputs)
 
     def refresh(self, positions, kv, memory):
         """
-        KV refresh, an option of interleaved training: rewrite the keys and values at `positions` with a new memory (B, P, D), the
-        local parts and gates staying those of the first pass over all positions (kv made with keep_local=True).
+        KV refresh, an option of interleaved training: rewrite the keys and values at `positions` with a new
+        memory (B, P, D). Their local parts and gates stay those of the first pass, which was over all
+        positions (the store was made with keep_local=True).
         """
         rotary = take(self.cos, positions, dim=0), take(self.sin, positions, dim=0)
-        for l, (block, memory_kv) in enumerate(zip(self.h, self.memory_kv(memory, self.config.n_layer))):
+        memory_kv = self.project_memory(memory, self.config.n_layer)
+        for l, block in enumerate(self.h):
             local = [take(x, positions) for x in kv.local[l]]
-            kv.write(l, positions, *block.attn.finish_kv(*local, memory_kv, rotary))
+            kv.write(l, positions, *block.attn.finish_kv(*local, memory_kv[l], rotary))
+
+    # -------------------------------------------------------------------------
+    # Logits and losses
 
     def logits(self, hidden):
-        """hidden (B, P, D) -> logits (B, P, vocab_size) in float32 (or wider), softly capped at +-15; equation (3)."""
+        """hidden (B, P, D) -> logits (B, P, V) in float32 or wider, softly capped at +-15; equation (3)."""
         logits = self.lm_head(hidden)
         return 15 * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / 15)
 
     def token_loss(self, hidden, targets):
-        """Cross-entropy in nats of every position: hidden (B, P, D), targets (B, P) int64 -> (B, P); targets -1 give 0."""
-        rows = HeadLoss.rows(hidden)
-        losses = [F.cross_entropy(self.logits(x), y, ignore_index=-1, reduction="none")
-                  for x, y in zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows))]
+        """
+        Cross-entropy of every position in nats: hidden (B, P, D), targets (B, P) int64 -> (B, P); target -1
+        gives 0.
+        """
+        chunk_size = FusedLinearCrossEntropy.chunk_size(hidden)
+        losses = []
+        for x, y in zip(hidden.flatten(0, 1).split(chunk_size), targets.flatten().split(chunk_size)):
+            losses.append(F.cross_entropy(self.logits(x), y, ignore_index=-1, reduction="none"))
         return torch.cat(losses).view(targets.shape)
 
     def loss(self, hidden, targets, weights):
         """
-        The training loss, equation (4): the sum over passes of weights[i] (floats) times the mean cross-entropy of
-        hidden[i] (B, P_i, D) against targets[i] (B, P_i) int64 (targets -1 count 0), and these means (passes,), detached. Nats.
+        The training loss, equation (4) of interleave.py: the sum over passes i of weights[i], a float,
+        times the mean cross-entropy of hidden[i] (B, P_i, D) against targets[i] (B, P_i) int64, where
+        target -1 counts as 0. Returns the loss and the means (passes,), detached. Nats.
         """
-        return HeadLoss.apply(self.lm_head.weight, targets, weights, *hidden)
+        return FusedLinearCrossEntropy.apply(self.lm_head.weight, targets, weights, *hidden)
 
     # -------------------------------------------------------------------------
     # Counting
@@ -457,8 +506,8 @@ class GPT(nn.Module):
             "embedding": list(self.wte.parameters()),
             "value embeddings": list(self.value_embeds.parameters()),
             "head": list(self.lm_head.parameters()),
-            "matrices": [p for n, p in self.h.named_parameters() if "gate" not in n],
-            "gates": [p for n, p in self.h.named_parameters() if "gate" in n],
+            "matrices": [p for name, p in self.h.named_parameters() if "gate" not in name],
+            "gates": [p for name, p in self.h.named_parameters() if "gate" in name],
             "memory projections": list(self.mem_k.parameters()) + list(self.mem_v.parameters()),
             "residual scalars": [self.resid_lambdas],
             "x0 scalars": [self.x0_lambdas],
@@ -468,7 +517,9 @@ class GPT(nn.Module):
         return groups
 
     def parameter_counts(self):
-        """Number of parameters by group, plus `total` and `scaling`: the matrices and head that tokens a parameter count."""
+        """
+        The number of parameters by role, their `total`, and `scaling`: those counted in tokens per parameter.
+        """
         counts = {name: sum(p.numel() for p in params) for name, params in self.parameter_groups().items()}
         total = sum(counts.values())
         scaling = counts["matrices"] + counts["gates"] + counts["memory projections"] + counts["head"]
@@ -476,15 +527,17 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T=None, n_layer=None, head=True):
         """
-        Training FLOPs (forward and backward) per token of one plain pass over T tokens (default: the context), of its first
-        n_layer layers (default: all), with or without the head. Schedule.flops_per_token() adds up several passes.
-        A matrix entry costs 6 FLOPs a position, and attention 12 * width * keys in the window (PaLM, arXiv 2204.02311,
-        appendix B, causality not counted off); a recurrent layer has a second key/value projection, and what its backward
-        pass recomputes is not counted.
+        Training FLOPs, forward and backward, per token of one plain pass over T tokens (default: the
+        context) through the first n_layer layers (default: all), with or without the output head.
+        Schedule.flops_per_token() adds up the passes of a step. A matrix entry costs 6 FLOPs a position,
+        and attention 12 * D for each key in the window (PaLM, arXiv 2204.02311, appendix B; causality is
+        not taken off).
         """
-        T, layers = T or self.config.sequence_len, self.h[:n_layer]
-        entries = sum(p.numel() for p in layers.parameters()) + head * self.lm_head.weight.numel()
-        if self.config.arch == "recurrent":  # keys, values and their gate, once more from the layer's output
-            entries += sum(m.weight.numel() for block in layers for m in (block.attn.c_k, block.attn.c_v, block.attn.gate) if m is not None)
+        if T is None:
+            T = self.config.sequence_len
+        layers = self.h[:n_layer]
+        entries = sum(p.numel() for p in layers.parameters())
+        if head:
+            entries += self.lm_head.weight.numel()
         keys = sum(min(self.config.window(l) + 1, T) for l in range(len(layers)))
         return 6 * entries + 12 * self.config.n_embd * keys

@@ -1,43 +1,75 @@
 """
-The layers of the Recurrent Transformer (arXiv 2604.21215) on the same backbone: GPTConfig(arch="recurrent").
+The Recurrent Transformer (arXiv 2604.21215) on the same backbone: its layer, and the GPT made of such layers.
 
-In a recurrent layer, position t attends to keys and values made from the layer's own *outputs* at earlier positions, and
-to a temporary pair made from its own input. Both pairs take one path, same weights, norm, rotation and value embedding:
+In a recurrent layer, position t attends to keys and values made from the layer's own *outputs* at earlier
+positions, and to a temporary pair of key and value made from its own input. Both pairs are made the same way,
+with the same weights, norm, rotation and value embedding:
 
     u_t = norm(x_t);  q_t = query(u_t);  k'_t, v'_t = pair(u_t)
     a_t = attention(q_t, {(k_j, v_j): j < t} + {(k'_t, v'_t)})
     h_t = x_t + a_t Wo;  y_t = h_t + relu(norm(h_t) W1)**2 W2;  k_t, v_t = pair(norm(y_t))
 
-q, k' and v' depend on the layer's input alone and are computed for all positions at once. What is left is sequential in
-t, in two forms that give the same numbers. reference() is plain autograd over t. tiled() is as exact: once position t is
-done, its tile hands the last P finished keys to the next P queries, P the largest power of two that divides t+1,
+q, k' and v' depend on the layer's input alone and are computed for all positions at once. The rest is
+sequential in t. It has two forms that give the same numbers: reference() is plain autograd over t, tiled() is
+the form to train with. Once position t is done, with P the largest power of two that divides t+1, its tile
+adds the last P finished keys to the softmax of the next P queries,
 
-    t = 0: key 0 -> query 1;  t = 1: keys 0, 1 -> queries 2, 3;  t = 2: key 2 -> query 3;  t = 3: keys 0 .. 3 -> queries 4 .. 7
+    t = 0: key 0 -> query 1;               t = 1: keys 0, 1 -> queries 2, 3;
+    t = 2: key 2 -> query 3;               t = 3: keys 0 .. 3 -> queries 4 .. 7;   and so on,
 
-so every query meets every earlier key exactly once, and T/2 log2 T keys are read instead of T^2/2. The softmax of a query
-runs along as (maximum, sum, weighted sum), from its temporary pair on. The backward pass walks the same tiles in reverse,
-with probabilities recomputed from the stored log-sum-exp as in flash attention: a layer keeps O(T D). Gradients of the
-weights are formed after the walk, one matrix product each.
+so every query meets every earlier key exactly once, and T/2 log2 T keys are read where one query after the
+other would read T^2/2. The softmax of a query is a running one, as in flash attention: a maximum, a sum and
+an accumulator, which start with its temporary pair. The backward walks the same tiles in reverse order and
+recomputes the probabilities from the stored log-sum-exp, so that a layer keeps O(T D). The gradients of the
+weights are computed after the walk, by one matrix product each.
 
-The walk goes by blocks of BLOCK positions. Tiles smaller than a block lie within one, so that all blocks do the same work on
-different tensors: on CUDA, where that is thousands of small kernels, it is one captured graph. Larger tiles come between blocks.
+The walk goes by blocks of BLOCK positions. Tiles smaller than a block lie within one, so that all blocks do
+the same work on different tensors. On CUDA, where this work is thousands of small kernels, it is captured as
+one CUDA graph. Larger tiles are added between blocks.
+
+Shapes are written with B sequences, T positions, D = n_embd, H query heads, G key/value heads, d = D / H.
 """
 
 import warnings
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from model import Block, norm, rotate
+from attention import dot_product_attention
+from model import GPT, Block, GPTConfig, norm, rotate
 
-SCRATCH = 2**20  # scores computed at once, 4 MiB of float32: a larger tile is worked off some heads at a time
+SCRATCH = 2**20  # scores computed at once, 4 MiB of float32: a larger tile is added some rows at a time
 BLOCK = 64  # positions walked at once, a power of two
-GRAPHS = 8  # kinds of blocks kept: forward and backward, with a value embedding and without, training and another batch size
+GRAPHS = 8  # kinds of blocks kept: forward or backward, with or without value embedding, two batch sizes
 
+
+# -----------------------------------------------------------------------------
+# The model
+
+@dataclass
+class RecurrentConfig(GPTConfig):
+    """The configuration of a RecurrentGPT: a GPT's with lrt none, as there is one recurrence at a time."""
+    arch: str = "recurrent"  # in a checkpoint, tells this configuration from that of a GPT
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.arch != "recurrent":
+            raise ValueError(f"arch {self.arch!r} is none of gpt, recurrent")
+        if self.lrt != "none":
+            raise ValueError(f"arch recurrent goes with lrt none, not with {self.lrt}: "
+                             "one recurrence at a time")
+
+    @property
+    def label(self):
+        return "recurrent"
 
 class RecurrentBlock(Block):
-    """A recurrent layer with the parameters of a Block; as a Block it computes positions, writes kv, and returns the output."""
+    """
+    A recurrent layer. Its parameters, and the arguments and results of its forward, are those of a Block.
+    """
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -48,23 +80,60 @@ class RecurrentBlock(Block):
         return self.attn.finish_kv(*self.attn.local_kv(u, value_embed), None, rotary)
 
     def arguments(self, x, value_embed, rotary):
-        """What tiled() and reference() take, for all positions of x (B, T, D)."""
-        u, attn, mlp = norm(x), self.attn, self.mlp
-        pair_rows = [m.weight for m in (attn.c_k, attn.c_v, attn.gate) if m is not None]
-        weights = [w.to(x.dtype) for w in (attn.c_proj.weight, torch.cat(pair_rows), mlp.c_fc.weight, mlp.c_proj.weight)]
-        return x, attn.query(u, rotary), *self.pair(u, value_embed, rotary), value_embed, rotary, weights, self.window
+        """The arguments of tiled() and reference() for the layer's input x (B, T, D)."""
+        attn, mlp = self.attn, self.mlp
+        u = norm(x)
+        pair_weights = [attn.c_k.weight, attn.c_v.weight]
+        if attn.gate is not None:
+            pair_weights.append(attn.gate.weight)
+        weights = [attn.c_proj.weight, torch.cat(pair_weights), mlp.c_fc.weight, mlp.c_proj.weight]
+        weights = [w.to(x.dtype) for w in weights]
+        q = attn.query(u, rotary)
+        k, v = self.pair(u, value_embed, rotary)
+        return x, q, k, v, value_embed, rotary, weights, self.window
 
     def forward(self, x, value_embed, memory_kv, rotary, positions, window, kv):
-        """As Block.forward, for one position (decoding) or for all from 0 on. Raises ValueError for any other range."""
-        if len(positions) == 1:  # attention finds the temporary pair in the place that the final one takes afterwards
+        """As Block.forward, for one position (decoding) or for all from 0 on. Raises ValueError otherwise."""
+        if len(positions) == 1:
+            # attention finds the temporary pair in the place that the final one takes afterwards
             y = super().forward(x, value_embed, memory_kv, rotary, positions, window, kv)
             k, v = self.pair(norm(y), value_embed, rotary)
         elif positions == range(len(positions)):
             y, k, v = tiled(*self.arguments(x, value_embed, rotary), kv.start)
         else:
-            raise ValueError(f"a recurrent layer runs from position 0 on, or one position at a time, not at {positions}")
+            raise ValueError("a recurrent layer runs from position 0 on, or one position at a time, "
+                             f"not at {positions}")
         kv.write(self.attn.layer, positions, k, v)
         return y
+
+class RecurrentGPT(GPT):
+    block_class = RecurrentBlock
+
+    def flops_per_token(self, T=None, n_layer=None, head=True):
+        """
+        As GPT.flops_per_token. A recurrent layer projects keys, values and their gate a second time, from
+        its output; what its backward recomputes is not counted.
+        """
+        flops = super().flops_per_token(T, n_layer, head)
+        for block in self.h[:n_layer]:
+            for matrix in (block.attn.c_k, block.attn.c_v, block.attn.gate):
+                if matrix is not None:
+                    flops += 6 * matrix.weight.numel()
+        return flops
+
+def build_model(config):
+    """The model of a configuration: a RecurrentGPT for a RecurrentConfig, a GPT for a GPTConfig."""
+    return RecurrentGPT(config) if isinstance(config, RecurrentConfig) else GPT(config)
+
+def config_from_dict(fields):
+    """
+    The GPTConfig or RecurrentConfig of a checkpoint's dict. The key `arch` tells them apart; it is missing,
+    or "gpt" in older checkpoints, for a GPTConfig. Raises ValueError or TypeError for a dict that is no
+    configuration.
+    """
+    if fields.get("arch", "gpt") != "gpt":
+        return RecurrentConfig(**fields)
+    return GPTConfig(**{name: value for name, value in fields.items() if name != "arch"})
 
 
 # -----------------------------------------------------------------------------
@@ -72,8 +141,9 @@ class RecurrentBlock(Block):
 
 def position(x, a, value_embed, cos, sin, w_o, w_kv, w_fc, w_proj, n_kv_head, qk_norm=True):
     """
-    What follows attention, every position on its own: x, a (.., D), value_embed (.., G*d) or None, tables (1, d) each
-    -> y (.., D), final k, v (.., G, d). Weights are (in, out), w_kv is Wk, Wv and, with value_embed, the gate beside each other.
+    What follows attention, for every position on its own. x, a (.., D); value_embed (.., G*d) or None;
+    tables (1, d) each. The weights are (in, out): Wo; Wk, Wv and, with value_embed, the gate beside each
+    other; W1; W2. Returns y (.., D) and the final k, v (.., G, d).
     """
     h = x + a @ w_o
     y = h + F.relu(norm(h) @ w_fc).square() @ w_proj
@@ -83,19 +153,24 @@ def position(x, a, value_embed, cos, sin, w_o, w_kv, w_fc, w_proj, n_kv_head, qk
         v = torch.addcmul(v, 2 * torch.sigmoid(gate), value_embed.view(v.shape))
     return y, norm(k) if qk_norm else k, v
 
-def position_backward(dy, dk, dv, k, r_k, dv_dgate, normed_y, r_y, dhidden, normed_h, r_h, cos, sin, w_o, w_kv, w_fc, w_proj, qk_norm=True):
+def position_backward(dy, dk, dv, k, r_k, dv_dgate, normed_y, r_y, dsquare, normed_h, r_h, cos, sin,
+                      w_o, w_kv, w_fc, w_proj, qk_norm=True):
     """
-    position() backwards by hand, for rows (B, D): dy and dk, dv (B, G, d), and what it computed on the way -> da, and the
-    gradients of the outputs of Wo, W1, W2 and Wk, Wv, gate. r is of norm(x) = x * r; dv_dgate (B, G, d) and dhidden
-    (B, 4D) are derivatives of v in the gate and of relu(..)**2. Tables as position(), weights (out, in).
+    The backward of position(), by hand, for rows (B, D). Given the gradients dy (B, D) and dk, dv (B, G, d)
+    of its outputs, and what the forward has computed: the final k (B, G, d); the norms of y and h, and the
+    factors r of norm(x) = x * r; the derivatives dv_dgate (B, G, d) of v in the gate's output, and dsquare
+    (B, 4D) of relu(..)**2 in its argument. Tables as in position(), weights (out, in).
+    Returns the gradients of a, and of the outputs of Wo, W1, W2 and (Wk, Wv, gate).
     """
-    dk = rotate(norm_backward(dk, k, r_k) if qk_norm else dk, cos, -sin)
+    if qk_norm:
+        dk = norm_backward(dk, k, r_k)
+    dk = rotate(dk, cos, -sin)
     dpair = [dk.flatten(1), dv.flatten(1)]
     if dv_dgate is not None:
         dpair.append((dv * dv_dgate).sum(-1))
     dpair = torch.cat(dpair, dim=1).to(dy.dtype)
     dy = dy + norm_backward(dpair @ w_kv, normed_y, r_y)
-    dhidden = dy @ w_proj * dhidden
+    dhidden = dy @ w_proj * dsquare
     dh = dy + norm_backward(dhidden @ w_fc, normed_h, r_h)
     return dh @ w_o, dh, dhidden, dy, dpair
 
@@ -104,27 +179,41 @@ def norm_backward(dy, y, r):
     return torch.addcmul(dy, y, (dy * y).sum(-1, keepdim=True), value=-1 / y.size(-1)) * r
 
 def inverse_rms(x):
-    """r of norm(x) = x * r, which rms_norm computes in float32 at least."""
+    """r of norm(x) = x * r. Like rms_norm, it is computed in float32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(wide.dtype).eps).to(x.dtype)
 
 def split_pair(pair, n_kv_head, gated):
-    """Columns of Wk, Wv and the gate: pair (.., 2*G*d [+ G]) -> views k, v (.., G, d) and gate (.., G, 1) or None."""
-    G = n_kv_head
-    width = (pair.size(-1) - G * gated) // 2
-    k, v, gate = pair.split((width, width, G * gated), dim=-1)
-    return k.unflatten(-1, (G, -1)), v.unflatten(-1, (G, -1)), gate[..., None] if gated else None
+    """
+    The outputs of Wk, Wv and the gate, pair (.., 2*G*d [+ G]) -> k, v (.., G, d), gate (.., G, 1) or None:
+    views.
+    """
+    n_gates = n_kv_head if gated else 0
+    width = (pair.size(-1) - n_gates) // 2
+    k, v, gate = pair.split((width, width, n_gates), dim=-1)
+    k = k.unflatten(-1, (n_kv_head, -1))
+    v = v.unflatten(-1, (n_kv_head, -1))
+    return k, v, gate[..., None] if gated else None
 
 def reference(x, q, k, v, value_embed, rotary, weights, window, qk_norm=True):
-    """The definition, by autograd over t; what it keeps grows with T^2. Arguments and results are those of tiled()."""
-    (B, G, T, _), (cos, sin) = k.shape, rotary
+    """
+    The definition, by autograd over t. What it keeps grows with T^2. Arguments and results are those of
+    tiled().
+    """
+    B, G, T, _ = k.shape
+    cos, sin = rotary
     weights = [w.t() for w in weights]
-    ys, ks, vs = [], [], []
+    ys, ks, vs = [], [], []  # final, of the positions so far
     for t in range(T):
-        seen_k, seen_v = (torch.cat([*final[max(t - window, 0):], temporary[:, :, t:t + 1]], dim=2) for final, temporary in ((ks, k), (vs, v)))
-        a = F.scaled_dot_product_attention(q[:, :, t:t + 1], seen_k, seen_v, enable_gqa=q.size(1) != G)
-        y, k_t, v_t = position(x[:, t], a.reshape(B, -1), None if value_embed is None else value_embed[:, t], cos[t], sin[t], *weights, G, qk_norm)
-        ys.append(y), ks.append(k_t[:, :, None]), vs.append(v_t[:, :, None])
+        first = max(t - window, 0)
+        seen_k = torch.cat([*ks[first:], k[:, :, t:t + 1]], dim=2)
+        seen_v = torch.cat([*vs[first:], v[:, :, t:t + 1]], dim=2)
+        a = dot_product_attention(q[:, :, t:t + 1], seen_k, seen_v).reshape(B, -1)
+        value_embed_t = None if value_embed is None else value_embed[:, t]
+        y, k_t, v_t = position(x[:, t], a, value_embed_t, cos[t], sin[t], *weights, G, qk_norm)
+        ys.append(y)
+        ks.append(k_t[:, :, None])
+        vs.append(v_t[:, :, None])
     return torch.stack(ys, dim=1), torch.cat(ks, dim=2), torch.cat(vs, dim=2)
 
 
@@ -133,246 +222,366 @@ def reference(x, q, k, v, value_embed, rotary, weights, window, qk_norm=True):
 
 def tile(t, T, window):
     """
-    The tile behind position t of T: keys and queries, two slices, none of them empty, or None. A window of w lets
-    query p see keys p-w .. p.
+    The tile of position t of T: its keys and its queries, two slices of positions, or None if there are
+    none. A window of w lets query p see keys p-w .. p.
     """
-    P = (t + 1) & -(t + 1)
-    keys, queries = slice(t + 1 - min(P, window), t + 1), slice(t + 1, min(t + 1 + min(P, window), T))
-    return (keys, queries) if window and queries.start < queries.stop else None
+    P = (t + 1) & -(t + 1)  # the largest power of two that divides t + 1
+    n = min(P, window)
+    keys = slice(t + 1 - n, t + 1)
+    queries = slice(t + 1, min(t + 1 + n, T))
+    return (keys, queries) if queries.start < queries.stop else None
 
 def keys_read(T, window):
-    """How many keys (and as many values) of a head the forward walk reads: about T/2 log2 T, where one row a position is T^2/2."""
-    tiles = filter(None, (tile(t, T, window) for t in range(T)))
-    return sum(keys.stop - keys.start for keys, _ in tiles)
+    """How many keys (and as many values) of a head the forward reads: about T/2 log2 T without a window."""
+    total = 0
+    for t in range(T):
+        found = tile(t, T, window)
+        if found is not None:
+            keys, _ = found
+            total += keys.stop - keys.start
+    return total
 
-@torch.compiler.disable  # nobody wants T steps unrolled in one graph
+@torch.compiler.disable  # torch.compile would unroll T steps into one graph
 def tiled(x, q, k, v, value_embed, rotary, weights, window, start=None, qk_norm=True, capture=None):
     """
     One recurrent layer over positions 0 .. T-1, differentiable once.
-    x (B, T, D): its input. q (B, H, T, d), k, v (B, G, T, d): queries and temporary pairs, rotated and normed.
-    value_embed (B, T, G*d) or None; rotary: two tables (T, 1, d); qk_norm=False leaves the final keys unnormed.
-    weights, (out, in) each: Wo, Wk over Wv over the gate (the gate with value_embed only), W1, W2.
+    x (B, T, D): its input.
+    q (B, H, T, d), k and v (B, G, T, d): queries and temporary pairs, rotated and normed.
+    value_embed: (B, T, G*d) or None. rotary: two tables (T, 1, d).
+    weights, (out, in) each: Wo; Wk, Wv and, with value_embed, the gate below each other; W1; W2.
+    window: how many positions back a query sees.
     start (B,) int64: keys before it are padding, which no query sees but its own; None: no padding.
+    qk_norm: norm the final keys.
     capture: walk whole blocks as CUDA graphs, to the same numbers; None: on CUDA.
     Returns y (B, T, D) and the final k, v (B, G, T, d).
     """
-    capture = x.is_cuda if capture is None else capture
+    if capture is None:
+        capture = x.is_cuda
     return Tiled.apply(window, start, qk_norm, capture, x, q, k, v, value_embed, *rotary, *weights)
 
 class Tiled(torch.autograd.Function):
     """
-    tiled(). Inside, all tensors have their positions in dimension 1: queries are (N, T*R, d), pairs (N, T, d), with N = B*G
-    rows, each with its R = H/G queries a position.
+    tiled(). Inside, all tensors have their positions in dimension 1. There are N = B*G rows, one for each
+    key/value head, with its R = H/G queries a position: queries are (N, T*R, d), keys and values (N, T, d).
     """
 
     @staticmethod
     def forward(ctx, window, start, qk_norm, capture, x, q, k, v, value_embed, cos, sin, *weights):
-        (B, G, T, d), R, wide = k.shape, q.size(1) // k.size(1), torch.promote_types(x.dtype, torch.float32)
+        B, G, T, d = k.shape
+        R = q.size(1) // G
+        wide = torch.promote_types(x.dtype, torch.float32)
         q = q.unflatten(1, (G, R)).transpose(2, 3).reshape(B * G, T * R, d) * d**-0.5
-        k, v = k.reshape(B * G, T, d), v.reshape(B * G, T, d)
-        padding = None if start is None else (torch.arange(T, device=x.device) < start[:, None]).repeat_interleave(G, dim=0)
-        # the running softmax of every query: maximum, sum and weighted sum so far, which is the temporary pair
-        top = (q * k.repeat_interleave(R, dim=1)).sum(-1, dtype=wide)
-        total, mixed = torch.ones_like(top), v.to(wide).repeat_interleave(R, dim=1)
-        a, y, final_k, final_v = torch.empty_like(x), torch.empty_like(x), torch.empty_like(k), torch.empty_like(v)
-        read = x, value_embed, cos.transpose(0, 1), sin.transpose(0, 1), padding, q, mixed
-        walk = by_blocks(walk_forward, [w.t().contiguous() for w in weights], read, (top, total, a, y, final_k, final_v), window, qk_norm, capture)
+        k = k.reshape(B * G, T, d)
+        v = v.reshape(B * G, T, d)
+        padding = None
+        if start is not None:
+            padding = (torch.arange(T, device=x.device) < start[:, None]).repeat_interleave(G, dim=0)
+
+        # the running softmax of every query starts with its temporary pair
+        row_max = (q * k.repeat_interleave(R, dim=1)).sum(-1, dtype=wide)
+        row_sum = torch.ones_like(row_max)
+        accumulator = v.to(wide).repeat_interleave(R, dim=1)
+
+        # the walk: a block with the tiles inside it, then the tile that its last position completes
+        a, y = torch.empty_like(x), torch.empty_like(x)
+        final_k, final_v = torch.empty_like(k), torch.empty_like(v)
+        transposed_weights = [w.t().contiguous() for w in weights]
+        read = x, value_embed, cos.transpose(0, 1), sin.transpose(0, 1), padding, q, accumulator
+        updated = row_max, row_sum, a, y, final_k, final_v
+        walk = by_blocks(walk_forward, transposed_weights, read, updated, window, qk_norm, capture)
         for block in range(0, T, BLOCK):
             walk(block)
-            pass_on(min(block + BLOCK, T) - 1, q, final_k, final_v, padding, window, top, total, mixed)
+            last = min(block + BLOCK, T) - 1
+            add_tile(last, q, final_k, final_v, padding, window, row_max, row_sum, accumulator)
+
+        lse = row_max.add_(row_sum.log_())
         ctx.options = window, qk_norm, capture
-        ctx.save_for_backward(x, q, k, v, value_embed, cos, sin, padding, a, top.add_(total.log_()), y, final_k, final_v, *weights)
+        ctx.save_for_backward(
+            x, q, k, v, value_embed, cos, sin, padding, a, lse, y, final_k, final_v, *weights)
         return y, final_k.view(B, G, T, d), final_v.view(B, G, T, d)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_y, grad_k, grad_v):
-        x, q, k, v, value_embed, cos, sin, padding, a, lse, y, final_k, final_v, *weights = ctx.saved_tensors
-        (B, G, T, d), R, wide, gated = grad_k.shape, q.size(1) // k.size(1), lse.dtype, value_embed is not None
-        (window, qk_norm, capture), (w_o, w_kv, w_fc, _) = ctx.options, weights
+        window, qk_norm, capture = ctx.options
+        x, q, k, v, value_embed, cos, sin, padding, *saved = ctx.saved_tensors
+        a, lse, y, final_k, final_v, *weights = saved
+        w_o, w_kv, w_fc, _ = weights
+        B, G, T, d = grad_k.shape
+        R = q.size(1) // k.size(1)
+        wide = lse.dtype
+        gated = value_embed is not None
+
         # position() over again, for all positions at once
         h = x + a @ w_o.t()
         normed_h, normed_y = norm(h), norm(y)
         hidden = F.relu(normed_h @ w_fc.t())
         pair = normed_y @ w_kv.t()
         local_k, _, gate = split_pair(pair, G, gated)
-        gate = torch.sigmoid(gate) if gated else None
-        dv_dgate = 2 * gate * (1 - gate) * value_embed.unflatten(-1, (G, d)) if gated else None
-        # gradients: of the output of every matrix, to be multiplied with its input after the walk; of pairs and queries
-        dh, dhidden, dy, dpair = sent = [torch.empty_like(i) for i in (h, hidden, y, pair)]
-        dk, dv = (grad.reshape(k.shape).to(wide, copy=True) for grad in (grad_k, grad_v))
-        da, dq, delta = torch.empty_like(q), torch.zeros_like(q, dtype=wide), torch.empty_like(lse)
-        kept = dv_dgate, normed_y, inverse_rms(y), 2 * hidden, normed_h, inverse_rms(h), cos.transpose(0, 1), sin.transpose(0, 1)
-        read = grad_y, a, q, lse, final_k, final_v, padding, dk, inverse_rms(rotate(local_k, cos, sin)), *kept
-        walk = by_blocks(walk_backward, weights, read, (da, delta, dq, dv, *sent), window, qk_norm, capture)
-        for block in reversed(range(0, T, BLOCK)):
-            pass_back(min(block + BLOCK, T) - 1, q, final_k, final_v, padding, window, lse, da, delta, dq, dk, dv)
-            walk(block)
-        # the temporary pairs, then the weights
-        per_query = [i.repeat_interleave(R, dim=1) for i in (k, v)]
-        p = torch.exp((q * per_query[0]).sum(-1, dtype=wide) - lse)[..., None]
-        ds = p * ((da * per_query[1]).sum(-1, dtype=wide) - delta)[..., None]
-        dq = (torch.addcmul(dq, ds, per_query[0]) * d**-0.5).view(B, G, T, R, d).transpose(2, 3).reshape(B, G * R, T, d)
-        dk, dv_temporary = ((i * j).unflatten(1, (T, R)).sum(2).view(B, G, T, d) for i, j in ((ds, q), (p, da)))
-        dvalue_embed = (2 * gate * dv.view(B, G, T, d).transpose(1, 2)).flatten(2) if gated else None
-        products = ((dh, a), (dpair, normed_y), (dhidden, normed_h), (dy, hidden.square()))
-        return None, None, None, None, dh, dq, dk, dv_temporary, dvalue_embed, None, None, *(g.flatten(0, 1).t() @ i.flatten(0, 1) for g, i in products)
+        dv_dgate = None
+        if gated:
+            gate = torch.sigmoid(gate)
+            dv_dgate = 2 * gate * (1 - gate) * value_embed.unflatten(-1, (G, d))
 
-# The two walks over the P positions of a block: tensors (.., P or P*R, ..), of which they overwrite the second group and may
-# use up the first. They allocate and compute, and wait for no number: a CUDA graph may record them.
+        # the gradients that the walk computes: of the output of each matrix, of a, and of q, k and v
+        output_grads = [torch.empty_like(output) for output in (h, hidden, y, pair)]
+        da = torch.empty_like(q)
+        dq = torch.zeros_like(q, dtype=wide)
+        dk = grad_k.reshape(k.shape).to(wide, copy=True)
+        dv = grad_v.reshape(k.shape).to(wide, copy=True)
+        delta = torch.empty_like(lse)  # sum(da * a), as in flash attention
+
+        # the walk in reverse: the tile that the last position of a block completes, then the block
+        r_k, r_y, r_h = inverse_rms(rotate(local_k, cos, sin)), inverse_rms(y), inverse_rms(h)
+        tables = cos.transpose(0, 1), sin.transpose(0, 1)
+        for_positions = r_k, dv_dgate, normed_y, r_y, 2 * hidden, normed_h, r_h, *tables
+        read = grad_y, a, q, lse, final_k, final_v, padding, dk, *for_positions
+        updated = da, delta, dq, dv, *output_grads
+        walk = by_blocks(walk_backward, weights, read, updated, window, qk_norm, capture)
+        for block in reversed(range(0, T, BLOCK)):
+            last = min(block + BLOCK, T) - 1
+            add_tile_backward(last, q, final_k, final_v, padding, window, lse, da, delta, dq, dk, dv)
+            walk(block)
+
+        # the temporary pairs
+        k, v = k.repeat_interleave(R, dim=1), v.repeat_interleave(R, dim=1)
+        p = torch.exp((q * k).sum(-1, dtype=wide) - lse)[..., None]
+        ds = p * ((da * v).sum(-1, dtype=wide) - delta)[..., None]
+        dq = torch.addcmul(dq, ds, k) * d**-0.5
+        dq = dq.view(B, G, T, R, d).transpose(2, 3).reshape(B, G * R, T, d)
+        dk_temporary = (ds * q).unflatten(1, (T, R)).sum(2).view(B, G, T, d)
+        dv_temporary = (p * da).unflatten(1, (T, R)).sum(2).view(B, G, T, d)
+        dvalue_embed = None
+        if gated:
+            dvalue_embed = (2 * gate * dv.view(B, G, T, d).transpose(1, 2)).flatten(2)
+
+        # the weights: the gradient of a matrix's output times its input
+        dh, dhidden, dy, dpair = output_grads
+        products = (dh, a), (dpair, normed_y), (dhidden, normed_h), (dy, hidden.square())
+        dweights = [grad.flatten(0, 1).t() @ inputs.flatten(0, 1) for grad, inputs in products]
+        return (None, None, None, None,  # window, start, qk_norm, capture
+                dh, dq, dk_temporary, dv_temporary, dvalue_embed, None, None, *dweights)
+
+# The two walks over the P positions of a block. Their tensors have P or P*R rows in dimension 1; those of
+# `updated` are overwritten, those of `read` may be used up. They only allocate and compute, and no step
+# depends on a computed value, so that a CUDA graph may record them.
 
 def walk_forward(weights, read, updated, window, qk_norm):
-    """Every position of a block and the tiles within. mixed and updated go on from the larger tiles; weights are (in, out)."""
-    x, value_embed, cos, sin, padding, q, mixed = read
-    top, total, a, y, final_k, final_v = updated
-    B, G, R = len(x), len(q) // len(x), q.size(1) // x.size(1)
-    pairs = (i.unflatten(0, (B, G)).transpose(1, 2) for i in (final_k, final_v))
-    for t, (x_t, value_embed_t, cos_t, sin_t, a_t, *stores) in enumerate(by_position(x, value_embed, cos, sin, a, y, *pairs)):
+    """
+    Every position of a block, and the tiles inside it. The accumulator and `updated` hold what larger tiles
+    have added so far. Weights are (in, out).
+    """
+    x, value_embed, cos, sin, padding, q, accumulator = read
+    row_max, row_sum, a, y, final_k, final_v = updated
+    B = x.size(0)
+    G = q.size(0) // B
+    R = q.size(1) // x.size(1)
+    ks, vs = (i.unflatten(0, (B, G)).transpose(1, 2) for i in (final_k, final_v))  # (B, P, G, d)
+    for t, at_t in enumerate(by_position(x, value_embed, cos, sin, a, y, ks, vs)):
+        x_t, value_embed_t, cos_t, sin_t, a_t, *outputs = at_t
         now = slice(t * R, t * R + R)
-        a_t.copy_((mixed[:, now] / total[:, now, None]).view(B, -1))
-        for store, new in zip(stores, position(x_t, a_t, value_embed_t, cos_t, sin_t, *weights, G, qk_norm)):
-            store.copy_(new)
-        pass_on(t, q, final_k, final_v, padding, window, top, total, mixed)
+        a_t.copy_((accumulator[:, now] / row_sum[:, now, None]).view(B, -1))
+        results = position(x_t, a_t, value_embed_t, cos_t, sin_t, *weights, G, qk_norm)
+        copy_tensors(outputs, results)
+        add_tile(t, q, final_k, final_v, padding, window, row_max, row_sum, accumulator)
 
 def walk_backward(weights, read, updated, window, qk_norm):
-    """The same in reverse. dk, dq and dv go on from the larger tiles."""
-    grad_y, a, q, lse, final_k, final_v, padding, dk, r_k, *kept = read
-    da, delta, dq, dv, *sent = updated
-    (B, P, _), G, R = a.shape, len(q) // len(a), q.size(1) // a.size(1)
-    heads = (i.unflatten(0, (B, G)).transpose(1, 2) for i in (dk, dv, final_k))
-    here, stores = by_position(grad_y, *heads, r_k, *kept), by_position(*sent)
+    """
+    The same in reverse. dk and `updated` hold what larger tiles have added so far. Weights are (out, in).
+    """
+    grad_y, a, q, lse, final_k, final_v, padding, dk, *for_positions = read
+    da, delta, dq, dv, *output_grads = updated
+    B, P, _ = a.shape
+    G = q.size(0) // B
+    R = q.size(1) // P
+    dks, dvs, ks = (i.unflatten(0, (B, G)).transpose(1, 2) for i in (dk, dv, final_k))  # (B, P, G, d)
+    inputs = by_position(grad_y, dks, dvs, ks, *for_positions)
+    outputs = by_position(*output_grads)
     for t in reversed(range(P)):
-        pass_back(t, q, final_k, final_v, padding, window, lse, da, delta, dq, dk, dv)
-        da_t, *new = position_backward(*here[t], *weights, qk_norm)  # dk and dv are complete
-        for store, gradient in zip(stores[t], new):
-            store.copy_(gradient)
+        add_tile_backward(t, q, final_k, final_v, padding, window, lse, da, delta, dq, dk, dv)
+        # the gradients of the final pair of t are complete
+        da_t, *results = position_backward(*inputs[t], *weights, qk_norm)
+        copy_tensors(outputs[t], results)
         now = slice(t * R, t * R + R)
         da[:, now] = da_t.view(-1, R, da.size(-1))
         delta[:, now] = (da_t * a[:, t]).view(-1, R, da.size(-1)).sum(-1)
 
-def pass_on(t, q, k, v, padding, window, top, total, mixed):
-    """The tile behind position t: its keys are done, and the running softmax of its queries takes them in."""
-    for rows, keys, queries in parts(t, q, k, window):
+def add_tile(t, q, k, v, padding, window, row_max, row_sum, accumulator):
+    """Add the tile of position t to the running softmax of its queries: its keys are final."""
+    for rows, keys, queries in tile_pieces(t, q, k, window):
         s = scores(q, k, rows, keys, queries, padding, window)
-        old, n, o = top[rows, queries], total[rows, queries], mixed[rows, queries]
-        new = torch.maximum(old, s.amax(-1))
-        p, decay = s.sub_(new[..., None]).exp_(), torch.exp(old - new)
-        torch.addcmul(p.sum(-1), n, decay, out=n)
-        torch.addcmul(torch.bmm(p.to(v.dtype), v[rows, keys]), o, decay[..., None], out=o)
-        old.copy_(new)
+        old_max = row_max[rows, queries]
+        old_sum = row_sum[rows, queries]
+        old_accumulator = accumulator[rows, queries]
+        new_max = torch.maximum(old_max, s.amax(-1))
+        p = s.sub_(new_max[..., None]).exp_()
+        decay = torch.exp(old_max - new_max)
+        torch.addcmul(p.sum(-1), old_sum, decay, out=old_sum)
+        weighted_v = torch.bmm(p.to(v.dtype), v[rows, keys])
+        torch.addcmul(weighted_v, old_accumulator, decay[..., None], out=old_accumulator)
+        old_max.copy_(new_max)
 
-def pass_back(t, q, k, v, padding, window, lse, da, delta, dq, dk, dv):
-    """The same tile backwards: its queries are done, and what they send to its keys is added."""
-    for rows, keys, queries in parts(t, q, k, window):
+def add_tile_backward(t, q, k, v, padding, window, lse, da, delta, dq, dk, dv):
+    """The backward of add_tile: da of its queries is final. Adds to dq, and to dk and dv of its keys."""
+    for rows, keys, queries in tile_pieces(t, q, k, window):
         p = scores(q, k, rows, keys, queries, padding, window).sub_(lse[rows, queries, None]).exp_()
-        ds = torch.bmm(da[rows, queries], v[rows, keys].mT).sub_(delta[rows, queries, None]).mul_(p).to(q.dtype)
+        dp = torch.bmm(da[rows, queries], v[rows, keys].mT)
+        ds = dp.sub_(delta[rows, queries, None]).mul_(p).to(q.dtype)
         dq[rows, queries] += torch.bmm(ds, k[rows, keys])
         dk[rows, keys] += torch.bmm(ds.mT, q[rows, queries])
         dv[rows, keys] += torch.bmm(p.to(q.dtype).mT, da[rows, queries])
 
 def by_position(*tensors):
-    """A list of tuples: each tensor's view at position 0, 1, .. of dimension 1; None stays."""
+    """
+    A list with, for each position, the tuple of the tensors' views at it (dimension 1). None stays None.
+    """
     P = tensors[0].size(1)
-    return list(zip(*([None] * P if x is None else x.unbind(1) for x in tensors)))
+    views = [[None] * P if x is None else x.unbind(1) for x in tensors]
+    return list(zip(*views))
 
-def parts(t, q, k, window):
-    """The tile behind position t as a list of (rows, keys, queries * R): all rows, or as many as have SCRATCH scores."""
-    (N, T, _), R = k.shape, q.size(1) // k.size(1)
+def tile_pieces(t, q, k, window):
+    """
+    The tile of position t in pieces of at most SCRATCH scores: a list of three slices, rows of dimension 0,
+    keys and queries of dimension 1 (in q, with its R queries a position).
+    """
+    N, T, _ = k.shape
+    R = q.size(1) // T
     found = tile(t, T, window)
     if found is None:
         return []
     keys, queries = found
-    n = max(SCRATCH // ((queries.stop - queries.start) * R * (keys.stop - keys.start)), 1)
-    return [(slice(row, row + n), keys, slice(queries.start * R, queries.stop * R)) for row in range(0, N, n)]
+    queries = slice(queries.start * R, queries.stop * R)
+    scores_a_row = (queries.stop - queries.start) * (keys.stop - keys.start)
+    n = max(SCRATCH // scores_a_row, 1)
+    return [(slice(row, row + n), keys, queries) for row in range(0, N, n)]
 
 def scores(q, k, rows, keys, queries, padding, window):
-    """q k of a part, (rows, queries * R, keys), in float32 at least; -inf beyond the window and at padding (N, T)."""
+    """
+    The scores of a piece, (rows, queries, keys), in float32 at least; -inf beyond the window and at padding
+    (N, T).
+    """
     s = torch.bmm(q[rows, queries], k[rows, keys].mT).to(torch.promote_types(q.dtype, torch.float32))
     R = q.size(1) // k.size(1)
     hidden = None if padding is None else padding[rows, None, keys]
-    if queries.stop // R - 1 - keys.start > window:
-        p, j = (torch.arange(i.start, i.stop, device=q.device) for i in (queries, keys))
-        beyond = j < p[:, None] // R - window
+    last_query = queries.stop // R - 1
+    if last_query - keys.start > window:
+        query = torch.arange(queries.start, queries.stop, device=q.device)[:, None] // R
+        key = torch.arange(keys.start, keys.stop, device=q.device)
+        beyond = key < query - window
         hidden = beyond if hidden is None else hidden | beyond
     return s if hidden is None else s.masked_fill_(hidden, -torch.inf)
 
 
 # -----------------------------------------------------------------------------
-# Blocks, and their capture. A graph of all T positions would have 10^5 nodes and be another one for every T; torch.compile
-# would have thousands of operations to trace and to generate code for, tiles of every size among them.
+# Blocks, and their capture as CUDA graphs. A graph of all T positions would have 10^5 nodes and be another
+# one for every T. torch.compile would have to trace and generate code for thousands of operations.
 
 def by_blocks(walk, weights, read, updated, window, qk_norm, capture):
     """
-    A function of the first position of a block that walks it: one of the walks above on the block's part of the tensors of
-    read and updated, (.., T * n, ..) with n rows a position. With capture, whole blocks go through a Graph.
+    A function that walks the block which begins at a given position: it calls `walk`, one of the walks
+    above, on the block's slices of the tensors of read and updated, (.., T * n, ..) with n rows a position
+    in dimension 1. With capture, whole blocks are replayed by a Graph.
     """
-    T, options = read[0].size(1), (min(window, BLOCK), qk_norm)
-    def cut(first):
-        rows = [(x, 0 if x is None else x.size(1) // T) for x in (*read, *updated)]
-        parts = [None if x is None else x[:, first * n:(first + BLOCK) * n] for x, n in rows]
-        return parts[:len(read)], parts[len(read):]
-    graph = graph_of(walk, weights, *cut(0), options) if capture and T >= BLOCK else None
+    T = read[0].size(1)
+    options = min(window, BLOCK), qk_norm
+
+    def cut(first, tensors):
+        pieces = []
+        for x in tensors:
+            if x is not None:
+                n = x.size(1) // T
+                x = x[:, first * n:(first + BLOCK) * n]
+            pieces.append(x)
+        return pieces
+
+    graph = None
+    if capture and T >= BLOCK:
+        graph = graph_of(walk, weights, cut(0, read), cut(0, updated), options)
+
     def run(first):
-        if graph and first + BLOCK <= T:
-            graph.run(*cut(first))
+        is_whole = first + BLOCK <= T
+        if graph and is_whole:
+            graph.run(cut(first, read), cut(first, updated))
         else:
-            walk(weights, *cut(first), *options)
+            walk(weights, cut(first, read), cut(first, updated), *options)
     return run
 
-graphs = {}  # by kind of block, the least recently used first: a Graph; None: walked once so far; False: capture failed
+# by kind of block, the least recently used first: a Graph; None: walked once so far; False: capture failed
+graphs = {}
 
 def graph_of(walk, weights, read, updated, options):
     """
-    The Graph of this kind of block, with these weights, if there is one: a kind is captured when a second layer or step comes
-    with it, and if that fails (out of memory), a warning says so and it is walked as on a CPU.
+    The Graph of this kind of block, loaded with these weights, or a false value if there is none. A kind is
+    captured when it comes for the second time, from another layer or step. If that fails (out of memory),
+    there is a warning, and the kind is walked as on a CPU from then on.
     """
-    key = walk, options, *(None if x is None else (x.shape, x.dtype, x.device) for x in (*weights, *read, *updated))
-    seen, graph = key in graphs, graphs.pop(key, None)
+    shapes = [None if x is None else (x.shape, x.dtype, x.device) for x in (*weights, *read, *updated)]
+    key = walk, options, *shapes
+    seen = key in graphs
+    graph = graphs.pop(key, None)
     if seen and graph is None:
         try:
             graph = Graph(walk, weights, read, updated, options)
         except RuntimeError as e:
-            warnings.warn("recurrent layers run without a CUDA graph, and slower: " + str(e).partition("\n")[0], RuntimeWarning)
+            reason = str(e).partition("\n")[0]
+            message = f"recurrent layers run without a CUDA graph, and slower: {reason}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
             graph = False
     graphs[key] = graph
     if len(graphs) > GRAPHS:
-        del graphs[next(iter(graphs))]
+        least_recently_used = next(iter(graphs))
+        del graphs[least_recently_used]
     if graph:
-        copy(graph.own[0], weights)
+        copy_tensors(graph.own[0], weights)
     return graph
 
 class Graph:
     """
-    walk() over a block, recorded once on tensors of its own and replayed for every block of the same shapes: of all layers,
-    whatever T, in training, evaluation and recomputation. It keeps the weights of one layer and BLOCK positions, and
-    nothing outlives a run: what goes in and out is copied. Weights are, too: a layer casts and concatenates them anew every
-    time, so they have no address that lasts, and a copy costs what one of T positions reads. Runs are to be on one stream.
+    A walk over a block, recorded once on tensors of its own and replayed for every block of the same
+    shapes: of all layers and any T, in training, evaluation and recomputation. Its tensors are the weights
+    of one layer and BLOCK positions; what goes in and out is copied, so nothing outlives a run. Weights are
+    copied as well, because a layer casts and concatenates them anew every time and they have no lasting
+    address; it costs what one of the T positions reads. All runs must be on one stream.
     """
 
     def __init__(self, walk, weights, read, updated, options):
-        self.own = [[None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in group] for group in (weights, read, updated)]
+        self.own = []  # weights, read, updated
+        for tensors in (weights, read, updated):
+            own = []
+            for x in tensors:
+                if x is not None:
+                    x = torch.empty_like(x, memory_format=torch.contiguous_format)
+                own.append(x)
+            self.own.append(own)
         self.replay = record(lambda: walk(*self.own, *options), weights[0].device)
 
     def run(self, read, updated):
-        copy(self.own[1], read), copy(self.own[2], updated)
+        _, own_read, own_updated = self.own
+        copy_tensors(own_read, read)
+        copy_tensors(own_updated, updated)
         self.replay()
-        copy(updated, self.own[2])
+        copy_tensors(updated, own_updated)
 
-def copy(to, tensors):
+def copy_tensors(to, tensors):
+    """Copy every tensor into its counterpart; None stays None."""
     for mine, x in zip(to, tensors):
         if x is not None:
             mine.copy_(x)
 
 def record(work, device):
     """
-    work() as a CUDA graph: a function that launches the same kernels on the same memory again. The backward pass runs on
-    autograd's thread, maybe while NCCL's watches: hence thread_local. What work() allocates is some MiB, so every graph
-    has a memory pool of its own.
+    work() as a CUDA graph: a function that launches the same kernels on the same memory again. The capture is
+    thread_local because the backward runs on autograd's thread, maybe while NCCL's thread is at work. What
+    work() allocates is some MiB, so every graph has a memory pool of its own.
     """
-    graph, stream, caller = torch.cuda.CUDAGraph(), side_stream(device), torch.cuda.current_stream(device)
+    graph = torch.cuda.CUDAGraph()
+    stream = side_stream(device)
+    caller = torch.cuda.current_stream(device)
     stream.wait_stream(caller)
-    with torch.cuda.stream(stream):  # leaves the stream also where a failed capture would not
-        work()  # once outside: kernels are loaded, and cuBLAS has its workspace for this thread and stream, not in the pool
+    with torch.cuda.stream(stream):  # this leaves the stream even if the capture fails
+        # Once outside of the capture: kernels are loaded, and cuBLAS gets its workspace for this thread and
+        # stream, which would otherwise come from the graph's pool.
+        work()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             work()
     caller.wait_stream(stream)
@@ -380,4 +589,5 @@ def record(work, device):
 
 @cache
 def side_stream(device):
+    """A stream to capture on, one for each device."""
     return torch.cuda.Stream(device)

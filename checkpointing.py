@@ -1,0 +1,242 @@
+"""
+The run folder: what a run leaves on disk, and how it is found, checked, loaded and taken back to a
+checkpoint.
+
+    ckpt_0001000.pt                       a checkpoint after so many steps: a dict with the keys of CHECKPOINT
+    log.jsonl                             JSON lines: training steps, evaluations, CORE, skipped steps
+    tokenizer.tiktoken, tokenizer.json    those of the data it was trained on
+    core_0001000.json, .csv               CORE, if it was scored (core.py)
+"""
+
+import json
+import os
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from common import UserError, compute_dtype, write_atomic
+from interleave import Schedule
+from recurrent import build_model, config_from_dict
+
+VERSION = 1  # of the checkpoint's format; checkpoints from before it was counted have none and are version 0
+
+# the keys of a checkpoint and their types; save_checkpoint() and load_checkpoint() both go by it
+CHECKPOINT = dict(
+    version=int,
+    model=dict,  # the model's state_dict, float32
+    optimizers=list,  # the state_dict of each optimizer, AdamW first, with the state of all ranks
+    step=int,  # optimizer steps done
+    rows_seen=int,  # training rows read, over all ranks: the position in the data (dataset.Rows)
+    seconds=float,  # time in training steps, over all starts
+    config=dict,  # the fields of GPTConfig or RecurrentConfig
+    schedule=dict,  # the fields of Schedule, of the last step
+    args=dict,  # train.py's flags
+    torch_rng=torch.Tensor,  # state of torch's random generator
+    tokenizer_sha256=str,  # of the data's tokenizer
+    shards_sha256=list,  # of the data's training shards, in order
+)
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+def save_checkpoint(path, **state):
+    """
+    Write a checkpoint with exactly the keys of CHECKPOINT, whole or not at all. Raises UserError (disk
+    full).
+    """
+    checkpoint = dict(version=VERSION, **state)
+    assert checkpoint.keys() == CHECKPOINT.keys(), checkpoint.keys() ^ CHECKPOINT.keys()
+    write_atomic(path, lambda f: torch.save(checkpoint, f))
+
+def load_checkpoint(path, verify=False):
+    """
+    The checkpoint at `path`, a dict with the keys of CHECKPOINT, its tensors on the CPU. verify: read all
+    of it to compare its checksums, which torch.load does not do. Nothing in the file is executed. Raises
+    UserError if the file is damaged, of another program, or of a newer version.
+    """
+    try:
+        if verify:
+            damaged = zipfile.ZipFile(path).testzip()
+            if damaged:
+                raise ValueError(f"{damaged} does not match its checksum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint.setdefault("version", 0)
+        for key, kind in CHECKPOINT.items():
+            if not isinstance(checkpoint[key], kind):
+                raise TypeError(f"{key} is no {kind.__name__}")
+        if checkpoint["version"] <= VERSION:
+            config_from_dict(checkpoint["config"])
+            Schedule(**checkpoint["schedule"])
+    except Exception as e:  # torch.load has no exception of its own for a damaged file
+        reason = str(e).strip().split("\n")[0]
+        raise UserError(f"{path} is damaged or no checkpoint of nanolrt ({reason}): "
+                        "use an older one, or train again") from e
+    if checkpoint["version"] > VERSION:
+        raise UserError(f"{path} has version {checkpoint['version']} of the checkpoint format, "
+                        f"this program reads versions up to {VERSION}: update it")
+    return checkpoint
+
+def find_checkpoint(path=None):
+    """
+    The checkpoint file that `path` means: a file itself, the newest ckpt_*.pt of a run folder, or for
+    None the newest of all runs/. Raises UserError if there is none.
+    """
+    if path is None:
+        found = sorted(Path("runs").glob("*/ckpt_*.pt"), key=lambda f: f.stat().st_mtime)
+        if not found:
+            raise UserError("no run in runs/: train one first, "
+                            "for example with `python train.py --depth 4 --lrt shared`")
+        return found[-1]
+    path = Path(path)
+    try:
+        if path.is_file():
+            return path
+        found = sorted(path.glob("ckpt_*.pt"))
+    except OSError as e:
+        raise UserError(f"cannot look for a checkpoint in {path}: {e.strerror}") from e
+    if not found:
+        raise UserError(f"no checkpoint in {path}" if path.is_dir() else f"no such run or checkpoint: {path}")
+    return found[-1]
+
+def newest_checkpoint(path):
+    """
+    (path, checkpoint) of the file `path`, or of the newest checkpoint in the run folder `path` that is
+    whole: damaged ones are passed over with a warning. Raises UserError if there is none.
+    """
+    newest = find_checkpoint(path)
+    if Path(path).is_file():
+        return newest, load_checkpoint(newest, verify=True)
+    error = None
+    for candidate in sorted(newest.parent.glob("ckpt_*.pt"), reverse=True):
+        try:
+            return candidate, load_checkpoint(candidate, verify=True)
+        except UserError as e:
+            error = e
+            print(f"warning: {e}", flush=True)
+    raise error
+
+
+# -----------------------------------------------------------------------------
+# From a checkpoint to a model
+
+def load_weights(model, checkpoint):
+    """Put a checkpoint's weights into a model. Raises UserError if they are those of another model."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, AttributeError, TypeError) as e:
+        reason = str(e).split("\n")[-1].strip()
+        raise UserError(f"the checkpoint's weights are not of its own configuration: {reason}") from e
+
+def load_optimizers(optimizers, checkpoint, path):
+    """Put a checkpoint's optimizer states into the optimizers. Raises UserError if they do not fit."""
+    try:
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"the optimizer state of {path} does not fit its model ({e}): "
+                        "use an older checkpoint, or train again") from e
+
+def load_model(checkpoint, device):
+    """
+    The model of a loaded checkpoint on `device`, for inference: its matrices are in the dtype of the
+    activations, bf16 where the GPU has it. Raises UserError.
+    """
+    with torch.device(device):
+        model = build_model(config_from_dict(checkpoint["config"]))
+    model.compute_dtype = compute_dtype(device)
+    load_weights(model, checkpoint)
+    for module in model.modules():  # once instead of at every token; rotary tables and scalars stay in fp32
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            module.to(model.compute_dtype)
+    return model
+
+
+# -----------------------------------------------------------------------------
+# The run folder
+
+def default_name(args):
+    """The name of a run that was given none: d<depth>_<lrt>, or d<depth>_recurrent."""
+    kind = args.lrt or "shared" if args.arch == "gpt" else args.arch
+    return f"d{args.depth}_{kind}"
+
+def new_run_folder(out, name, default, exist_ok=False):
+    """
+    Make out/name, or out/default, numbered if it exists, if name is None. Returns its path. exist_ok: a
+    folder that is there may be used, as by a run that ended before its first checkpoint. Raises UserError
+    if the name is taken.
+    """
+    for i in range(1, 10000):
+        folder = Path(out) / (name or default)
+        if i > 1:
+            folder = folder.with_name(f"{folder.name}_{i}")
+        try:
+            folder.mkdir(parents=True, exist_ok=exist_ok)
+            return folder
+        except FileExistsError as e:
+            if name:
+                raise UserError(f"{folder} exists: go on with it by --resume {folder}, "
+                                "or give another --name") from e
+        except OSError as e:
+            raise UserError(f"cannot make {folder}: {e.strerror}") from e
+
+class Log:
+    """
+    log.jsonl of a run, open for appending on rank 0; on other ranks it takes rows and writes nothing. What a
+    full disk does not take is tried again with the next row.
+    """
+
+    def __init__(self, folder, rank=0):
+        self.file = open(Path(folder) / "log.jsonl", "ab", buffering=0) if rank == 0 else None
+        self.unwritten = b""
+
+    def add(self, **row):
+        """Append one row."""
+        if self.file is None:
+            return
+        self.unwritten += json.dumps(row).encode() + b"\n"
+        with suppress(OSError):
+            self.flush()
+
+    def flush(self):
+        """Write what is not written yet. Raises OSError if the disk is full."""
+        while self.unwritten:
+            written = self.file.write(self.unwritten)
+            self.unwritten = self.unwritten[written:]
+
+    def sync(self):
+        """Make sure that all rows are on the disk. Raises OSError."""
+        self.flush()
+        os.fsync(self.file.fileno())
+
+def read_log(folder):
+    """The rows of a run's log.jsonl. Lines that a crash or a full disk cut short are left out."""
+    path = Path(folder) / "log.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text("utf-8", "replace").splitlines():
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and "step" in row and "kind" in row:
+                rows.append(row)
+    return rows
+
+def rewind(folder, step):
+    """
+    Take the run back to `step`: what came later, in the log and as checkpoints, is about to be done
+    again. Returns the last step that was evaluated, -1 if none was.
+    """
+    kept = []
+    for row in read_log(folder):
+        # an evaluation at `step` came before the checkpoint, the training step of that number after it
+        if row["step"] < step or (row["step"] == step and row["kind"] == "eval"):
+            kept.append(row)
+    lines = "".join(json.dumps(row) + "\n" for row in kept)
+    write_atomic(folder / "log.jsonl", lambda f: f.write(lines.encode()))
+    for path in folder.glob("ckpt_*.pt*"):
+        if path.suffix == ".tmp" or int(path.stem.split("_")[1]) > step:
+            path.unlink()
+    return max((row["step"] for row in kept if row["kind"] == "eval"), default=-1)

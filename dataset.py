@@ -1,0 +1,299 @@
+"""
+Prepared data as it lies on disk, and the rows and batches that training reads from it.
+
+A data folder, which prepare_data.py makes, holds:
+
+    tokenizer.tiktoken, tokenizer.json    the tokenizer as plain data (see save_tokenizer)
+    token_bytes.npy                       int32 (vocab,): bytes of text of each token, 0 for special tokens
+    train_00000.npy .., val_00000.npy ..  flat token ids, every document starts with <|bos|>
+    settings.json                         the settings of the command, so that a second run can continue
+    meta.json                             what is there, with checksums; without it, the data is not finished
+
+open_data() checks that all of it is there and belongs together. Rows cuts the training shards into numbered
+rows of one context's length, in an order that only the seed decides.
+"""
+
+import base64
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from common import UserError, sha256_file, write_atomic, write_json
+
+BOS = "<|bos|>"
+
+
+# -----------------------------------------------------------------------------
+# The tokenizer's files
+
+def save_tokenizer(folder, enc):
+    """
+    Write a tiktoken.Encoding as tokenizer.tiktoken (a line for each token: base64 of its bytes, space,
+    rank) and tokenizer.json (the rest). load_tokenizer reads them.
+    """
+    ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
+    text = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
+    write_atomic(Path(folder) / "tokenizer.tiktoken", lambda f: f.write(text))
+    spec = {
+        "name": enc.name,
+        "pattern": enc._pat_str,
+        "special_tokens": enc._special_tokens,
+        "mergeable_ranks": len(ranks),
+        "vocab_size": enc.n_vocab,
+    }
+    write_json(Path(folder) / "tokenizer.json", spec)
+
+def load_tokenizer(folder):
+    """
+    The tiktoken.Encoding saved in folder; enc.encode_single_token("<|bos|>") is its last id. Text from
+    outside goes through enc.encode_ordinary. Raises UserError if the two files are missing or damaged.
+    """
+    folder = Path(folder)
+    try:
+        lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines()
+        spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        ranks = {}
+        for line in lines:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        check_ranks(ranks, len(lines), spec)
+        return tiktoken.Encoding(
+            spec["name"],
+            pat_str=spec["pattern"],
+            mergeable_ranks=ranks,
+            special_tokens=spec["special_tokens"],
+        )
+    except FileNotFoundError as e:
+        raise UserError(f"no tokenizer in {folder}: run `python prepare_data.py --out {folder}` first") from e
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"the tokenizer files in {folder} are damaged ({e}): re-run prepare_data.py") from e
+
+def check_ranks(ranks, n_lines, spec):
+    """
+    Raise ValueError unless the tokens are all there, and each once. ranks: {token: id} as read from the
+    n_lines of tokenizer.tiktoken; spec: tokenizer.json.
+    """
+    special_tokens = spec["special_tokens"]
+    ids = sorted([*ranks.values(), *special_tokens.values()])
+    last = max(ranks.values())
+    all_lines = len(ranks) == n_lines == spec["mergeable_ranks"]
+    ids_differ = len(set(ids)) == len(ids)
+    # no id is left out before the last of the ranks; special tokens may leave some out (cl100k_base's do)
+    no_holes = ids[0] == 0 and last < len(ids) and ids[last] == last
+    all_bytes = all(bytes([byte]) in ranks for byte in range(256))
+    bos_is_last = special_tokens[BOS] == ids[-1] == spec["vocab_size"] - 1
+    if not (all_lines and ids_differ and no_holes and all_bytes and bos_is_last):
+        raise ValueError("tokens are missing or appear twice")
+
+def tokenizer_sha256(folder):
+    """Hex sha256 over the two tokenizer files. Raises OSError if one cannot be read."""
+    return sha256_file(Path(folder) / "tokenizer.tiktoken", Path(folder) / "tokenizer.json")
+
+def token_bytes(enc):
+    """int32 (vocab,): bytes of UTF-8 text that each token stands for, 0 for special tokens and unused ids."""
+    sizes = np.zeros(enc.n_vocab, np.int32)
+    for token in enc.token_byte_values():
+        sizes[enc.encode_single_token(token)] = len(token)
+    return sizes
+
+
+# -----------------------------------------------------------------------------
+# The shards
+
+def shard_dtype(enc):
+    """The smallest dtype that holds every token id."""
+    return np.dtype("uint16" if enc.n_vocab <= 65536 else "uint32")
+
+def load_shard(path):
+    """The read-only memory map of one shard. Raises UserError if it is missing, truncated or no shard."""
+    try:
+        shard = np.load(path, mmap_mode="r")
+        whole = shard.ndim == 1 and len(shard) and path.stat().st_size == shard.offset + shard.nbytes
+    except FileNotFoundError as e:
+        raise UserError(f"{path} is missing: re-run prepare_data.py") from e
+    except (OSError, ValueError, EOFError, AttributeError) as e:
+        raise UserError(f"{path} is damaged ({e}): delete it and re-run prepare_data.py") from e
+    if not whole:
+        raise UserError(f"{path} is damaged (wrong size): delete it and re-run prepare_data.py")
+    return shard
+
+@dataclass
+class Data:
+    """A data folder, opened."""
+    folder: Path
+    meta: dict  # meta.json
+    tokenizer: tiktoken.Encoding
+    token_bytes: np.ndarray  # int32 (vocab,)
+    train: list  # read-only memory maps of token ids, uint16 or uint32
+    val: list
+
+def open_data(folder, verify=True):
+    """
+    The prepared data in folder as a Data. verify: read every shard once to compare its checksum. Raises
+    UserError if anything is missing, damaged, or does not belong together.
+    """
+    folder = Path(folder)
+    if not (folder / "meta.json").is_file():
+        state = "unfinished data" if (folder / "settings.json").is_file() else "no prepared data"
+        raise UserError(f"{state} in {folder}: run `python prepare_data.py --out {folder}` first")
+    try:
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        entries = []
+        for split in ("train", "val"):
+            for entry in meta[split]:
+                entries.append((split, folder / entry["file"], entry["tokens"], entry["sha256"]))
+        dtype = np.dtype(meta["dtype"])
+        vocab_size = meta["vocab_size"]
+        bos = meta["bos_id"]
+        tokenizer_digest = meta["tokenizer_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(f"{folder / 'meta.json'} is damaged ({e!r}): "
+                        "delete it and re-run prepare_data.py") from e
+
+    # the tokenizer is the one that the shards were made with
+    enc = load_tokenizer(folder)
+    same_files = tokenizer_sha256(folder) == tokenizer_digest
+    if not same_files or enc.n_vocab != vocab_size or enc.encode_single_token(BOS) != bos:
+        raise UserError(f"the tokenizer in {folder} is not the one of its shards: "
+                        f"delete {folder} and re-run prepare_data.py")
+    sizes = token_bytes(enc)
+    if not np.array_equal(load_shard(folder / "token_bytes.npy"), sizes):
+        raise UserError(f"{folder / 'token_bytes.npy'} does not match the tokenizer: "
+                        "delete it and re-run prepare_data.py")
+
+    # the shards are those of meta.json
+    data = Data(folder, meta, enc, sizes, train=[], val=[])
+    for split, path, n_tokens, _ in entries:
+        shard = load_shard(path)
+        if shard.dtype != dtype or len(shard) != n_tokens:
+            found = f"{len(shard)} {shard.dtype} tokens"
+            raise UserError(f"{path} is damaged ({found}, meta.json says {n_tokens} {dtype}): "
+                            "delete it and re-run prepare_data.py")
+        shards_of_split = data.train if split == "train" else data.val
+        shards_of_split.append(shard)
+    if verify:
+        verify_checksums([(path, digest) for _, path, _, digest in entries])
+    return data
+
+def verify_checksums(files):
+    """
+    Compare the sha256 of files, several at a time. files: pairs of a path and the hex digest that it should
+    have. Raises UserError if one differs or cannot be read.
+    """
+    def digest_of(file):
+        path, _ = file
+        try:
+            return sha256_file(path)
+        except OSError as e:
+            raise UserError(f"cannot read {path} ({e.strerror}): is the disk failing?") from e
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (path, expected), found in zip(files, pool.map(digest_of, files)):
+            if found != expected:
+                raise UserError(f"{path} is damaged (sha256 differs from meta.json): "
+                                "delete it and re-run prepare_data.py")
+
+
+# -----------------------------------------------------------------------------
+# Rows of T+1 tokens, T apart: T inputs and T targets
+
+def first_rows(shards, T, n):
+    """
+    The first n rows of a list of token arrays, in their order: a tensor (rows, T+1) int64. There are fewer
+    than n if the shards do not hold as many.
+    """
+    import torch
+    rows = []
+    for shard in shards:
+        count = min((len(shard) - 1) // T, n - len(rows))
+        for i in range(count):
+            rows.append(np.asarray(shard[i * T:i * T + T + 1]).astype(np.int64))
+    if not rows:
+        return torch.zeros(0, T + 1, dtype=torch.int64)
+    return torch.from_numpy(np.stack(rows))
+
+def size_and_mtime(shard):
+    """Size and time of change of a memory-mapped shard's file; None if it is gone, or if there is no file."""
+    if not isinstance(shard, np.memmap):
+        return None
+    try:
+        stat = os.stat(shard.filename)
+    except FileNotFoundError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+class Rows:
+    """
+    The training rows, numbered 0, 1, 2, .. without end. An epoch goes through the shards in a random order,
+    and through the rows of each in a random order; both depend on seed and epoch alone. So a step reads the
+    same rows for any number of processes, and a row number is all that a resumed run needs.
+    """
+
+    def __init__(self, shards, T, seed):
+        self.shards = shards  # arrays of token ids, usually memory maps
+        self.T = T
+        self.seed = seed
+        self.states = [size_and_mtime(shard) for shard in shards]  # to see whether a file was changed
+        self.counts = np.array([max(len(shard) - 1, 0) // T for shard in shards])  # rows of each shard
+        self.per_epoch = int(self.counts.sum())
+        self.shard_orders = {}  # epoch -> a permutation of the shards
+        self.row_orders = {}  # (epoch, shard) -> a permutation of its rows, for the shard in use
+
+    def shard_order(self, epoch):
+        """The order of an epoch's shards: (shards,) int64."""
+        if epoch not in self.shard_orders:
+            rng = np.random.default_rng((self.seed, epoch, 0))
+            self.shard_orders[epoch] = rng.permutation(len(self.shards))
+        return self.shard_orders[epoch]
+
+    def row_order(self, epoch, shard):
+        """The order of the rows within one of an epoch's shards: (rows,) int64."""
+        if (epoch, shard) not in self.row_orders:
+            rng = np.random.default_rng((self.seed, epoch, shard + 1))
+            # it has millions of entries, so only that of the shard in use is kept
+            self.row_orders = {(epoch, shard): rng.permutation(self.counts[shard])}
+        return self.row_orders[epoch, shard]
+
+    def __getitem__(self, n):
+        """
+        Row n: (T+1,) int64. Raises UserError if its shard has changed since it was opened, because reading
+        behind the end of a truncated memory map would kill the process.
+        """
+        epoch, n = divmod(n, self.per_epoch)
+        for shard in self.shard_order(epoch):
+            if n >= self.counts[shard]:
+                n -= self.counts[shard]
+                continue
+            tokens = self.shards[shard]
+            if size_and_mtime(tokens) != self.states[shard]:
+                raise UserError(f"{tokens.filename} was changed or removed while it was in use: "
+                                "re-run prepare_data.py, then --resume")
+            start = self.row_order(epoch, shard)[n] * self.T
+            return tokens[start:start + self.T + 1].astype(np.int64)
+
+    def batch(self, first, count, device):
+        """
+        Rows first .. first+count-1 as inputs and targets, each (count, T) int64 on the device. On CUDA the
+        copy is asynchronous.
+        """
+        import torch
+        rows = torch.from_numpy(np.stack([self[n] for n in range(first, first + count)]))
+        cuda = device.type == "cuda"
+        if cuda:
+            rows = rows.pin_memory()
+        rows = rows.to(device, non_blocking=cuda)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def micro_batches(self, first, count, rank, world_size, device):
+        """
+        Without end, this rank's micro-batches of `count` rows, from row `first` on: (inputs, targets) as
+        batch() gives them. The ranks take turns, so together they read every row once.
+        """
+        while True:
+            yield self.batch(first + rank * count, count, device)
+            first += world_size * count

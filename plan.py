@@ -1,0 +1,299 @@
+"""
+From the one dial, --depth, to a whole run: sizes, schedule, batch, horizon, FLOPs and memory, before
+anything of that size is allocated. `train.py --dry-run` prints it and ends.
+"""
+
+import gc
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from attention import KVCache
+from common import UserError, compute_dtype, pick_device
+from dataset import Rows, open_data
+from interleave import Schedule, TrainStep
+from model import GPT, GPTConfig
+from recurrent import RecurrentConfig, build_model
+
+DEFAULT_VOCAB_SIZE = 32768  # what --dry-run assumes where there is no data yet
+BATCH_AT_DEPTH_12 = 2**19  # tokens a step
+MAX_POSITIONS = 2**15  # of a forward, over all passes and rows, for the default device batch
+MAX_PASSES_COUNTED = 16  # --dry-run does not count the activations of longer schedules: it would take minutes
+
+
+# -----------------------------------------------------------------------------
+# Model and schedule
+
+def make_config(args, vocab_size):
+    """The model's configuration from train.py's flags. Raises UserError for a model that cannot be built."""
+    n_head = math.ceil(args.depth * args.aspect_ratio / args.head_dim)
+    config_class = RecurrentConfig if args.arch == "recurrent" else GPTConfig
+    try:
+        return config_class(
+            sequence_len=args.max_seq_len,
+            vocab_size=vocab_size,
+            n_layer=args.depth,
+            n_head=n_head,
+            n_kv_head=n_head if args.n_kv_head is None else args.n_kv_head,
+            n_embd=n_head * args.head_dim,
+            window_pattern=args.window_pattern,
+            value_embeds=args.value_embeds,
+            lrt=args.lrt,
+            source_layer=args.source_layer,
+            inject=args.inject,
+            memory_init=args.memory_init,
+        )
+    except ValueError as e:
+        raise UserError(e) from e
+
+def make_schedule(args):
+    """
+    The schedule of a training step from train.py's flags, checked against the context. Raises UserError.
+    """
+    try:
+        schedule = Schedule(
+            kind="plain" if args.lrt == "none" else args.schedule,
+            subsets=args.subsets,
+            refinements=args.refinements,
+            chunk=args.chunk,
+            kv_refresh=args.kv_refresh,
+            detach=args.detach,
+            loss_weights=args.loss_weights,
+            forward_passes=args.forward_passes,
+        )
+        schedule.passes(args.max_seq_len)
+    except ValueError as e:
+        raise UserError(e) from e
+    if schedule.kind == "chunked" and args.chunk >= args.max_seq_len:
+        raise UserError(f"--chunk {args.chunk} covers the whole context of {args.max_seq_len}: "
+                        "memory would never reach a token")
+    if args.deepen and schedule.kind != "refine":
+        raise UserError(f"--deepen goes with --schedule refine, not with {schedule.kind}")
+    return schedule
+
+
+# -----------------------------------------------------------------------------
+# The plan
+
+@dataclass
+class Plan:
+    """A run before anything of its size is allocated."""
+    config: GPTConfig
+    schedule: Schedule
+    deepen: float  # this share of the steps, the last ones, runs schedule.deeper()
+    counts: dict  # parameters by group, see GPT.parameter_counts()
+    flops_per_token: float  # training FLOPs, the mean over the steps
+    cost: float  # passes a step as the paper counts them, see Schedule.cost(); the mean over the steps
+    flops_ratio: float  # flops_per_token over that of one plain pass
+    kv_bytes: int  # the KV cache of one sequence that fills the context, as it is decoded
+    total_batch: int  # tokens a step, over all ranks
+    rows_per_step: int  # sequences a step, over all ranks
+    device_batch: int  # sequences a micro-batch on each rank
+    micro_steps: int  # micro-batches a step on each rank, whose gradients add up
+    num_iterations: int  # optimizer steps
+
+    def schedule_at(self, step):
+        """What a step runs. A model is also scored by the schedule of the last step that trained it."""
+        deep = step >= (1 - self.deepen) * self.num_iterations
+        return self.schedule.deeper() if deep else self.schedule
+
+def make_plan(args, vocab_size, world_size, dtype):
+    """
+    The Plan behind train.py's flags, for this many ranks and activations of this dtype. Raises UserError
+    for what does not fit together.
+    """
+    config = make_config(args, vocab_size)
+    schedule = make_schedule(args)
+    T = args.max_seq_len
+    try:
+        with torch.device("meta"):  # shapes without storage
+            model = build_model(config)
+            depth_12 = GPT(GPTConfig(vocab_size=vocab_size, lrt=args.lrt))
+    except RuntimeError as e:
+        raise UserError(f"no model of width {config.n_embd} can be built ({e})") from e
+    counts = model.parameter_counts()
+
+    # FLOPs, a mean over steps with and without one refinement more
+    def mean_over_steps(figure):
+        mean = (1 - args.deepen) * figure(schedule)
+        if args.deepen:
+            mean += args.deepen * figure(schedule.deeper())
+        return mean
+
+    flops_per_token = mean_over_steps(lambda schedule: schedule.flops_per_token(model, T))
+    cost = mean_over_steps(lambda schedule: schedule.cost(model, T))
+
+    # the batch: tokens a step, then sequences of each rank and micro-batch
+    total_batch = args.total_batch_size
+    if total_batch is None:
+        growth = counts["scaling"] / depth_12.parameter_counts()["scaling"]
+        total_batch = automatic_batch(growth, world_size * T)
+    if total_batch % (world_size * T):
+        raise UserError(f"--total-batch-size {total_batch} is not divisible by {world_size} processes * "
+                        f"{T} tokens a row = {world_size * T}")
+    rows = total_batch // T // world_size
+    device_batch = args.device_batch_size or automatic_device_batch(rows, schedule, T)
+    if rows % device_batch:
+        raise UserError(f"--device-batch-size {device_batch} does not divide the {rows} rows a step of each "
+                        f"process (--total-batch-size {total_batch} / {world_size} processes / {T} tokens)")
+
+    # the horizon
+    if args.num_iterations:
+        num_iterations = args.num_iterations
+    elif args.target_flops:
+        num_iterations = max(round(args.target_flops / (flops_per_token * total_batch)), 1)
+    else:
+        num_iterations = max(round(args.target_param_data_ratio * counts["scaling"] / total_batch), 1)
+
+    kv = KVCache(config, 1, T, "meta", dtype, rolling=True)
+    return Plan(
+        config=config,
+        schedule=schedule,
+        deepen=args.deepen,
+        counts=counts,
+        flops_per_token=flops_per_token,
+        cost=cost,
+        flops_ratio=flops_per_token / model.flops_per_token(T),
+        kv_bytes=sum(x.nbytes for x in kv.k + kv.v),
+        total_batch=total_batch,
+        rows_per_step=rows * world_size,
+        device_batch=device_batch,
+        micro_steps=rows // device_batch,
+        num_iterations=num_iterations,
+    )
+
+def automatic_batch(growth, unit):
+    """
+    Tokens a step, a multiple of `unit`, one sequence on each rank. nanochat's rule: the batch grows with
+    the training tokens, and so with the parameters, to the power 0.383, from 2^19 at depth 12 (Power
+    Lines, arXiv 2505.13738). growth: parameters over those of depth 12.
+    """
+    ideal = BATCH_AT_DEPTH_12 * growth ** 0.383
+    rows = max(2 ** round(math.log2(ideal)) // unit, 1)
+    if rows >= 16:
+        rows = rows // 16 * 16  # whole micro-batches of 16 sequences
+    return rows * unit
+
+def automatic_device_batch(rows, schedule, T):
+    """
+    The largest micro-batch that divides `rows`, the sequences of a rank, and whose activations are not
+    too many.
+    """
+    passes = schedule.passes(T)[schedule.forward_passes:]  # those that keep activations for the backward
+    positions = sum(map(len, passes))
+    for size in (16, 8, 4, 2):
+        if rows % size == 0 and size * positions <= MAX_POSITIONS:
+            return size
+    return 1
+
+def describe(plan, world_size, device, dtype, rows_per_epoch):
+    """
+    The plan in lines of text. rows_per_epoch: sequences in the training shards, None if there is no data
+    yet.
+    """
+    config, schedule, counts = plan.config, plan.schedule, plan.counts
+    T = config.sequence_len
+    tokens = plan.num_iterations * plan.total_batch
+    groups = [f"{name} {n:,}" for name, n in counts.items() if n and name not in ("total", "scaling")]
+    parameters = f"{counts['total']:,} parameters ({', '.join(groups)})"
+
+    model = (f"{world_size} x {device}, {str(dtype)[6:]} | depth {config.n_layer}, width {config.n_embd}, "
+             f"{config.n_head} heads, {config.label}")
+    if config.lrt != "none":
+        n_passes = len(schedule.passes(T))
+        model += f", memory from layer {config.source_layer}, {schedule.kind}, {n_passes} passes"
+
+    horizon = (f"{plan.num_iterations} steps of {plan.total_batch:,} tokens "
+               f"({plan.rows_per_step} rows of {T}: {world_size} x {plan.micro_steps} x {plan.device_batch}) "
+               f"= {tokens:,} tokens, "
+               f"{tokens / counts['scaling']:.1f} a parameter")
+    if rows_per_epoch:
+        horizon += f", {plan.num_iterations * plan.rows_per_step / rows_per_epoch:.2f} epochs"
+
+    flops = (f"{tokens * plan.flops_per_token:.2e} FLOPs, {plan.flops_ratio:.2f} times those of plain passes "
+             f"over the same tokens ({tokens * plan.cost:,.0f} tokens of baseline-equivalent compute); "
+             f"KV cache {plan.kv_bytes:,} bytes a sequence of {T} tokens")
+    return [parameters, model, horizon, flops]
+
+
+# -----------------------------------------------------------------------------
+# Memory
+
+def saved_bytes(work, parameters):
+    """
+    Bytes that work(), a forward pass, leaves in memory for its backward: all new storages that autograd
+    or Python holds when it is done, those of `parameters` left out. Works on real and on fake tensors.
+    """
+    def live_tensors():
+        return [x for x in gc.get_objects() if type(x) in (torch.Tensor, FakeTensor)]
+
+    def address(x):
+        return x.untyped_storage()._cdata
+
+    others = live_tensors()  # kept alive until the end, so that none of their addresses is used again
+    before = {address(x) for x in [*others, *parameters]}
+    sizes = {}  # address -> bytes
+
+    def count(x):
+        sizes[address(x)] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        out = work()  # noqa: F841 (keeps the graph, and so its storages, alive until they are counted)
+    gc.collect()
+    for x in live_tensors():
+        count(x)
+    return sum(n for storage, n in sizes.items() if storage not in before)
+
+def memory_estimate(plan, world_size, dtype, recompute):
+    """
+    Bytes that one process needs at least, a dict by kind: weights, gradients and optimizer state in
+    float32, the state shared by all ranks, and the activations that the forward of a micro-batch keeps
+    for its backward, counted on fake tensors in this dtype. That is without compilation, which keeps
+    less. The activations of long schedules and of the Recurrent Transformer are not counted.
+    """
+    total, T = plan.counts["total"], plan.config.sequence_len
+    muon = plan.counts["matrices"] + plan.counts["memory projections"]
+    adamw = total - muon
+    parts = dict(
+        weights=4 * total,
+        gradients=4 * total,
+        optimizers=(8 * adamw + 4 * muon) // world_size,  # AdamW keeps two moments, Muon one
+    )
+    recurrent = isinstance(plan.config, RecurrentConfig)
+    if not recurrent and len(plan.schedule.passes(T)) <= MAX_PASSES_COUNTED:
+        with FakeTensorMode():
+            model = build_model(plan.config)
+            model.compute_dtype = dtype
+            model.recompute = recompute
+            step = TrainStep(model, plan.schedule)
+            idx = torch.zeros(plan.device_batch, T, dtype=torch.int64)
+            parts["activations"] = saved_bytes(lambda: step(idx, idx), model.parameters())
+    return parts
+
+def dry_run(args):
+    """
+    Print the plan and the memory it needs. No model is built; without data the default vocabulary is
+    assumed.
+    """
+    device = pick_device(args.device)
+    dtype = compute_dtype(device)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    vocab_size, rows_per_epoch = DEFAULT_VOCAB_SIZE, None
+    if Path(args.data).exists():
+        data = open_data(args.data, verify=False)
+        vocab_size = data.meta["vocab_size"]
+        rows_per_epoch = Rows(data.train, args.max_seq_len, args.seed).per_epoch
+    plan = make_plan(args, vocab_size, world_size, dtype)
+    print("\n".join(describe(plan, world_size, device, dtype, rows_per_epoch)))
+
+    dtypes = [dtype] if dtype == torch.bfloat16 else [dtype, torch.bfloat16]  # as on a GPU, too
+    for activation_dtype in dtypes:
+        parts = memory_estimate(plan, world_size, activation_dtype, args.activation_checkpointing)
+        terms = " + ".join(f"{name} {n / 2**30:.2f}" for name, n in parts.items())
+        print(f"memory a process, {str(activation_dtype)[6:]}, {plan.device_batch} rows: {terms} "
+              f"= {sum(parts.values()) / 2**30:.2f} GiB")

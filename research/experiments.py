@@ -1,0 +1,532 @@
+"""
+The experiments behind research/RESULTS.md: named sets of runs, and one row a run in
+research/results/SET.jsonl.
+
+    python -m research.experiments --list                     every run: its command, and whether it is done
+    python -m research.experiments scaling cheaper --jobs 2   what these sets still lack, two runs at a time
+    python -m research.experiments scaling --seeds 2 --extra="--compile --device cuda"
+    python -m research.plot                                   figures and tables of the rows
+
+Every run is one command line, of train.py, research.reproduction or research.states, which can be repeated
+by hand and is part of its row. A run that has a row is not run again; one that was interrupted goes on from
+its newest checkpoint.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from checkpointing import find_checkpoint, load_checkpoint, load_model, read_log
+from common import ArgumentParser, UserError, append_row, at_least, lock, machine, read_rows, run_main
+from dataset import first_rows, open_data
+from eval_core import evaluate_bpb, recurrent_losses
+from interleave import Schedule
+from plan import make_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = 256  # of the validation text: what every run is scored on
+COPYING_ROWS = 128  # of them: for copying(), which decodes them once for each part of the memory's path
+LEARNED_ROWS = 16  # of them: for learned()
+BATCH_SIZE = 16  # rows scored at a time
+
+# depth 4, width 128, context 256: what two cores can do, with the recipe that was tuned on the baseline of
+# research/reproduction.py
+SIZE = (
+    "train.py --depth 4 --aspect-ratio 32 --head-dim 64 --max-seq-len 256 --window-pattern L "
+    "--total-batch-size 4096 --matrix-lr 0.04 --embedding-lr 0.2 --weight-decay 0 --grad-clip 0 "
+    "--warmup-steps 0 --eval-every 0 --eval-tokens 4096 --decode-tokens 0 --save-every 50 --keep 1")
+
+
+# -----------------------------------------------------------------------------
+# The sets: dicts from the name of a run to its command, without `python` and the seed. Each runs once a seed.
+
+def reproduction():
+    """Our code on the job of the authors' released code; on three seeds, as the differences are small."""
+    script = "research.reproduction"
+    return {
+        "none_1000": f"{script} --lrt none --num-iterations 1000",
+        "layerwise_1000": f"{script} --lrt layerwise --num-iterations 1000",
+        "none_2000": f"{script} --lrt none --num-iterations 2000",
+        "none_2000_release_muon":
+            f"{script} --lrt none --num-iterations 2000 --muon release --matrix-lr 0.02",
+    }
+
+def scaling():
+    """Can an LRT at R tokens a parameter be read against the baseline at R and at 2R?"""
+    runs = {}
+    for steps in (250, 500, 1000):
+        for lrt in ("none", "shared", "layerwise"):
+            runs[f"{lrt}_{steps}"] = f"{SIZE} --lrt {lrt} --num-iterations {steps}"
+    runs["none_2000"] = f"{SIZE} --lrt none --num-iterations 2000"
+    return runs
+
+def longer():
+    """
+    scaling() at half the width, 0.46 M parameters in matrices and head, for 10 and 20 tokens a parameter
+    instead of 0.8 to 6.3. At 20, a text of 5.9 M tokens is read one and a half times.
+    """
+    half = SIZE.replace("--aspect-ratio 32 --head-dim 64", "--aspect-ratio 16 --head-dim 32")
+    runs = {}
+    for ratio in (10, 20):
+        for lrt in ("none", "layerwise"):
+            runs[f"{lrt}_{ratio}"] = f"{half} --lrt {lrt} --num-iterations {112 * ratio}"
+    return runs
+
+def ablation():
+    """
+    One change each to layerwise_500 of scaling(), where the gain of memory is large enough to tell them
+    apart. That run has source layer 2 of 0 .. 3, injects both ways, is interleaved with S = 2, and its
+    loss is the mean over the passes. S = 1 is refine_1.
+    """
+    changes = {
+        "inject_kv": "--inject kv",
+        "inject_residual": "--inject residual",
+        "source_0": "--source-layer 0",
+        "source_1": "--source-layer 1",
+        "source_3": "--source-layer 3",
+        "subsets_4": "--subsets 4",
+        "subsets_8": "--subsets 8",
+        "kv_refresh": "--kv-refresh",
+        "refine_1": "--schedule refine --refinements 1",
+        "refine_3": "--schedule refine --refinements 3",
+        "chunked": "--schedule chunked --chunk 64",
+        "loss_memory_passes": "--loss-weights 0 1 1",
+        "refine_1_loss_last": "--schedule refine --refinements 1 --loss-weights 0 1",
+    }
+    return {name: f"{SIZE} --lrt layerwise --num-iterations 500 {change}" for name, change in changes.items()}
+
+def tuning():
+    """
+    Is it our training that leaves the shared LRT behind? shared_500 of scaling() with other rates and
+    other initial values for what is new in it (the scalars are b and c, at a rate of 0.5), and with the
+    choices that its one projection may depend on.
+    """
+    changes = {
+        "memory_lr_0.02": "--memory-lr 0.02",
+        "memory_lr_0.08": "--memory-lr 0.08",
+        "memory_init_0": "--memory-init 0",
+        "memory_init_1": "--memory-init 1",
+        "scalar_lr_0.1": "--scalar-lr 0.1",
+        "inject_kv": "--inject kv",
+        "source_3": "--source-layer 3",
+        "loss_memory_passes": "--loss-weights 0 1 1",
+    }
+    return {name: f"{SIZE} --lrt shared --num-iterations 500 {change}" for name, change in changes.items()}
+
+def cheaper():
+    """
+    Cheaper training steps: passes that run forward only, or that have a gradient but no loss.
+    - forward_init: the first pass of an interleaved step runs forward only.
+    - forward_refine_K: all but the last pass of K refinements run forward only, up to the source layer.
+    - deepen_STEPS: forward_refine_1, with one refinement more in the last quarter of the steps, at the
+      FLOPs of 500, 1000 and 2000 steps of the baseline.
+    - deepen_shared_kv_STEPS: the same with one projection for all layers, into keys and values only, at the
+      FLOPs of 1000 and 2000 steps.
+    The other runs of more than 1000 steps have the FLOPs of 2000 steps of the baseline, too.
+
+    results/cheaper.jsonl also has rows of last_25, last_50, last_75, mixed_25 and mixed_50, which ran plain
+    passes in some of the steps. Their flags, --memory-start and --memory-share, have left train.py: commit
+    f91a36d repeats them.
+    """
+    def layerwise(steps, flags):
+        return f"{SIZE} --lrt layerwise --num-iterations {steps} {flags}"
+
+    def refine(K, steps, lrt="layerwise"):
+        flags = f"--schedule refine --refinements {K} --forward-passes {K}"
+        return f"{SIZE} --lrt {lrt} --num-iterations {steps} {flags}"
+
+    runs = {
+        "forward_init": layerwise(1000, "--forward-passes 1"),
+        "forward_init_1500": layerwise(1500, "--forward-passes 1"),
+        "forward_refine_1": refine(1, 1000),
+        "forward_refine_2": refine(2, 1000),
+        "forward_refine_1_1600": refine(1, 1600),
+    }
+    for steps in (390, 780, 1560):
+        runs[f"deepen_{steps}"] = f"{refine(1, steps)} --deepen 0.25"
+    for steps in (810, 1620):
+        runs[f"deepen_shared_kv_{steps}"] = f"{refine(1, steps, 'shared')} --deepen 0.25 --inject kv"
+    runs["refine_1_loss_last"] = layerwise(1000, "--schedule refine --refinements 1 --loss-weights 0 1")
+    return runs
+
+def states():
+    """State tracking beyond the lengths of training, see research/states.py."""
+    variants = {
+        "none": "",
+        "recurrent": "--arch recurrent",
+        "layerwise_sequential": "--lrt layerwise --schedule sequential",
+        "layerwise_interleaved2": "--lrt layerwise --subsets 2",
+        "layerwise_interleaved4": "--lrt layerwise --subsets 4",
+        "layerwise_interleaved8": "--lrt layerwise --subsets 8",
+        "layerwise_refine1": "--lrt layerwise --schedule refine --refinements 1",
+        "layerwise_refine3": "--lrt layerwise --schedule refine --refinements 3",
+    }
+    runs = {}
+    for task, steps in (("parity", 300), ("s5", 800)):
+        for name, flags in variants.items():
+            command = f"research.states --task {task} --num-iterations {steps} {flags}"
+            runs[f"{task}_{name}"] = command.strip()
+    return runs
+
+SETS = {
+    "reproduction": reproduction(),
+    "scaling": scaling(),
+    "longer": longer(),
+    "cheaper": cheaper(),
+    "ablation": ablation(),
+    "tuning": tuning(),
+    "states": states(),
+}
+
+
+# -----------------------------------------------------------------------------
+# From a model to the scores in its row
+
+@torch.no_grad()
+def learned(model, idx, targets):
+    """
+    What training made of the memory's path: the scalars a, b, c of equation (1), a list over layers each;
+    and by layer the gates of equation (2) (local, memory, token: those that the model has), their mean
+    over tokens and heads while decoding idx (B, T) with the exact recurrence.
+    """
+    gates = {}
+
+    def keep_gates_of(layer):
+        def hook(module, inputs, output):
+            by_kind = 2 * torch.sigmoid(output.float()).unflatten(-1, (-1, model.config.n_kv_head))
+            gates[layer] = by_kind.mean((0, 1, 3))
+        return hook
+
+    hooks = []
+    for layer, block in enumerate(model.h):
+        if block.attn.gate is not None:
+            hooks.append(block.attn.gate.register_forward_hook(keep_gates_of(layer)))
+    # what is kept is of prefill's last pass: over all positions, unless it had to end token by token
+    recurrent_losses(model, idx, targets)
+    for hook in hooks:
+        hook.remove()
+
+    found = {}
+    for name, scalars in (("a", model.resid_lambdas), ("b", model.x0_lambdas), ("c", model.mem_lambdas)):
+        if scalars is not None:
+            found[name] = scalars.tolist()
+    kinds = ["local", "memory", "token"] if model.config.kv_memory else ["token"]
+    found["gates"] = {layer: dict(zip(kinds, means.tolist())) for layer, means in gates.items()}
+    return found
+
+def repeated(idx, targets):
+    """
+    Where the pair (idx, target) stood earlier in its row, so that the target can be copied from there, as
+    induction heads do: idx and targets (B, T) int64 -> (B, T) bool.
+    """
+    pairs = idx * (targets.max() + 1) + targets
+    return (pairs[:, :, None] == pairs[:, None, :]).tril(-1).any(-1)
+
+@torch.no_grad()
+def copying(model, rows, batch_size=BATCH_SIZE):
+    """
+    Mean nats a token of rows (N, T+1), decoding with the exact recurrence: `repeated` over tokens whose
+    pair is repeated(), `new` over the others; and `share`, that of the former. `without` has the two
+    means without each part of the memory's path: what memory adds to the keys (a layer at a time where
+    each has its own projection), to the values, to the residual stream.
+    """
+    batches = []
+    for batch in rows.to(model.wte.weight.device).split(batch_size):
+        batches.append((batch[:, :-1], batch[:, 1:]))
+    again = torch.cat([repeated(idx, targets) for idx, targets in batches])
+
+    def means():
+        nats = torch.cat([recurrent_losses(model, idx, targets) for idx, targets in batches])
+        return dict(repeated=nats[again].mean().item(), new=nats[~again].mean().item())
+
+    # the weights of each part
+    parts = {}
+    for layer, projection in enumerate(model.mem_k):
+        name = f"keys {layer}" if len(model.mem_k) > 1 else "keys"
+        parts[name] = [projection.weight]
+    if model.config.kv_memory:
+        parts["values"] = [projection.weight for projection in model.mem_v]
+    if model.config.residual_memory:
+        parts["residual"] = [model.mem_lambdas]
+
+    # the whole model, then with one part at zero
+    found = means() | dict(share=again.float().mean().item(), without={})
+    for name, weights in parts.items():
+        saved = [weight.clone() for weight in weights]
+        for weight in weights:
+            weight.zero_()
+        found["without"][name] = means()
+        for weight, value in zip(weights, saved):
+            weight.copy_(value)
+    return found
+
+def score(model, rows, token_bytes, schedule, buckets=16):
+    """
+    Score rows (N, T+1) int64: `bpb`, in parallel and with the exact recurrence, see evaluate_bpb();
+    `by_position`, the same in `buckets` equal stretches of the context; and what copying() and learned()
+    return.
+    """
+    bpb, bits = evaluate_bpb(model, rows, token_bytes, schedule, BATCH_SIZE, decode=True)
+    stretches = {name: x.reshape(buckets, -1).sum(1) for name, x in bits.items()}
+    n_bytes = stretches.pop("bytes")
+    few = rows[:LEARNED_ROWS].to(model.wte.weight.device)
+    return dict(
+        bpb=bpb,
+        by_position={name: (x / n_bytes).round(4).tolist() for name, x in stretches.items()},
+        copying=copying(model, rows[:COPYING_ROWS]),
+        learned=learned(model, few[:, :-1], few[:, 1:]),
+    )
+
+def mean_or_none(values):
+    """The mean of those values that are finite numbers; None if there are none."""
+    values = np.array(values, dtype=float)  # None becomes NaN
+    values = values[np.isfinite(values)]
+    return values.mean() if len(values) else None
+
+def curve(log, points=40):
+    """
+    The training loss of a log's rows in at most so many stretches of steps, a list of [first step, loss
+    of the first pass, mean loss of the later passes, which have memory]. None: there was no such pass, or
+    it had no loss.
+    """
+    steps = [row for row in log if row["kind"] == "train" and row["passes"]]
+    if not steps:
+        return []
+    stretches = []
+    for part in np.array_split(np.array(steps, dtype=object), min(points, len(steps))):
+        first = mean_or_none([row["passes"][0] for row in part])
+        later = mean_or_none([mean_or_none(row["passes"][1:]) for row in part])
+        means = [None if mean is None else round(mean, 4) for mean in (first, later)]
+        stretches.append([part[0]["step"], *means])
+    return stretches
+
+def finished(folder):
+    """
+    The row of a finished run of train.py, without what names it. compute: baseline-equivalent tokens, as
+    Schedule.cost() counts them; flops: training FLOPs, by count.
+    """
+    path = find_checkpoint(folder)
+    checkpoint = load_checkpoint(path)
+    args = argparse.Namespace(**train.saved_args(train.make_parser(), checkpoint, path))
+    data = open_data(args.data, verify=False)
+    plan = make_plan(args, data.meta["vocab_size"], 1, torch.float32)
+    model = load_model(checkpoint, torch.device(args.device or "cpu"))
+    rows = first_rows(data.val, args.max_seq_len, ROWS)
+    tokens = checkpoint["step"] * args.total_batch_size
+    return dict(
+        steps=checkpoint["step"],
+        tokens=tokens,
+        compute=tokens * plan.cost,
+        flops=tokens * plan.flops_per_token,
+        tokens_per_parameter=tokens / plan.counts["scaling"],
+        parameters=plan.counts["total"],
+        train_seconds=round(checkpoint["seconds"]),
+        curve=curve(read_log(folder)),
+        **score(model, rows, data.token_bytes, Schedule(**checkpoint["schedule"])),
+    )
+
+
+# -----------------------------------------------------------------------------
+# Commands
+
+# rows from before 2026-11-25 have the names of the time when the research scripts lay at the top
+NAMES_TODAY = {"ground.py": "research.reproduction", "states.py": "research.states"}
+
+def same_run(command, other):
+    """
+    Do two command lines run the same? They may spell a script as it was called then or as it is called
+    today. Where the row is written (--results, --json) is no part of the run.
+    """
+    return script_and_flags(command) == script_and_flags(other)
+
+def script_and_flags(command):
+    """What a row's command line runs, a list of words: the script, by its name of today, and its flags."""
+    where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    where.add_argument("--results")
+    where.add_argument("--json")
+    _, words = where.parse_known_args(shlex.split(command)[1:])  # the first word is python
+    if words[0] == "-m":
+        words = words[1:]
+    script, *flags = words
+    return [NAMES_TODAY.get(script, script), *flags]
+
+@dataclass
+class Run:
+    """A run of a set, with one seed."""
+    set: str
+    name: str
+    seed: int
+    script: str  # train.py, research.reproduction or research.states
+    flags: list
+
+    def command(self, args, extra=()):
+        """The words that a reader types behind `python`. extra: more flags."""
+        flags = [*self.flags, "--seed", str(self.seed), *extra]
+        if self.script == "train.py":
+            folder = ["--out", f"{args.out}/{self.set}", "--name", f"{self.name}_s{self.seed}"]
+            return ["train.py", *flags, "--data", args.data, *folder, "--resume", "auto"]
+        if self.script == "research.reproduction":
+            return ["-m", self.script, *flags, "--results", args.results]
+        return ["-m", self.script, *flags, "--json", f"{args.results}/{self.set}.jsonl"]
+
+def make_runs(args):
+    """The runs that the command line asks for, all runs of the first seed first. Raises UserError."""
+    unknown = [name for name in args.sets if name not in SETS]
+    if unknown:
+        raise UserError(f"there is no set {unknown[0]}: choose from {', '.join(SETS)}")
+    runs = []
+    for seed in args.seeds:
+        for set_name in args.sets or SETS:
+            for name, command in SETS[set_name].items():
+                if not args.only or name in args.only:
+                    script, *flags = command.split()
+                    runs.append(Run(set_name, name, seed, script, flags))
+    if not runs:
+        raise UserError(f"no run is called {' or '.join(args.only)}: see --list")
+    return runs
+
+def rows_path(args, set_name):
+    return Path(args.results) / f"{set_name}.jsonl"
+
+
+# -----------------------------------------------------------------------------
+# Running them
+
+class Runner:
+    """Runs commands, some at a time, scores what they trained, and writes rows."""
+
+    def __init__(self, args, extra):
+        self.args = args
+        self.extra = extra
+        self.threads = max((os.cpu_count() or 1) // args.jobs, 1)  # of each run
+        torch.set_num_threads(self.threads)
+        device = extra[extra.index("--device") + 1] if "--device" in extra else "cpu"
+        self.machine = machine(torch.device(device))
+        self.processes = []  # all that were started
+        self.failed = []  # runs
+        self.stopping = False
+
+    def stop(self, *_):
+        """Handle a signal: start nothing new, and end the running processes, which save themselves."""
+        self.stopping = True
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()
+
+    def run_all(self, runs):
+        """Run these runs, as many at a time as there are jobs."""
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sig, self.stop)
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            list(pool.map(self.run, runs))
+
+    def run(self, run):
+        """Run one run, unless a signal came, and say how it ended."""
+        if self.stopping:
+            return
+        start = time.time()
+        try:
+            error = self.train_and_score(run)
+        except UserError as e:
+            error = str(e)
+        if error:
+            self.failed.append(run)
+            outcome = error
+        else:
+            outcome = f"done in {(time.time() - start) / 60:.0f} min"
+        print(f"{run.set} {run.name} seed {run.seed}: {outcome}", flush=True)
+
+    def train_and_score(self, run):
+        """Train, score and write the row. Returns what went wrong in words, or None. Raises UserError."""
+        command = run.command(self.args, self.extra)
+        folder = Path(self.args.out) / run.set / f"{run.name}_s{run.seed}"
+        console = Path(f"{folder}.txt")
+        exit_code = self.execute(command, console)
+        if exit_code:
+            return f"exit code {exit_code}, see {console}"
+        if run.script != "train.py":  # the others write their rows themselves
+            return None
+
+        row = finished(folder)
+        num_iterations = load_checkpoint(find_checkpoint(folder))["args"]["num_iterations"]
+        if row["steps"] < num_iterations:
+            return "stopped; the same command goes on"
+        named = dict(set=run.set, name=run.name, seed=run.seed, command=shlex.join(["python", *command]))
+        append_row(rows_path(self.args, run.set), named | self.machine | row)
+        return None
+
+    def execute(self, command, console):
+        """Run `python COMMAND`, its output appended to the file `console`. Returns the exit code."""
+        if command[0] == "train.py":
+            command = [str(ROOT / "train.py"), *command[1:]]
+        python_path = str(ROOT)  # where `python -m research.NAME` finds it
+        if "PYTHONPATH" in os.environ:
+            python_path += os.pathsep + os.environ["PYTHONPATH"]
+        env = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": python_path}
+        console.parent.mkdir(parents=True, exist_ok=True)
+        with open(console, "ab") as f:
+            # a session of its own, so that Ctrl-C reaches the process through stop() alone
+            process = subprocess.Popen(
+                [sys.executable, *command], stdout=f, stderr=f, env=env, start_new_session=True)
+            self.processes.append(process)
+            return process.wait()
+
+def make_parser():
+    parser = ArgumentParser(
+        description="Run what is missing of named sets of runs; one row a run in RESULTS/SET.jsonl.")
+    parser.add_argument("sets", nargs="*", metavar="SET", help=f"any of {', '.join(SETS)} (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="N",
+                        help="one run each; all runs of the first seed come first")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only the runs of these names")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time; they share the cores")
+    parser.add_argument("--data", default="data", help="folder that prepare_data.py made")
+    parser.add_argument("--out", default="runs/experiments", help="where run folders go")
+    parser.add_argument("--results", default="research/results", help="where rows go")
+    parser.add_argument("--extra", default="", metavar="FLAGS",
+                        help="more flags of train.py for every run, after its own")
+    parser.add_argument("--list", action="store_true", help="print every run and its command, and end")
+    return parser
+
+def main():
+    args = make_parser().parse_args()
+    extra = shlex.split(args.extra)
+    at_least(args, jobs=1)
+    runs = make_runs(args)
+
+    # which of them have a row
+    have_rows = set()
+    for set_name in SETS:
+        for row in read_rows(rows_path(args, set_name)):
+            have_rows.add((set_name, row["name"], row["seed"]))
+    missing = [run for run in runs if (run.set, run.name, run.seed) not in have_rows]
+
+    if args.list:
+        for run in runs:
+            mark = "    " if run in missing else "done"
+            print(f"{mark} {shlex.join(['python', *run.command(args, extra)])}")
+        return
+
+    # run the others
+    if any(run.script == "train.py" for run in runs):
+        open_data(args.data)
+    Path(args.results).mkdir(parents=True, exist_ok=True)
+    held = lock(args.out, "experiment")  # noqa: F841 (locked for as long as it is open)
+    runner = Runner(args, extra)
+    print(f"{len(missing)} runs to do, {len(runs) - len(missing)} done", flush=True)
+    runner.run_all(missing)
+    if runner.failed:
+        sys.exit(1)
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,441 @@
+"""
+Draw the rows of research/results/*.jsonl, which experiments.py, reproduction.py and states.py wrote, and
+print their tables.
+
+    python -m research.plot        research/results/*.png and, on the console, the tables of
+    research/RESULTS.md
+
+Points are means over seeds, error bars the range of the seeds. Compute is baseline-equivalent: tokens
+times passes. In the tables, `compute` and `same compute` count a pass as the paper does, `same FLOPs`
+counts all FLOPs.
+"""
+
+import re
+from collections import defaultdict
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from common import ArgumentParser, UserError, read_rows, run_main
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
+
+SETS = ("reproduction", "scaling", "longer", "cheaper", "ablation", "tuning", "states")
+
+# runs of the set `scaling` that another set is read against
+BESIDE = {
+    "ablation": ("none_500", "layerwise_500"),
+    "tuning": ("none_500", "shared_500"),
+    "cheaper": ("none_500", "none_1000", "none_2000", "layerwise_1000"),
+}
+
+# by variant(); other variants take OTHER_COLORS in turn
+COLORS = {
+    "none": "tab:gray",
+    "shared": "tab:blue",
+    "layerwise": "tab:orange",
+    "layerwise --deepen 0.25 --forward-passes 1 --schedule refine": "tab:red",
+    "shared --deepen 0.25 --forward-passes 1 --inject kv --schedule refine": "navy",
+}
+OTHER_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
+
+
+# -----------------------------------------------------------------------------
+# Reading rows
+
+def by_name(rows):
+    """{name: its rows, one a seed}, in the order in which the names first appear."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["name"]].append(row)
+    return groups
+
+def with_beside(name, results):
+    """The rows of a set, behind those of `scaling` that it is read against."""
+    beside = [row for row in results["scaling"] if row["name"] in BESIDE.get(name, ())]
+    return beside + results[name]
+
+def bpb(row):
+    """BPB as the model decodes, with the exact recurrence."""
+    return row["bpb"]["decode"]
+
+def spread(rows, value=bpb):
+    """(mean, lowest, highest) over seeds."""
+    values = [value(row) for row in rows]
+    return np.mean(values), min(values), max(values)
+
+# flags of a run that make it another variant, in whose name their value stands
+NAMED_FLAGS = r"--(?:schedule|forward-passes|loss-weights|deepen|inject) \S+"
+# and those whose values share a line; train.py has them no more, rows of `cheaper` do
+FLAGS_WITHOUT_VALUE = r"--memory-start|--memory-share"
+
+def variant(row):
+    """
+    --lrt of a row's command, and its other flags that are not the paper's: `none`, `shared --inject kv`,
+    ..
+    """
+    lrt = re.search(r"--lrt (\w+)", row["command"])[1]
+    flags = re.findall(f"{FLAGS_WITHOUT_VALUE}|{NAMED_FLAGS}", row["command"])
+    return " ".join([lrt, *sorted(flags)])
+
+def label(name):
+    return "baseline" if name == "none" else name
+
+def longest_runs(rows):
+    """
+    {variant: its run of the first seed}, of the largest number of tokens that all variants have a run of.
+    """
+    tokens = defaultdict(set)
+    for row in rows:
+        tokens[variant(row)].add(row["tokens"])
+    common = set.intersection(*tokens.values())
+    found = {}
+    for row in rows:
+        if common and row["tokens"] == max(common):
+            found.setdefault(variant(row), row)
+    return found
+
+def baseline_at(tokens, rows):
+    """
+    BPB of the baseline in rows after so many tokens, None outside of its budgets. Between them: a
+    polynomial in log tokens through the budgets (a straight line would lie above the curve, to the
+    baseline's disadvantage).
+    """
+    budgets = []
+    for group in by_name(rows).values():
+        if variant(group[0]) == "none":
+            budgets.append((group[0]["tokens"], spread(group)[0]))
+    budgets.sort()
+    tokens = round(tokens)  # shares of a pass do not add up to whole tokens in floating point
+    if not budgets or not budgets[0][0] <= tokens <= budgets[-1][0]:
+        return None
+    x, y = np.array(budgets).T
+    degree = min(len(x) - 1, 3)
+    return np.polyval(np.polyfit(np.log(x / tokens), y, degree), 0)
+
+
+# -----------------------------------------------------------------------------
+# Figures
+
+def errorbar(ax, x, groups, value=bpb, **style):
+    """Points at x, the means of groups of rows, with the range of each group."""
+    mean, low, high = np.array([spread(rows, value) for rows in groups]).T
+    ax.errorbar(x, mean, yerr=[mean - low, high - mean], capsize=3, **style)
+
+def draw_scaling(rows, ax, title):
+    """The paper's scaling figure: BPB over compute, one line a variant."""
+    lines = defaultdict(list)
+    for group in by_name(rows).values():
+        lines[variant(group[0])].append(group)
+    other_colors = cycle(OTHER_COLORS)
+    for name, groups in lines.items():
+        groups.sort(key=lambda group: group[0]["compute"])
+        compute = [group[0]["compute"] for group in groups]
+        color = COLORS[name] if name in COLORS else next(other_colors)
+        errorbar(ax, compute, groups, marker="o", label=label(name), color=color)
+
+    ratios = [row["tokens_per_parameter"] for row in rows]
+    ax.set(
+        xscale="log",
+        xlabel="baseline-equivalent compute, million tokens x passes",
+        ylabel="validation BPB, decoding",
+        title=f"{title}, {min(ratios):.2g} to {max(ratios):.2g} tokens a parameter",
+    )
+    ticks = sorted({row["compute"] for row in rows if variant(row) == "none"})
+    ax.set_xticks(ticks, [f"{x / 1e6:.2g}" for x in ticks])
+    ax.minorticks_off()
+    ax.legend(fontsize=7 if len(lines) < 7 else 6)
+
+def draw_curves(runs, ax):
+    """Training loss over steps, the first pass and those with memory apart."""
+    for name, row in sorted(runs.items()):
+        step, first, memory = np.array(row["curve"], dtype=float).T
+        color = COLORS[name]
+        if name == "none":
+            ax.plot(step, first, color=color, label="baseline")
+        else:
+            ax.plot(step, first, color=color, linestyle=":", label=f"{name}, pass without memory")
+            ax.plot(step, memory, color=color, label=f"{name}, passes with memory")
+    ax.set(xlabel="step", ylabel="training loss, nats a token", yscale="log", title="loss curves, seed 0")
+    ax.legend(fontsize=7)
+
+def draw_position(runs, ax):
+    """BPB by position in the context, with memory and with memory zero."""
+    for name, row in sorted(runs.items()):
+        memory_on = row["by_position"]["decode"]
+        memory_off = row["by_position"].get("no memory")
+        x = np.arange(len(memory_on)) + 0.5
+        on_label = "baseline" if name == "none" else f"{name}, memory on"
+        ax.plot(x, memory_on, color=COLORS[name], label=on_label)
+        if memory_off is not None:
+            ax.plot(x, memory_off, color=COLORS[name], linestyle=":", label=f"{name}, memory off")
+    ax.set(
+        xlabel="position, sixteenths of the context",
+        ylabel="validation BPB, decoding",
+        title="by position, memory on and off",
+    )
+    ax.legend(fontsize=7)
+
+def draw_learned(runs, axes):
+    """The scalars a, b, c (left) and the mean gates (right) of every layer."""
+    left, right = axes
+    for name, row in sorted(runs.items()):
+        style = dict(color=COLORS[name], marker=".")
+        for key, linestyle in (("a", "--"), ("b", ":"), ("c", "-")):
+            if key in row["learned"]:
+                left.plot(row["learned"][key], linestyle=linestyle, label=f"{key}, {name}", **style)
+        for key, linestyle in (("local", "--"), ("memory", "-"), ("token", ":")):
+            gates = [gate[key] for gate in row["learned"]["gates"].values() if key in gate]
+            if gates:
+                right.plot(gates, linestyle=linestyle, label=f"{key}, {name}", **style)
+    left.set(xlabel="layer", title="learned a, b, c")
+    right.set(xlabel="layer", title="mean gates, decoding")
+    for ax in axes:
+        ax.locator_params(axis="x", integer=True)
+        ax.legend(fontsize=6, ncols=2)
+
+def draw_ablation(results, ax):
+    """BPB of every run of the set `ablation`, the best one lowest; black: what it is read against."""
+    groups = by_name(with_beside("ablation", results))
+    names = sorted(groups, key=lambda name: spread(groups[name])[0])
+    for i, name in enumerate(names):
+        mean, low, high = spread(groups[name])
+        color = "black" if name in BESIDE["ablation"] else "tab:blue"
+        ax.errorbar([mean], [i], xerr=[[mean - low], [high - mean]], marker="o", capsize=3, color=color)
+    ax.set(
+        yticks=range(len(names)),
+        yticklabels=names,
+        xlabel="validation BPB, decoding",
+        title="ablation, one change each",
+    )
+    ax.tick_params(axis="y", labelsize=7)
+
+def draw_states(rows, axes):
+    """
+    State tracking, one panel a task: accuracy at the last position by length, decoding. The dashed line
+    is the length of training.
+    """
+    tasks = defaultdict(dict)  # task -> variant -> rows
+    for name, group in by_name(rows).items():
+        task, _, variant_name = name.partition("_")
+        tasks[task][variant_name] = group
+    variants = sorted({name for groups in tasks.values() for name in groups})
+    for ax, (task, groups) in zip(axes, sorted(tasks.items())):
+        for name, group in sorted(groups.items()):
+            draw_accuracy(group, ax, label=label(name.replace("_", " ")), color=f"C{variants.index(name)}")
+        training_length = int(min(group[0]["decode"]["last"], key=int))
+        ax.axvline(training_length, color="black", linestyle="--", linewidth=0.5)
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel="tokens", ylabel="accuracy at the last one", title=task)
+        ax.legend(fontsize=6)
+
+def draw_accuracy(rows, ax, **style):
+    """One run of state tracking: accuracy at the last position by length, over seeds."""
+    by_seed = [list(row["decode"]["last"].values()) for row in rows]
+    lengths = [int(length) for length in rows[0]["decode"]["last"]]
+    mean = np.mean(by_seed, axis=0)
+    below, above = mean - np.min(by_seed, axis=0), np.max(by_seed, axis=0) - mean
+    ax.errorbar(lengths, mean, yerr=[below, above], marker="o", capsize=3, **style)
+
+def draw_figures(results, folder):
+    """All figures for which there are rows, as PNG files in the folder."""
+    if results["scaling"]:
+        names = [name for name in ("scaling", "cheaper", "longer") if results[name]]
+        figure, axes = plt.subplots(1, len(names), figsize=(6 * len(names), 4.5), squeeze=False)
+        for name, ax in zip(names, axes[0]):
+            draw_scaling(with_beside(name, results), ax, name)
+        save(figure, folder / "scaling.png")
+
+        runs = longest_runs(results["scaling"])
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+        draw_curves(runs, axes[0])
+        draw_position(runs, axes[1])
+        save(figure, folder / "curves.png")
+
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+        draw_learned(runs, axes)
+        save(figure, folder / "learned.png")
+
+    if results["ablation"]:
+        figure, ax = plt.subplots(figsize=(7, 5))
+        draw_ablation(results, ax)
+        save(figure, folder / "ablation.png")
+
+    if results["states"]:
+        tasks = {row["name"].partition("_")[0] for row in results["states"]}
+        figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
+        draw_states(results["states"], axes[0])
+        save(figure, folder / "states.png")
+
+def save(figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(path)
+
+
+# -----------------------------------------------------------------------------
+# Tables in Markdown
+
+def print_table(columns, lines, text_columns=1):
+    """Print a table of strings; the first text_columns are aligned left, the others, numbers, right."""
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * text_columns + "---:|" * (len(columns) - text_columns))
+    for cells in lines:
+        print("| " + " | ".join(cells) + " |")
+
+def millions(n):
+    return f"{n / 1e6:.2f} M"
+
+def print_provenance(name, rows):
+    """Where and when the rows of a set were made."""
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    devices = ", ".join(sorted({row["device"] for row in rows}))
+    dates = [row["date"] for row in rows]
+    first_and_last = " to ".join(sorted({min(dates), max(dates)}))
+    print(f"\n{name}: commits {commits}; {devices}; {first_and_last}\n")
+
+def table(name, rows, baseline):
+    """
+    A set of language models, means over seeds: BPB parallel and decoding, and how far apart the seeds
+    are; decoding minus the BPB that the baseline (rows of another set, or []) has with as many tokens, as
+    much compute as the paper counts it, and as many FLOPs; and the loss of tokens that can be copied from
+    the context and of the others.
+    """
+    baseline_flops_per_token = None
+    for row in baseline:
+        if variant(row) == "none":
+            baseline_flops_per_token = row["flops"] / row["tokens"]
+            break
+    columns = [
+        "run", "seeds", "tokens", "compute",
+        "first pass", "merged", "decoding", "range of seeds", "no memory",
+        "over baseline, same tokens", "same compute", "same FLOPs",
+        "nats, repeated pairs", "new pairs", "minutes",
+    ]
+    lines = []
+    for run, group in by_name(rows).items():
+        lines.append([run, *table_cells(group, baseline, baseline_flops_per_token)])
+    print_provenance(name, rows)
+    print_table(columns, lines)
+
+def table_cells(rows, baseline, baseline_flops_per_token):
+    """
+    The cells of table() for the rows of one run, one a seed; a cell is empty where a run has no such
+    figure.
+    """
+    first = rows[0]
+    decoding, low, high = spread(rows)
+    compute = np.mean([row["compute"] for row in rows])
+
+    def mean_bpb(key):
+        if key not in first["bpb"]:
+            return ""
+        return f"{np.mean([row['bpb'][key] for row in rows]):.4f}"
+
+    def over_baseline(tokens):
+        there = baseline_at(tokens, baseline)
+        if not there or variant(first) == "none":
+            return ""
+        return f"{decoding - there:+.4f}"
+
+    def mean_nats(key):
+        if not all("copying" in row for row in rows):  # the oldest rows
+            return ""
+        return f"{np.mean([row['copying'][key] for row in rows]):.3f}"
+
+    over_at_same_flops = ""
+    if baseline_flops_per_token:
+        over_at_same_flops = over_baseline(first["flops"] / baseline_flops_per_token)
+    minutes = np.mean([row["train_seconds"] for row in rows]) / 60
+    return [
+        str(len(rows)),
+        millions(first["tokens"]),
+        millions(compute),
+        mean_bpb("pass 0"),
+        mean_bpb("merged"),
+        f"{decoding:.4f}",
+        f"{high - low:.4f}",
+        mean_bpb("no memory"),
+        over_baseline(first["tokens"]),
+        over_baseline(compute),
+        over_at_same_flops,
+        mean_nats("repeated"),
+        mean_nats("new"),
+        f"{minutes:.0f}",
+    ]
+
+def table_copying(rows):
+    """
+    Nats of a token that can be copied from its context and of one that cannot, for the whole model and
+    without each part of the memory's path; means over seeds.
+    """
+    lines = []
+    for run, group in by_name(rows).items():
+        losses = {"": [row["copying"] for row in group]}  # by the part that is left out
+        for part in group[0]["copying"]["without"]:
+            losses[part] = [row["copying"]["without"][part] for row in group]
+        for part, by_seed in losses.items():
+            means = [np.mean([loss[key] for loss in by_seed]) for key in ("repeated", "new")]
+            lines.append([run, part, *(f"{mean:.3f}" for mean in means)])
+    print()
+    print_table(["run", "without", "nats, repeated pairs", "new pairs"], lines, text_columns=2)
+
+def table_states(name, rows):
+    """
+    State tracking, means over seeds: accuracy at the last position by length, and that of whole sequences
+    of the training length, decoding and as the passes of training answer.
+    """
+    lengths = list(rows[0]["decode"]["last"])
+    shortest, longest = lengths[0], lengths[-1]
+    columns = ["run", "seeds", "compute"]
+    columns += [f"last of {length}" for length in lengths]
+    columns += [f"{longest}, memory off", f"all {shortest}", f"all {shortest}, passes of training"]
+    # where to find these accuracies in a row
+    places = [("decode", "last", length) for length in lengths]
+    places += [("no_memory", "last", longest), ("decode", "whole", shortest), ("trained", "whole", shortest)]
+
+    lines = []
+    for run, group in sorted(by_name(rows).items()):
+        cells = [run, str(len(group)), millions(group[0]["compute"])]
+        for key, what, length in places:
+            if key in group[0]:
+                cells.append(f"{np.mean([row[key][what][length] for row in group]):.3f}")
+            else:
+                cells.append("")
+        lines.append(cells)
+    print_provenance(name, rows)
+    print_table(columns, lines)
+
+def print_tables(results):
+    """The tables of all sets that have rows."""
+    for name, rows in results.items():
+        if not rows:
+            continue
+        if name == "states":
+            table_states(name, rows)
+        elif name == "reproduction":  # of other text: no other set is its baseline
+            table(name, rows, baseline=[])
+        elif name == "longer":  # of another size: it has a baseline of its own
+            table(name, rows, baseline=rows)
+        else:
+            table(name, with_beside(name, results), baseline=results["scaling"])
+        if name in ("scaling", "tuning"):
+            table_copying([row for row in rows if "copying" in row])
+
+def main():
+    parser = ArgumentParser(description="Draw the rows of RESULTS/*.jsonl and print their tables.")
+    parser.add_argument("--results", default="research/results",
+                        help="folder with the rows; the figures go there, too")
+    args = parser.parse_args()
+    folder = Path(args.results)
+    results = {name: read_rows(folder / f"{name}.jsonl") for name in SETS}
+    if not any(results.values()):
+        raise UserError(f"{folder} has no rows: run `python -m research.experiments` first")
+    draw_figures(results, folder)
+    print_tables(results)
+
+if __name__ == "__main__":
+    run_main(main)

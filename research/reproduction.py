@@ -1,0 +1,274 @@
+"""
+The reproduction of a run of the authors' released code: our code on the same tokens, windows and protocol,
+compared with its result.
+
+    python -m research.reproduction --lrt none --num-iterations 1000     and 2000; --lrt layerwise; --seed
+    0, 1, 2
+
+../shared/reference has the tokens, the protocol and the results of the released code: depth 4, width 128,
+context 256, random windows of the tokens, no warm-up, weight decay or clipping, memory from the last layer.
+Model, training step and optimizers are those of train.py, with train.py's flags; what was tuned is in TUNED.
+Each run adds a row to research/results/reproduction.jsonl.
+"""
+
+import dataclasses
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from common import UserError, append_row, at_least, machine, read_rows, run_main, write_atomic
+from dataset import first_rows
+from interleave import TrainStep
+from optim import OptimizerConfig, make_optimizers, set_learning_rates
+from plan import make_config, make_schedule
+from recurrent import build_model
+from research.experiments import curve, same_run, score
+
+# merged BPB of the released code on one seed, by --lrt and --num-iterations
+RELEASE = {
+    ("none", 1000): 1.7148,
+    ("none", 2000): 1.6365,
+    ("layerwise", 400): 1.8325,
+    ("layerwise", 1000): 1.6839,
+}
+PROTOCOL = dict(
+    depth=4, aspect_ratio=32, head_dim=64, max_seq_len=256, window_pattern="L", source_layer=3,
+    total_batch_size=4096, num_iterations=1000, embedding_lr=0.2, weight_decay=0.0, grad_clip=0.0,
+    warmup_steps=0,
+)
+TUNED = dict(matrix_lr=0.04)  # the release has 0.02, with another variant of Muon
+
+SCORED_ROWS = 192  # of the validation tokens
+SAVE_EVERY = 200  # steps
+
+
+# -----------------------------------------------------------------------------
+# The released code's Muon
+
+# coefficients of five steps X <- a X + (b XX' + c (XX')^2) X, which bring singular values close to 1: Polar
+# Express, arXiv 2505.16932
+POLAR_EXPRESS = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+
+def orthogonalize(x):
+    """The matrix x (m, n) with its singular values brought close to 1, by Polar Express in bf16; float32."""
+    tall = x.size(0) >= x.size(1)
+    x = x.bfloat16()
+    if tall:
+        x = x.T
+    x = x / (1.02 * x.norm() + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        xx = x @ x.T
+        x = a * x + (b * xx + c * xx @ xx) @ x
+    if tall:
+        x = x.T
+    return x.float()
+
+class ReleaseMuon(torch.optim.Optimizer):
+    """
+    Muon with what the released code's has and torch's lacks, to see what that is worth: Polar Express for
+    the orthogonalization; then every row (of a wide matrix: column) is divided by the root of the running
+    mean of its squares, and the update is scaled back to its norm (NorMuon, arXiv 2510.05491). No weight
+    decay.
+    """
+    def __init__(self, params, lr, momentum=0.95, beta2=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum, beta2=beta2, weight_decay=0.0))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group)
+
+    def update(self, p, group):
+        """One step of the parameter p (m, n)."""
+        state = self.state[p]
+        momentum = state.setdefault("momentum", torch.zeros_like(p))
+        momentum.lerp_(p.grad, 1 - group["momentum"])
+        x = orthogonalize(p.grad.lerp(momentum, group["momentum"]))  # Nesterov
+
+        # normalize rows or columns, and keep the norm of the whole
+        square = x.square().mean(1 if p.size(0) >= p.size(1) else 0, keepdim=True)
+        mean_square = state.setdefault("square", torch.zeros_like(square))
+        mean_square.lerp_(square, 1 - group["beta2"])
+        normalized = x * mean_square.clamp_min(1e-10).rsqrt()
+        rescale = (x.norm() / normalized.norm().clamp_min(1e-10)).item()
+
+        shape_scale = max(1, p.size(0) / p.size(1)) ** 0.5
+        p.add_(normalized, alpha=-group["lr"] * shape_scale * rescale)
+
+def make_release_optimizers(model, config):
+    """AdamW as in train.py, and ReleaseMuon, which has the gates among its matrices, too."""
+    adamw, _ = make_optimizers(model, config)
+    groups = model.parameter_groups()
+    matrices = groups["matrices"] + groups["memory projections"] + groups["gates"]
+    muon = ReleaseMuon(matrices, config.matrix_lr)
+    for group in muon.param_groups:
+        group["initial_lr"] = group["lr"]
+        group["initial_weight_decay"] = 0.0
+    return adamw, muon
+
+
+# -----------------------------------------------------------------------------
+# The job: its tokens, and the state of an unfinished run
+
+def load(folder):
+    """Training and validation tokens, and the bytes of each token. Raises UserError."""
+    try:
+        return [np.load(Path(folder) / f"{name}.npy") for name in ("train", "val", "token_bytes")]
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read the reference job in {folder} ({e}): "
+                        "give its folder with --reference") from e
+
+@dataclasses.dataclass
+class State:
+    """Where training is."""
+    step: int = 0  # steps done
+    log: list = dataclasses.field(default_factory=list)  # a row a step, see experiments.curve()
+    seconds: float = 0.0  # over all starts
+
+def save(path, command, model, optimizers, state):
+    """Write the state of an unfinished run, and the command that it belongs to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    saved = dict(
+        command=command,
+        model=model.state_dict(),
+        optimizers=[optimizer.state_dict() for optimizer in optimizers],
+        **dataclasses.asdict(state),
+    )
+    write_atomic(path, lambda f: torch.save(saved, f))
+
+def resume(path, command, model, optimizers):
+    """
+    Load what save() wrote for this command into model and optimizers. Returns the State, a new one if
+    none.
+    """
+    if not path.exists():
+        return State()
+    saved = torch.load(path, weights_only=True)
+    if not same_run(saved["command"], command):
+        return State()
+    model.load_state_dict(saved["model"])
+    for optimizer, optimizer_state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(optimizer_state)
+    return State(saved["step"], saved["log"], saved["seconds"])
+
+# -----------------------------------------------------------------------------
+# The command
+
+def parse_args():
+    """train.py's flags, with the protocol as their defaults, and a few more."""
+    parser = train.make_parser()
+    parser.add_argument("--reference", default="../shared/reference",
+                        help="folder with train.npy, val.npy and token_bytes.npy")
+    parser.add_argument("--muon", choices=["torch", "release"], default="torch",
+                        help="release: its variant of Muon, for the gates as well")
+    parser.add_argument("--results", default="research/results", help="where reproduction.jsonl is")
+    parser.set_defaults(**PROTOCOL, **TUNED)
+    args = parser.parse_args()
+    at_least(args, depth=1, num_iterations=1, seed=0, matrix_lr=0)
+    if args.lrt is None:
+        args.lrt = "none"
+    return args
+
+def setup_training(args, vocab_size):
+    """The model, its schedule, the training step, the optimizers and their config. Raises UserError."""
+    torch.manual_seed(args.seed)
+    model = build_model(make_config(args, vocab_size))
+    schedule = make_schedule(args)
+    train_step = TrainStep(model, schedule)
+    if args.compile:
+        train_step = torch.compile(train_step, dynamic=False)
+
+    config = OptimizerConfig.from_args(args)
+    if args.muon == "release":
+        config.gate_lr = 0.0  # in AdamW: the gates are ReleaseMuon's
+        optimizers = make_release_optimizers(model, config)
+    else:
+        optimizers = make_optimizers(model, config)
+    return model, schedule, train_step, optimizers, config
+
+def main():
+    args = parse_args()
+    command = shlex.join(["python", "-m", "research.reproduction", *sys.argv[1:]])
+    results = Path(args.results) / "reproduction.jsonl"
+    if any(same_run(row["command"], command) for row in read_rows(results)):
+        print(f"{results} has a row of {command}")
+        return
+    name = f"{args.lrt}_{args.num_iterations}"
+    if args.muon == "release":
+        name += "_release_muon"
+
+    tokens, val, token_bytes = load(args.reference)
+    torch.set_num_threads(1)  # as the released code ran; so the sums are the same on any machine of this kind
+    model, schedule, train_step, optimizers, config = setup_training(args, len(token_bytes))
+
+    # a new run, or an unfinished one of the same command
+    unfinished = Path(args.out) / "reproduction" / f"{name}_s{args.seed}.pt"
+    state = resume(unfinished, command, model, optimizers)
+    first = state.step
+    began = time.time() - state.seconds
+
+    # train on random windows of T+1 tokens
+    T, num_iterations = args.max_seq_len, args.num_iterations
+    windows_per_step = args.total_batch_size // T
+    rng = np.random.default_rng(args.seed)
+    for step in range(num_iterations):
+        starts = rng.integers(0, len(tokens) - T - 1, windows_per_step)
+        if step < first:  # trained on before the run was interrupted
+            continue
+        state.seconds = time.time() - began
+        if step > first and step % SAVE_EVERY == 0:
+            save(unfinished, command, model, optimizers, state)
+
+        windows = np.stack([tokens[i:i + T + 1].astype(np.int64) for i in starts])
+        batch = torch.from_numpy(windows)
+        set_learning_rates(optimizers, step, num_iterations, config)
+        loss, passes = train_step(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)  # after both optimizers: the release's Muon has the gates, too
+
+        state.step = step + 1
+        state.log.append(dict(kind="train", step=step, passes=passes.tolist()))
+        if step % 50 == 0:
+            progress = f"step {step:05d}/{num_iterations:05d} | loss: {loss.item():.4f}"
+            print(f"{progress} | {time.time() - began:.0f} s", flush=True)
+    state.seconds = time.time() - began
+
+    # score the model and write the row
+    tokens_seen = num_iterations * windows_per_step * T
+    row = dict(
+        set="reproduction",
+        name=name,
+        seed=args.seed,
+        command=command,
+        **machine(torch.device("cpu")),
+        steps=num_iterations,
+        tokens=tokens_seen,
+        compute=tokens_seen * schedule.cost(model, T),
+        train_seconds=round(state.seconds),
+        release=RELEASE.get((args.lrt, num_iterations)),
+        curve=curve(state.log),
+        **score(model, first_rows([val], T, SCORED_ROWS), token_bytes, schedule),
+    )
+    results.parent.mkdir(parents=True, exist_ok=True)
+    append_row(results, row)
+    unfinished.unlink(missing_ok=True)
+    bpb = ", ".join(f"{key} {value:.4f}" for key, value in row["bpb"].items())
+    print(f"{name} seed {args.seed}: BPB {bpb}; the release: {row['release']}")
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,300 @@
+"""
+The run folder: checkpoints that are whole, damaged, hostile, older or newer than this version; how they are
+found; the log; and a run that is taken back to an earlier step.
+"""
+
+import os
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, SMALL, assert_refused, cli, log
+
+import train
+from checkpointing import (
+    CHECKPOINT,
+    VERSION,
+    Log,
+    default_name,
+    find_checkpoint,
+    load_checkpoint,
+    load_model,
+    load_optimizers,
+    new_run_folder,
+    read_log,
+    rewind,
+)
+from common import UserError
+from eval_core import recurrent_losses
+from optim import OptimizerConfig, make_optimizers
+
+
+@pytest.fixture
+def run(trained, here):
+    """The newest checkpoint of a copy of the trained run, to be changed or damaged."""
+    shutil.copytree(trained[0] / "runs/d2_shared", "run")
+    return find_checkpoint("run")
+
+def edit(path, **changes):
+    """Replace entries of a checkpoint, as no script of ours would."""
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | changes, path)
+
+def load_in_every_script(path):
+    """What sample.py, eval_core.py and train.py make of a run's newest checkpoint, in this order."""
+    return [
+        cli("sample.py", "--checkpoint", path.parent),
+        cli("eval_core.py", "--checkpoint", path.parent),
+        cli("train.py", "--resume", path),
+    ]
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints of this version, of older and of newer ones
+
+def test_a_checkpoint_has_the_keys_of_the_schema(trained):
+    raw = torch.load(find_checkpoint(trained[0] / "runs/d2_shared"), weights_only=True)
+    assert raw.keys() == CHECKPOINT.keys()
+    assert raw["version"] == VERSION
+
+@pytest.fixture(params=["layerwise", "recurrent"])
+def old_run(request):
+    """A run folder that was written before checkpoints had a version, and what that program computed."""
+    expected = {
+        "layerwise": (6.253376483917236, "def e e e e e e \n"),
+        "recurrent": (6.412601470947266, "def f f f f f f \n"),
+    }
+    return ROOT / f"tests/checkpoints/v0_{request.param}", *expected[request.param]
+
+def test_checkpoints_without_a_version_give_the_same_losses(old_run):
+    folder, nats, _ = old_run
+    checkpoint = load_checkpoint(find_checkpoint(folder))
+    assert checkpoint["version"] == 0
+    model = load_model(checkpoint, "cpu")
+    idx = torch.arange(32).view(2, 16) * 8
+    losses = recurrent_losses(model, idx, idx.roll(-1, 1))
+    assert losses.mean().item() == pytest.approx(nats, abs=1e-6)
+
+def test_checkpoints_without_a_version_give_the_same_text(old_run):
+    folder, _, text = old_run
+    code, out, err = cli("sample.py", "--checkpoint", folder, "--prompt", "def ", "--temperature", 0,
+                         "--max-new-tokens", 12, "--device", "cpu")
+    assert code == 0, err
+    assert out == text
+
+def test_checkpoints_without_a_version_have_their_optimizers(old_run):
+    path = find_checkpoint(old_run[0])
+    checkpoint = load_checkpoint(path)
+    model = load_model(checkpoint, "cpu")
+    optimizers = make_optimizers(model, OptimizerConfig())
+    load_optimizers(optimizers, checkpoint, path)
+    for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+        state = optimizer.state_dict()["state"]
+        assert state.keys() == saved["state"].keys() and state
+        for key, theirs in saved["state"].items():
+            for name, value in theirs.items():
+                torch.testing.assert_close(state[key][name], value, rtol=0, atol=0)
+
+def test_a_checkpoint_of_a_newer_version_is_refused(run):
+    edit(run, version=VERSION + 1)
+    for result in load_in_every_script(run):
+        assert_refused(result, f"{run} has version {VERSION + 1}", f"reads versions up to {VERSION}")
+
+
+# -----------------------------------------------------------------------------
+# Damaged and hostile checkpoints
+
+@pytest.mark.parametrize("size", [0, 100, 100000])
+def test_a_truncated_checkpoint(size, run):
+    run.write_bytes(run.read_bytes()[:size])
+    for result in load_in_every_script(run):
+        assert_refused(result, "ckpt_0000150.pt is damaged")
+
+def test_a_file_of_another_program(run):
+    torch.save({"weights": torch.zeros(3)}, run)
+    for result in load_in_every_script(run):
+        assert_refused(result, "is damaged or no checkpoint of nanolrt")
+
+@pytest.mark.parametrize("changes", [
+    dict(args=[]),
+    dict(step="4"),
+    dict(optimizers={}),
+    dict(schedule={"kind": "x"}),
+    dict(config={"n_embd": 5}),
+    dict(version="1"),
+])
+def test_a_checkpoint_with_odd_entries(changes, run):
+    edit(run, **changes)
+    for result in load_in_every_script(run):
+        assert_refused(result, "is damaged or no checkpoint of nanolrt")
+
+@pytest.mark.parametrize("optimizers", [[{}, {}], []])
+def test_optimizers_that_do_not_fit(optimizers, run):
+    edit(run, optimizers=optimizers)
+    resumed = load_in_every_script(run)[2]
+    assert_refused(resumed, "the optimizer state of run")
+
+def test_weights_of_another_configuration(run):
+    wider = load_checkpoint(run)["config"] | {"n_embd": 48, "n_head": 3, "n_kv_head": 3}
+    edit(run, config=wider)
+    for result in load_in_every_script(run)[:2]:
+        assert_refused(result, "not of its own configuration")
+
+def test_no_weights(run):
+    edit(run, model={})
+    for result in load_in_every_script(run):
+        assert_refused(result, "not of its own configuration")
+
+def test_a_checkpoint_runs_no_code(here):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("pwned",)
+
+    (here / "run").mkdir()
+    torch.save({"model": Evil(), "step": 1}, "run/ckpt_0000001.pt")
+    assert_refused(cli("sample.py", "--checkpoint", "run"), "is damaged or no checkpoint")
+    assert not (here / "pwned").exists()
+
+
+# -----------------------------------------------------------------------------
+# Finding checkpoints, making folders
+
+def touch(path, mtime):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    os.utime(path, (mtime, mtime))
+
+def test_find_checkpoint(here):
+    touch("runs/a/ckpt_0000010.pt", mtime=3)
+    touch("runs/a/ckpt_0000009.pt", mtime=4)
+    touch("runs/b/ckpt_0000100.pt", mtime=2)
+    touch("runs/b/ckpt_0000200.pt.tmp", mtime=5)
+    assert find_checkpoint() == Path("runs/a/ckpt_0000009.pt")  # written last, of all runs
+    assert find_checkpoint("runs/a") == Path("runs/a/ckpt_0000010.pt")  # most steps, of this run
+    assert find_checkpoint("runs/b") == Path("runs/b/ckpt_0000100.pt")
+    assert find_checkpoint("runs/a/ckpt_0000009.pt") == Path("runs/a/ckpt_0000009.pt")
+
+def test_no_checkpoint(here):
+    (here / "empty").mkdir()
+    assert_refused(cli("sample.py", "--checkpoint", "empty"), "no checkpoint in empty")
+    assert_refused(cli("sample.py", "--checkpoint", "nowhere"), "no such run or checkpoint: nowhere")
+    assert_refused(cli("sample.py"), "no run in runs/", "train.py")
+
+@pytest.mark.parametrize("arch, lrt, name", [
+    ("gpt", None, "d4_shared"),
+    ("gpt", "layerwise", "d4_layerwise"),
+    ("recurrent", None, "d4_recurrent"),
+])
+def test_default_name(arch, lrt, name):
+    assert default_name(Namespace(depth=4, arch=arch, lrt=lrt)) == name
+
+def test_run_folders_are_numbered_or_named(here):
+    folders = [new_run_folder("runs", None, "d2") for _ in range(3)]
+    assert folders == [Path("runs/d2"), Path("runs/d2_2"), Path("runs/d2_3")]
+    assert new_run_folder("runs", "x", "d2") == Path("runs/x")
+    with pytest.raises(UserError, match="runs/x exists: go on with it by --resume runs/x"):
+        new_run_folder("runs", "x", "d2")
+    assert new_run_folder("runs", "x", "d2", exist_ok=True) == Path("runs/x")
+    (here / "file").touch()
+    with pytest.raises(UserError, match="cannot make file/d2"):
+        new_run_folder("file", None, "d2")
+
+
+# -----------------------------------------------------------------------------
+# The log
+
+class SmallDisk:
+    """A file on a disk with `room` bytes left."""
+
+    def __init__(self, file, room):
+        self.file = file
+        self.room = room
+
+    def write(self, raw):
+        if self.room == 0:
+            raise OSError(28, "No space left on device")
+        written = self.file.write(raw[:self.room])
+        self.room -= written
+        return written
+
+    def fileno(self):
+        return self.file.fileno()
+
+def test_what_a_full_disk_does_not_take_is_logged_later(here):
+    rows = [dict(kind="train", step=step) for step in range(4)]
+    run_log = Log(here)
+    run_log.add(**rows[0])
+    run_log.file = disk = SmallDisk(run_log.file, room=10)
+    run_log.add(**rows[1])  # a part of it
+    run_log.add(**rows[2])  # nothing
+    assert read_log(here) == rows[:1]
+    assert len((here / "log.jsonl").read_bytes().splitlines()[1]) == 10
+    with pytest.raises(OSError, match="No space left"):
+        run_log.sync()
+    disk.room = 10**6
+    run_log.add(**rows[3])
+    assert read_log(here) == rows
+    run_log.sync()
+
+def test_a_checkpoint_is_never_ahead_of_its_log(here):
+    run_log = Log(here)
+    run_log.file = SmallDisk(run_log.file, room=0)
+    run_log.add(kind="train", step=0)
+    model, state = torch.nn.Linear(1, 1), train.TrainState(step=1)
+    with pytest.raises(UserError, match="step 1 was not saved: .*No space left"):
+        train.save(here, run_log, state, model, optimizers=[], keep=1, final=True)
+    assert [path.name for path in here.iterdir()] == ["log.jsonl"]
+
+def test_only_rank_0_logs(here):
+    Log(here, rank=1).add(kind="train", step=0)
+    assert list(here.iterdir()) == []
+
+def test_lines_that_are_no_rows_are_left_out(here):
+    assert read_log(here) == []
+    (here / "log.jsonl").write_bytes(b'[1]\n\xff\n{"kind": "eval", "step": 3}\n{"step": 4}\n3\n{"kind": "tr')
+    assert read_log(here) == [{"kind": "eval", "step": 3}]
+
+
+# -----------------------------------------------------------------------------
+# Going back
+
+def test_rewind(here):
+    """Evaluations at the step are kept: they came before its checkpoint, and its training step after it."""
+    run_log = Log(here)
+    for step in range(6):
+        if step % 2 == 0:
+            run_log.add(kind="eval", step=step)
+        run_log.add(kind="train", step=step)
+    for name in ("ckpt_0000002.pt", "ckpt_0000004.pt", "ckpt_0000005.pt", "ckpt_0000002.pt.tmp"):
+        (here / name).touch()
+
+    assert rewind(here, 4) == 4
+    assert [row["step"] for row in log(here)] == [0, 1, 2, 3]
+    assert [row["step"] for row in log(here, "eval")] == [0, 2, 4]
+    assert sorted(path.name for path in here.glob("ckpt*")) == ["ckpt_0000002.pt", "ckpt_0000004.pt"]
+
+    assert rewind(here, -1) == -1  # a run that ended before its first checkpoint
+    assert read_log(here) == [] and not list(here.glob("ckpt*"))
+
+def test_going_back_to_an_older_checkpoint(data, here):
+    """What came after it is done again, not mixed with the new; a log that was cut short is no obstacle."""
+    run = here / "runs/x"
+    code, _, err = cli("train.py", "--data", data, *SMALL, "--num-iterations", 9, "--eval-every", 3,
+                       "--save-every", 3, "--keep", 9, "--name", "x")
+    assert code == 0, err
+    whole = [row["loss"] for row in log(run)]
+    with open(run / "log.jsonl", "ab") as f:
+        f.write(b'[1]\n\xff\n{"kind": "train", "step": 9, "lo')
+    (run / "ckpt_0000099.pt.tmp").write_bytes(b"killed")
+    code, _, err = cli("train.py", "--resume", "runs/x/ckpt_0000003.pt", "--keep", 1)
+    assert code == 0, err
+    assert [row["loss"] for row in log(run)] == whole
+    assert [row["step"] for row in log(run, "eval")] == [0, 3, 6, 9]
+    assert [path.name for path in run.glob("ckpt_*")] == ["ckpt_0000009.pt"]
+
+    (run / "log.jsonl").unlink()
+    code, _, err = cli("train.py", "--resume", "runs/x")
+    assert code == 0, err

@@ -1,0 +1,123 @@
+"""What all scripts share: errors, the command line, files that are whole or absent, rows, the machine."""
+
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from helpers import assert_refused, shell
+
+import common
+from common import UserError, append_row, at_least, lock, read_rows, write_atomic
+
+# -----------------------------------------------------------------------------
+# Errors and the command line
+
+def run(main):
+    """run_main() of a main function, given as the line of Python in it: (exit code, stdout, stderr)."""
+    code = f"import common\ndef main():\n    {main}\ncommon.run_main(main)"
+    done = shell(sys.executable, "-c", code)
+    return done.returncode, done.stdout, done.stderr
+
+def test_how_a_script_ends():
+    assert run("print('done')") == (0, "done\n", "")
+    assert run("raise KeyboardInterrupt") == (130, "", "")
+    assert_refused(run("raise common.UserError('no such\\n file')"), "error: no such file")
+    code, _, err = run("1 / 0")  # a bug shows its traceback
+    assert code == 1
+    assert err.splitlines()[-1].startswith("ZeroDivisionError")
+
+def test_help_shows_defaults():
+    done = shell("prepare_data.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "default: data" in done.stdout
+    assert "default: None" not in done.stdout
+
+def test_a_script_without_torch_starts_fast():
+    done = shell(sys.executable, "-c", "import sys, prepare_data; print('torch' in sys.modules)")
+    assert done.stdout == "False\n", done.stderr
+
+@pytest.mark.parametrize("value", [0, -1, 2**63, 0.5, float("inf"), float("nan")])
+def test_at_least_refuses(value):
+    with pytest.raises(UserError, match=f"--num-shards must be a number of at least 1, not {value}"):
+        at_least(Namespace(num_shards=value), num_shards=1)
+
+@pytest.mark.parametrize("value", [1, 2**63 - 1, 1.0, 1e300, None])
+def test_at_least_passes(value):
+    at_least(Namespace(num_shards=value), num_shards=1)
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+def test_write_atomic(tmp_path):
+    def fail(f):
+        f.write(b"new")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "file"
+    write_atomic(path, lambda f: f.write(b"old"))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, fail)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(UserError, match="cannot write"):
+        write_atomic(tmp_path / "no" / "file", fail)
+
+def test_lock(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    held = lock(folder, "training")
+    with pytest.raises(UserError, match=f"another training is writing {folder}"):
+        lock(folder, "training")
+    held.close()
+    lock(folder, "training").close()
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UserError, match="choose another --out"):
+        lock(tmp_path / "file", "training")
+
+def test_rows_of_several_writers_and_after_a_crash(here):
+    def write(i):
+        append_row("rows.jsonl", {"i": i, "text": "x" * 5000})
+
+    assert read_rows("rows.jsonl") == []
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(40)))
+    assert sorted(row["i"] for row in read_rows("rows.jsonl")) == list(range(40))
+
+    # the last row is cut short, and the next one begins a new line all the same
+    os.truncate("rows.jsonl", os.path.getsize("rows.jsonl") - 10)
+    append_row("rows.jsonl", {"i": 40})
+    rows = read_rows("rows.jsonl")
+    assert len(rows) == 40
+    assert rows[-1] == {"i": 40}
+
+
+# -----------------------------------------------------------------------------
+# The machine
+
+def test_rows_leave_a_commit_clean_and_code_does_not(here, monkeypatch):
+    """In a repository of its own, which machine() finds beside common.py."""
+    monkeypatch.setattr(common, "__file__", str(here / "common.py"))
+    code = here / "model.py"
+    rows = here / "research/results/rows.jsonl"
+    rows.parent.mkdir(parents=True)
+    code.write_text("1")
+    rows.write_text("1")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "model.py", "research"], [*identity, "commit", "-qm", "x"]):
+        subprocess.run(["git", *words], check=True)
+
+    def commit():
+        return common.machine(torch.device("cpu"))["commit"]
+
+    clean = commit()
+    assert not clean.endswith("-dirty")
+    assert clean != "unknown"
+    rows.write_text("2")
+    assert commit() == clean
+    code.write_text("2")
+    assert commit() == clean + "-dirty"

@@ -1,0 +1,237 @@
+"""Prepared data: the tokenizer's files, shards that are whole and belong together, rows in a seeded order."""
+
+import base64
+import hashlib
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import SMALL, assert_refused, cli
+
+from common import UserError
+from dataset import BOS, Rows, first_rows, load_tokenizer, open_data, token_bytes, tokenizer_sha256
+
+
+@pytest.fixture(scope="module")
+def prepared(data, tmp_path_factory):
+    """The corpus of the fixture `data` with 400 tokens in the vocabulary and several training shards."""
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    flags = ["--vocab-size", 400, "--shard-tokens", 50_000, "--out", out]
+    code, _, err = cli("prepare_data.py", data.parent / "text.jsonl", *flags)
+    assert code == 0, err
+    return out
+
+@pytest.fixture
+def copy(prepared, tmp_path):
+    """A copy of `prepared` that may be changed."""
+    return shutil.copytree(prepared, tmp_path / "copy")
+
+def flip_a_bit(content):
+    """The same bytes but for one bit, near the end."""
+    return content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+
+
+# -----------------------------------------------------------------------------
+# The tokenizer's files
+
+def test_tokenizer_round_trip(prepared):
+    enc = load_tokenizer(prepared)
+    sizes = token_bytes(enc)
+    rng = random.Random(2)
+    alphabet = [*range(0x3000), 0x1F600, 0x10FFFF]
+    texts = [f"{BOS}{BOS} x", "", "\0\x7f\u2028", "e\u0301 \U0001f468\u200d\U0001f469", "\r\n\t  "]
+    for _ in range(20):
+        texts.append("".join(chr(c) for c in rng.choices(alphabet, k=50)))
+    for text in texts:
+        ids = enc.encode_ordinary(text)
+        assert enc.decode(ids) == text
+        assert sizes[ids].sum() == len(text.encode())
+        assert enc.encode_single_token(BOS) not in ids
+    assert sizes.dtype == np.int32
+    assert sizes.shape == (400,)
+    assert sizes[399] == 0
+    assert (sizes[:399] > 0).all()
+    assert np.array_equal(np.load(prepared / "token_bytes.npy"), sizes)
+
+def test_tokenizer_files(prepared):
+    ranks = (prepared / "tokenizer.tiktoken").read_bytes()
+    spec = (prepared / "tokenizer.json").read_bytes()
+    lines = ranks.splitlines()
+    assert len(lines) == 399
+    assert base64.b64decode(lines[0].split()[0]) == b"\0"
+    assert json.loads(spec)["special_tokens"] == {BOS: 399}
+    assert tokenizer_sha256(prepared) == hashlib.sha256(ranks + spec).hexdigest()
+
+def test_damaged_ranks_are_refused(copy):
+    path = copy / "tokenizer.tiktoken"
+    good = path.read_bytes().splitlines()
+    others = [  # enp6eg== is zzzz, which is no token
+        good[:5] + [b"AA!= 5"] + good[6:],
+        good[:-1] + [good[-2]],
+        good[:-1] + [b"enp6eg== 397"],
+        good[:-2] + good[-1:],
+        [b"enp6eg== 0"] + good[1:],
+        good[1:],
+        good[:-1],
+        [],
+        good[:-1] + [b"enp6eg== x"],
+        good[:-1] + [b"enp6eg== -1"],
+        good[:-1] + [b"enp6eg=="],
+    ]
+    for lines in others:
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        with pytest.raises(UserError, match="damaged"):
+            load_tokenizer(copy)
+    path.write_bytes(b"\n".join(good) + b"\n")
+    load_tokenizer(copy)
+
+def test_damaged_specification_is_refused(copy):
+    path = copy / "tokenizer.json"
+    good = json.loads(path.read_text())
+    for text in ("{", "[]", "{}"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            load_tokenizer(copy)
+    changes = [
+        {"pattern": "("},
+        {"vocab_size": 401},
+        {"special_tokens": {}},
+        {"special_tokens": {BOS: "399"}},
+        {"special_tokens": {BOS: 5}},
+    ]
+    for change in changes:
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(UserError, match="damaged"):
+            load_tokenizer(copy)
+    path.unlink()
+    with pytest.raises(UserError, match="no tokenizer in .* run `python prepare_data.py"):
+        load_tokenizer(copy)
+
+
+# -----------------------------------------------------------------------------
+# Data that is incomplete or does not belong together
+
+def assert_not_opened(folder, *words, verify=False):
+    """open_data raises a UserError of one line with these words."""
+    with pytest.raises(UserError) as e:
+        open_data(folder, verify=verify)
+    assert all(str(word) in str(e.value) for word in words), e.value
+    assert "\n" not in str(e.value), e.value
+
+def swap_two_tokens(content):
+    """A tokenizer.tiktoken that is fine in itself, but not this data's: two tokens have changed places."""
+    lines = [line.split() for line in content.splitlines()]
+    lines[300][0], lines[301][0] = lines[301][0], lines[300][0]
+    return b"\n".join(b" ".join(line) for line in lines) + b"\n"
+
+@pytest.mark.parametrize("name, change, words", [
+    ("train_00001.npy", lambda content: content[:-2], ["train_00001.npy", "delete it and re-run"]),
+    ("train_00001.npy", lambda content: content[:50], ["train_00001.npy", "delete it and re-run"]),
+    ("train_00001.npy", lambda content: b"", ["train_00001.npy", "delete it and re-run"]),
+    ("train_00001.npy", lambda content: content + b"x", ["train_00001.npy", "delete it and re-run"]),
+    ("val_00000.npy", lambda content: content.replace(b"<u2", b"<i2"), ["val_00000.npy", "int16"]),
+    ("token_bytes.npy", flip_a_bit, ["token_bytes.npy", "delete it and re-run"]),
+    ("meta.json", lambda content: content[:100], ["meta.json", "delete it and re-run"]),
+    ("meta.json", lambda content: b"[]", ["meta.json", "delete it and re-run"]),
+    ("meta.json", lambda content: b"{}", ["meta.json", "delete it and re-run"]),
+    ("meta.json", lambda content: content.replace(b'"bos_id": 399', b'"bos_id": 398'), ["tokenizer"]),
+    ("tokenizer.tiktoken", swap_two_tokens, ["tokenizer", "re-run"]),
+])
+def test_changed_files_are_not_opened(name, change, words, copy):
+    path = copy / name
+    good = path.read_bytes()
+    assert change(good) != good
+    path.write_bytes(change(good))
+    if name.endswith(".npy"):
+        words = [path, *words]
+    assert_not_opened(copy, *words)
+    path.write_bytes(good)
+    open_data(copy)
+
+def test_a_shard_in_the_place_of_another_is_not_opened(copy):
+    shutil.copy(copy / "train_00000.npy", copy / "val_00000.npy")
+    assert_not_opened(copy, copy / "val_00000.npy", "tokens")
+
+def test_a_flipped_bit_is_found_by_verifying(copy):
+    path = copy / "train_00000.npy"
+    path.write_bytes(flip_a_bit(path.read_bytes()))
+    open_data(copy, verify=False)  # which reads no shard
+    assert_not_opened(copy, path, "sha256", "delete it and re-run", verify=True)
+
+def test_missing_files_are_not_opened(copy, tmp_path):
+    (copy / "train_00000.npy").unlink()
+    assert_not_opened(copy, copy / "train_00000.npy", "missing", "re-run")
+    (copy / "meta.json").unlink()
+    assert_not_opened(copy, "unfinished", f"run `python prepare_data.py --out {copy}`")
+    with pytest.raises(UserError, match="no prepared data in .* run `python prepare_data.py --out"):
+        open_data(tmp_path / "nowhere")
+
+def test_damaged_data(data, here):
+    """What a user of train.py sees of it; no run begins."""
+    def damaged(change):
+        shutil.rmtree("data", ignore_errors=True)
+        shutil.copytree(data, "data")
+        change(Path("data"))
+        return cli("train.py", *SMALL, "--num-iterations", 2)
+
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+
+    def truncate(path):
+        path.write_bytes(path.read_bytes()[:-100])
+
+    truncated = damaged(lambda folder: truncate(folder / "train_00000.npy"))
+    assert_refused(truncated, "train_00000.npy", "prepare_data.py")
+    flipped = damaged(lambda folder: flip(folder / "train_00000.npy"))
+    assert_refused(flipped, "train_00000.npy", "sha256")
+    assert_refused(damaged(lambda folder: flip(folder / "tokenizer.tiktoken")), "tokenizer")
+    assert_refused(damaged(lambda folder: (folder / "val_00000.npy").unlink()), "val_00000.npy")
+    assert_refused(damaged(lambda folder: (folder / "meta.json").write_text("{")), "meta.json")
+    assert not (here / "runs").exists()
+
+
+# -----------------------------------------------------------------------------
+# Rows
+
+def make_shards(lengths):
+    """Shards in which every token tells its shard and its place: shard i holds i*1000, i*1000 + 1, .."""
+    return [np.arange(i * 1000, i * 1000 + length, dtype=np.uint16) for i, length in enumerate(lengths)]
+
+def test_rows_cover_an_epoch_once_in_any_split():
+    shards = make_shards([5, 103, 64, 8, 200])
+    rows = Rows(shards, 8, seed=1)
+    assert rows.per_epoch == 0 + 12 + 7 + 0 + 24
+
+    # two epochs have the same rows in different orders
+    first, second = [
+        [tuple(rows[epoch * rows.per_epoch + n]) for n in range(rows.per_epoch)] for epoch in range(2)
+    ]
+    assert set(first) == set(second)
+    assert len(set(first)) == rows.per_epoch
+    assert first != second
+    for row in first:
+        assert len(row) == 9
+        assert row[0] % 1000 % 8 == 0
+        assert list(row) == list(range(row[0], row[0] + 9))
+
+    # any row can be read, in any order
+    again = Rows(shards, 8, seed=1)
+    assert [tuple(again[n]) for n in reversed(range(rows.per_epoch))] == first[::-1]
+    idx, targets = rows.batch(3, 2, torch.device("cpu"))
+    assert idx.tolist() == [list(row[:-1]) for row in first[3:5]]
+    assert targets.tolist() == [list(row[1:]) for row in first[3:5]]
+
+def test_first_rows():
+    shards = make_shards([5, 20, 8, 40])
+    rows = first_rows(shards, 8, 4)
+    assert rows.dtype == torch.int64
+    assert rows[:, 0].tolist() == [1000, 1008, 3000, 3008]
+    assert (rows == rows[:, :1] + torch.arange(9)).all()
+    assert first_rows(shards, 8, 100).shape == (6, 9)
+    assert first_rows(shards, 64, 4).shape == (0, 65)

@@ -1,0 +1,52 @@
+"""Bits per byte, the command eval_core.py, and what it refuses. CORE is tested in test_core.py."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_refused, cli
+
+from eval_core import evaluate_bpb
+from interleave import Schedule
+from model import GPT, GPTConfig
+
+
+def test_eval_core(trained, here):
+    folder, _ = trained
+    code, out, err = cli("eval_core.py", "--checkpoint", folder / "runs/d2_shared", "--rows", 8,
+                         "--decode-rows", 4, "--referee", "--json", "bpb.json")
+    assert code == 0, err
+    assert "positions" in out
+    assert "16 .. 31" in out
+    results = json.loads((here / "bpb.json").read_text())
+    for split in ("train", "val"):
+        bpb = results[split]["bpb"]
+        decoded = results[split]["decode_bpb"]
+        assert set(bpb) == {"pass 0", "pass 1", "pass 2", "merged"}
+        assert set(decoded) == set(bpb) | {"decode", "no memory", "token by token"}
+        assert decoded["decode"] == pytest.approx(decoded["token by token"], rel=1e-5)
+        # both have memory zero everywhere
+        assert decoded["no memory"] == pytest.approx(decoded["pass 0"], rel=1e-5)
+        bits = np.array(results[split]["by_position"]["decode"])
+        n_bytes = np.array(results[split]["by_position"]["bytes"])
+        assert len(bits) == 32
+        assert bits.sum() / n_bytes.sum() == pytest.approx(decoded["decode"], abs=1e-4)
+
+def test_bpb_is_nats_over_bytes():
+    """A model that knows nothing: ln(V) nats a token; BOS targets do not count."""
+    config = dict(sequence_len=8, vocab_size=16, n_layer=1, n_head=1, n_kv_head=1, n_embd=8, lrt="shared")
+    model = GPT(GPTConfig(**config))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    rows = torch.randint(0, 16, (5, 9))
+    n_bytes = torch.arange(16) % 4  # tokens 0, 4, 8, 12 have none
+    bytes_of_targets = n_bytes[rows[:, 1:]]
+    expected = 4 * (bytes_of_targets > 0).sum() / bytes_of_targets.sum()  # log2(16) bits each
+    for batch_size in (1, 2, 5):
+        bpb, _ = evaluate_bpb(model, rows, n_bytes, Schedule(), batch_size, decode=True, token_by_token=True)
+        for name in ("merged", "decode", "token by token"):
+            assert bpb[name] == pytest.approx(expected.item(), rel=1e-6)
+
+def test_bad_flags(here):
+    assert_refused(cli("eval_core.py", "--rows", "0"), "--rows must be a number of at least 1")
+    assert_refused(cli("eval_core.py", "--json", "nowhere/x.json"), "there is no folder nowhere")

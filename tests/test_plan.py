@@ -1,0 +1,118 @@
+"""The plan of a run before anything of its size is allocated: batch, FLOPs, memory, and --dry-run."""
+
+import gc
+
+import pytest
+import torch
+from helpers import assert_refused, cli
+
+import train
+from interleave import Schedule, TrainStep
+from model import GPT
+from plan import automatic_batch, automatic_device_batch, make_plan, memory_estimate, saved_bytes
+
+REFINE = "--depth 2 --num-iterations 1000 --schedule refine --refinements 1 --forward-passes 1"
+
+
+def plan_of(flags, vocab_size=512):
+    args = train.make_parser().parse_args(["--lrt", "shared", *flags.split()])
+    return make_plan(args, vocab_size, 1, torch.float32)
+
+
+# -----------------------------------------------------------------------------
+# Dry run
+
+def dry_run(*flags):
+    code, out, err = cli("train.py", "--dry-run", "--depth", 20, "--lrt", "shared", *flags)
+    assert code == 0, err
+    return out
+
+def test_dry_run_needs_no_data_and_writes_nothing(here):
+    """The plan of a model far too large for this machine takes seconds."""
+    out = dry_run()
+    assert not list(here.iterdir())
+    for words in (
+        "1,320,007,740 parameters",
+        "memory projections 3,276,800",
+        "interleaved, 3 passes",
+        "FLOPs, 2.01 times those of plain passes",
+        "1 x 64 x 8",
+        "KV cache 262,297,600 bytes",
+        "memory a process, bfloat16, 8 rows: weights 4.92 + gradients 4.92 + optimizers 8.36 + activations",
+    ):
+        assert words in out, out
+
+def test_passes_without_a_gradient_leave_room_for_rows(here):
+    out = dry_run("--forward-passes", 1)
+    assert "FLOPs, 1.31 times those of plain passes" in out and "1 x 32 x 16" in out, out
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dry_run_counts_what_a_step_keeps(recompute):
+    """The estimate, on fake tensors, is what autograd and the store really hold after a forward."""
+    plan = plan_of("--depth 2 --aspect-ratio 32 --head-dim 16 --max-seq-len 64 "
+                   "--num-iterations 1 --total-batch-size 256", vocab_size=64)
+    counted = memory_estimate(plan, 1, torch.float32, recompute)["activations"]
+
+    model = GPT(plan.config)
+    model.recompute = recompute
+    idx = torch.zeros(plan.device_batch, 64, dtype=torch.int64)
+    gc.collect()
+    real = saved_bytes(lambda: TrainStep(model, plan.schedule)(idx, idx), model.parameters())
+    assert real > 10**6
+    assert abs(counted - real) < 256  # but for a few numbers
+
+def test_optimizer_state_is_shared_by_the_ranks():
+    plan = plan_of("--depth 2 --num-iterations 1")
+    one, eight = (memory_estimate(plan, world_size, torch.float32, False) for world_size in (1, 8))
+    assert eight["optimizers"] == one["optimizers"] // 8
+    assert eight["weights"] == one["weights"] == 4 * plan.counts["total"]
+
+
+# -----------------------------------------------------------------------------
+# The batch
+
+@pytest.mark.parametrize("growth, unit, tokens", [
+    (1, 2048, 2**19),  # depth 12, one rank
+    (1, 8 * 2048, 2**19),
+    (2 ** (9.6 / 0.383), 2048, 2 ** (19 + 10)),  # rounded to a power of two
+    (2 ** (10.4 / 0.383), 2048, 2 ** (19 + 10)),
+    (1, 3 * 2048, 80 * 3 * 2048),  # 85 sequences on each of three ranks, down to a multiple of 16
+    (1, 2**17, 4 * 2**17),  # fewer than 16
+    (1e-9, 2048, 2048),  # one sequence at the least
+])
+def test_automatic_batch(growth, unit, tokens):
+    assert automatic_batch(growth, unit) == tokens
+
+@pytest.mark.parametrize("rows, schedule, T, device_batch", [
+    (64, Schedule("plain"), 2048, 16),
+    (64, Schedule("plain"), 16, 16),  # never more
+    (64, Schedule("interleaved"), 2048, 8),  # two passes' worth of positions
+    (64, Schedule("interleaved", forward_passes=1), 2048, 16),
+    (64, Schedule("refine", refinements=3), 2048, 4),
+    (12, Schedule("plain"), 2048, 4),  # it divides the rows
+    (7, Schedule("plain"), 2048, 1),
+    (64, Schedule("plain"), 2**16, 1),  # one, even if it is too large
+])
+def test_automatic_device_batch(rows, schedule, T, device_batch):
+    assert automatic_device_batch(rows, schedule, T) == device_batch
+
+
+# -----------------------------------------------------------------------------
+# --deepen: one refinement more in the last steps
+
+def test_which_steps_are_deeper():
+    plan = plan_of(f"{REFINE} --deepen 0.125")
+    schedules = [plan.schedule_at(step) for step in range(1000)]
+    assert [s.refinements for s in schedules] == [1] * 875 + [2] * 125
+    assert [s.forward_passes for s in schedules] == [1] * 875 + [2] * 125
+
+def test_the_cost_is_the_mean_over_the_steps():
+    shallow, deep, quarter = (plan_of(f"{REFINE} --deepen {share}") for share in (0, 1, 0.25))
+    assert deep.cost - 1 == pytest.approx(2 * (shallow.cost - 1))
+    assert quarter.cost == pytest.approx(0.75 * shallow.cost + 0.25 * deep.cost)
+    flops = 0.75 * shallow.flops_per_token + 0.25 * deep.flops_per_token
+    assert quarter.flops_per_token == pytest.approx(flops)
+
+def test_deepen_is_refused_without_refinements(here):
+    refused = cli("train.py", "--dry-run", "--deepen", 0.5)
+    assert_refused(refused, "--deepen goes with --schedule refine, not with interleaved")

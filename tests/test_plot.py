@@ -1,0 +1,108 @@
+"""The tables of research/plot.py; that it draws what experiments.py writes is in test_experiments.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import assert_refused, cli
+
+from research import plot
+
+
+def make_row(name, lrt, tokens, compute, flops, bpb):
+    return dict(
+        name=name,
+        seed=0,
+        command=f"python train.py --lrt {lrt}",
+        tokens=tokens,
+        compute=compute,
+        flops=flops,
+        bpb=dict(merged=bpb, decode=bpb),
+        train_seconds=60,
+        commit="c",
+        device="d",
+        date="2026-11-21",
+        copying=dict(share=0.1, repeated=2.5, new=5.0),
+    )
+
+SCALING = [
+    make_row("none_500", "none", 100, 100, 1e6, 2.0),
+    make_row("none_1000", "none", 400, 400, 4e6, 1.8),
+    make_row("layerwise_500", "layerwise", 100, 200, 4e6, 1.95),
+]
+ABLATION = [make_row("subsets_4", "layerwise", 100, 800, 9e6, 1.96)]
+
+
+def printed_lines(capsys):
+    """The lines that were printed, by their first cell (of those with equal ones the last)."""
+    return {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}
+
+def test_the_baseline_at_as_many_tokens():
+    assert plot.baseline_at(200, SCALING) == pytest.approx(1.9)  # half way in log tokens
+    assert plot.baseline_at(400, SCALING) == pytest.approx(1.8)
+    # its largest budget, but for rounding
+    assert plot.baseline_at(300 * (1 + 1 / 3) + 1e-9, SCALING) == pytest.approx(1.8)
+    # 2.4, 2.0, 1.8 are on a parabola, in log tokens
+    curved = [*SCALING, make_row("none_250", "none", 25, 25, 25e4, 2.4)]
+    assert [plot.baseline_at(x, curved) for x in (25, 50, 200)] == pytest.approx([2.4, 2.175, 1.875])
+    # outside of its budgets
+    assert plot.baseline_at(50, SCALING) is None
+    assert plot.baseline_at(800, SCALING) is None
+    assert plot.baseline_at(100, []) is None
+
+def test_a_set_is_read_beside_runs_of_another():
+    results = dict(scaling=SCALING, ablation=ABLATION)
+    names = [row["name"] for row in plot.with_beside("ablation", results)]
+    assert names == ["none_500", "layerwise_500", "subsets_4"]
+
+def test_table(capsys):
+    """Over the baseline at as many tokens, as much compute and as many FLOPs, where there is such a one."""
+    plot.table("scaling", SCALING, SCALING)
+    plot.table("ablation", ABLATION, SCALING)
+    lines = printed_lines(capsys)
+    assert "| -0.0500 | +0.0500 | +0.1500 |" in lines["| layerwise_500"]
+    assert "| -0.0400 |  |  |" in lines["| subsets_4"]
+    assert "|  |  |  | 2.500 | 5.000 | 1 |" in lines["| none_500"]
+
+def test_table_of_copying(capsys):
+    rows = []
+    for repeated in (1.0, 2.0):
+        without = dict(keys=dict(repeated=repeated + 1, new=5.5))
+        row = make_row("kv", "shared", 100, 200, 2e6, 1.95)
+        rows.append(row | dict(copying=dict(repeated=repeated, new=5.0, without=without)))
+    plot.table_copying(rows)
+    assert "| 2.500 | 5.500 |" in printed_lines(capsys)["| kv"]  # the last line, without its keys
+
+@pytest.mark.parametrize("command, variant", [
+    ("python train.py --depth 4 --lrt shared --seed 0", "shared"),
+    ("python train.py --lrt shared --forward-passes 1 --seed 0", "shared --forward-passes 1"),
+    # all shares of a flag that is gone are one line
+    ("python train.py --lrt shared --forward-passes 1 --memory-start 0.5",
+     "shared --forward-passes 1 --memory-start"),
+    ("python ground.py --lrt none --num-iterations 1000", "none"),
+])
+def test_variant(command, variant):
+    assert plot.variant(dict(command=command)) == variant
+
+def test_rows_of_runs_that_no_set_has_any_more(here):
+    """They are drawn and printed with the others."""
+    folder = Path("research/results")
+    folder.mkdir(parents=True)
+    old = make_row("last_50", "layerwise --memory-start 0.5", 200, 300, 4e6, 1.9)
+    learned = dict(a=[1.0], b=[0.1], gates={"0": dict(token=1.0)})
+    drawn = dict(
+        tokens_per_parameter=1.0, curve=[[0, 2.0, None]], by_position=dict(decode=[2.0]), learned=learned)
+    for name, rows in (("scaling", SCALING), ("cheaper", [old])):
+        for row in rows:
+            row = row | drawn
+            row["copying"] = row["copying"] | dict(without={})
+            with open(folder / f"{name}.jsonl", "a") as f:
+                f.write(json.dumps(row) + "\n")
+    code, out, err = cli("research.plot")
+    assert code == 0, err
+    assert "| last_50 | 1 |" in out
+    assert "| +0.1000 |" in out  # over the baseline at as many FLOPs, 400 tokens' worth
+    assert (folder / "scaling.png").stat().st_size > 5000
+
+def test_no_rows(here):
+    assert_refused(cli("research.plot"), "research.experiments")

@@ -1,0 +1,733 @@
+"""prepare_data.py: real files, real command lines, a real (badly behaved) HTTP server."""
+
+import fcntl
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import ROOT, assert_refused, cli, shell
+
+import prepare_data
+from common import UserError
+from dataset import BOS, open_data
+from prepare_data import segments
+
+CORPUS = Path(os.environ.get("CORPUS_DIR", ROOT.parent / "shared/corpus"))
+SMALL = ["--vocab-size", "400", "--shard-tokens", "2000"]
+
+
+# -----------------------------------------------------------------------------
+# Helpers
+
+def make_docs(count, seed=0, words=60):
+    """Random documents, the same for the same seed. The first one spells special tokens."""
+    rng = random.Random(seed)
+    vocabulary = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(1, 8))) for _ in range(300)]
+    ends = ["\n", ".", "\r\n", " ünï 中文 😀"]
+    docs = [" ".join(rng.choices(vocabulary, k=words)) + rng.choice(ends) for _ in range(count)]
+    docs[0] = f"a document that spells {BOS} and <|endoftext|> is text"
+    return docs
+
+def write_jsonl(path, docs):
+    data = "".join(json.dumps({"text": doc}) + "\n" for doc in docs).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+def write_parquet(path, docs):
+    table = pa.table({"id": list(range(len(docs))), "text": pa.array(docs, pa.string())})
+    pq.write_table(table, path, row_group_size=16, compression="NONE")
+    return path
+
+def prepare(*args, before="", **env):
+    """
+    The command in a process of its own: (exit code, stdout, stderr). cli() is half a second faster.
+    before: Python that is run ahead of it, with prepare_data as p, to shrink constants or to break something.
+    """
+    if before:
+        code = f"import prepare_data as p\n{before}\np.run_main(p.main)"
+        done = shell(sys.executable, "-c", code, *args, **env)
+    else:
+        done = shell("prepare_data.py", *args, **env)
+    return done.returncode, done.stdout, done.stderr
+
+def ok(result):
+    """The standard output of a command that succeeded."""
+    code, out, err = result
+    assert code == 0, err
+    return out
+
+def no_final_files(out):
+    return not out.is_dir() or not [p.name for p in out.iterdir() if p.name not in (".lock", "download")]
+
+def decoded(data, shards):
+    """The documents in a list of shards, in order."""
+    bos = data.meta["bos_id"]
+    tokens = np.concatenate([np.asarray(shard) for shard in shards]).tolist()
+    assert tokens[0] == bos
+    docs = []
+    for token in tokens:
+        if token == bos:
+            docs.append([])
+        else:
+            docs[-1].append(token)
+    return [data.tokenizer.decode_bytes(doc).decode() for doc in docs]
+
+def all_text(data):
+    """Everything in the shards as one string, validation last."""
+    return "".join(decoded(data, data.train) + decoded(data, data.val))
+
+def assert_holds(data, docs):
+    """The data is of these documents, every 20th of which is for validation."""
+    val = docs[19::20]
+    train = [doc for i, doc in enumerate(docs) if i % 20 != 19]
+    assert decoded(data, data.train) == train
+    assert decoded(data, data.val) == val
+
+def contents(folder):
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+def mtimes(folder):
+    return {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != ".lock"}
+
+@pytest.fixture(scope="module")
+def docs():
+    return make_docs(100)
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, docs):
+    return write_jsonl(tmp_path_factory.mktemp("source") / "docs.jsonl", docs)
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, source):
+    """A finished folder; tests that change it work on a copy."""
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    said = ok(prepare(source, "--out", out, *SMALL))
+    assert f"python train.py --data {out}" in said
+    assert "100 documents" in said
+    return out
+
+@pytest.fixture
+def copy(prepared, tmp_path):
+    return shutil.copytree(prepared, tmp_path / "copy")
+
+
+# -----------------------------------------------------------------------------
+# What comes out is what went in
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "folder"])
+def test_round_trip(kind, docs, tmp_path):
+    if kind == "folder":  # sorted, other files ignored, blank documents skipped, one .txt is one document
+        path = tmp_path / "in"
+        (path / "b").mkdir(parents=True)
+        for i, doc in enumerate(docs):
+            (path / f"{i:03d}.txt").write_bytes(doc.encode())
+        (path / "README.md").write_text("not a source")
+        (path / "000b.txt").write_text("")
+        (path / "000c.txt").write_text(" \n")
+    elif kind == "parquet":  # null rows are skipped
+        path = write_parquet(tmp_path / "in.parquet", docs[:50] + [None, ""] + docs[50:])
+    else:
+        path = write_jsonl(tmp_path / f"in.{kind}", docs[:50] + ["", "\n "] + docs[50:])
+    ok(cli("prepare_data.py", path, "--out", tmp_path / "out", *SMALL))
+    data = open_data(tmp_path / "out")
+    assert_holds(data, docs)
+
+    # the shards are numbered, memory-mapped, and as meta.json describes them
+    train, val = data.meta["train"], data.meta["val"]
+    assert len(data.train) > 2
+    assert [entry["file"] for entry in train][:2] == ["train_00000.npy", "train_00001.npy"]
+    assert [entry["file"] for entry in val] == ["val_00000.npy"]
+    bos = data.meta["bos_id"]
+    for shard, entry in zip(data.train + data.val, train + val):
+        assert shard[0] == bos
+        assert shard.dtype == np.uint16 == np.dtype(data.meta["dtype"])
+        assert isinstance(shard, np.memmap) and not shard.flags.writeable
+        assert entry["tokens"] == len(shard)
+        assert entry["documents"] == (shard == bos).sum()
+        assert entry["sha256"] == hashlib.sha256((tmp_path / "out" / entry["file"]).read_bytes()).hexdigest()
+    assert all(2000 <= entry["tokens"] < 3000 for entry in train[:-1])
+    assert data.meta["totals"] == {
+        "documents": 100,
+        "bytes": sum(len(doc.encode()) for doc in docs),
+        "tokens": sum(map(len, data.train + data.val)),
+    }
+    assert data.meta["vocab_size"] == 400 == data.tokenizer.n_vocab
+    assert bos == 399
+
+def test_several_sources_keep_their_order(docs, tmp_path):
+    paths = [write_jsonl(tmp_path / "z.jsonl", docs[:30]), write_parquet(tmp_path / "a.parquet", docs[30:])]
+    ok(cli("prepare_data.py", *paths, "--out", tmp_path / "out", *SMALL))
+    assert_holds(open_data(tmp_path / "out"), docs)
+
+def test_single_txt_gives_its_tail_to_validation(tmp_path):
+    text = "\r\n".join(make_docs(60)) + "\n"  # line ends are kept as they are
+    (tmp_path / "in.txt").write_bytes(text.encode())
+    said = ok(prepare(tmp_path / "in.txt", "--out", tmp_path / "out"))
+    data = open_data(tmp_path / "out")
+    assert all_text(data) == text
+    assert 0.03 < len(data.val[0]) / (len(data.train[0]) + len(data.val[0])) < 0.07
+    # 4096 is the default for little text; this text has fewer, which is printed and recorded
+    assert "training a tokenizer of 4096" in said
+    assert data.meta["vocab_size"] == data.tokenizer.n_vocab < 4096
+    assert f"vocabulary is {data.meta['vocab_size']}" in said
+
+@pytest.mark.parametrize("docs", [
+    ["ab"],
+    ["a b c d e f g"],
+    ["x" * 100] * 19,
+    ["x" * 1000, "y", "z"],
+    ["a", "b" * 500],
+])
+def test_cut_tail(docs):
+    train, val = prepare_data.cut_tail(docs)
+    assert train and val
+    assert all(train + val)
+    assert "".join(train + val) == "".join(docs)
+    assert len("".join(val)) <= 1 + 0.05 * len("".join(docs)) + 20
+
+def test_cut_tail_of_too_little_text():
+    with pytest.raises(UserError, match="too small"):
+        prepare_data.cut_tail(["a"])
+
+def test_stdlib(tmp_path):
+    lib = tmp_path / "lib"
+    files = {
+        "b.py": "import a\n" * 30,
+        "a/z.py": "x = 'é'\n" * 30,
+        "a/__init__.py": "",
+        "site-packages/no.py": "no = 1\n",
+        "c/dist-packages/no.py": "no = 1\n",
+        "note.txt": "no",
+    }
+    for name, text in files.items():
+        (lib / name).parent.mkdir(parents=True, exist_ok=True)
+        (lib / name).write_text(text, "utf-8")
+    (lib / "latin.py").write_bytes(b"# \xe9\n")
+    before = f"p.sysconfig.get_path = lambda name: {str(lib)!r}"
+    ok(prepare("--out", tmp_path / "out", before=before))  # stdlib is the default source
+    data = open_data(tmp_path / "out")
+    assert all_text(data) == "x = 'é'\n" * 30 + "import a\n" * 30
+    assert data.meta["source"] == "stdlib"
+
+def test_real_stdlib_is_found():
+    names = [p.name for p in prepare_data.stdlib_files()]
+    assert "argparse.py" in names
+    assert "tiktoken" not in names
+    assert len(names) > 200
+
+@pytest.mark.skipif(
+    not (CORPUS / "prose.jsonl.gz").exists(), reason=f"no prose.jsonl.gz in {CORPUS} (set CORPUS_DIR)")
+def test_real_prose(tmp_path):
+    with gzip.open(CORPUS / "prose.jsonl.gz", "rt", encoding="utf-8") as f:
+        docs = [json.loads(line)["text"] for _, line in zip(range(300), f)]
+    source = write_jsonl(tmp_path / "in.jsonl.gz", docs)
+    ok(prepare(source, "--out", tmp_path / "out", "--vocab-size", "2048"))
+    data = open_data(tmp_path / "out")
+    assert_holds(data, docs)
+    totals = data.meta["totals"]
+    assert totals["bytes"] == sum(len(doc.encode()) for doc in docs)
+    assert 2.5 < totals["bytes"] / totals["tokens"] < 4.5
+
+def test_giant_single_line(tmp_path):
+    line = " ".join(make_docs(60)).replace("\n", " ")
+    repeated = (line * (1 + 3_000_000 // len(line)))[:3_000_000]
+    text = repeated + " " * 1_100_000 + "x" * 900_000  # 1e6 spaces crash tiktoken unless they are cut
+    (tmp_path / "in.txt").write_bytes(text.encode())
+    ok(prepare(tmp_path / "in.txt", "--out", tmp_path / "out", "--vocab-size", "400"))
+    data = open_data(tmp_path / "out")
+    assert all_text(data) == text
+    train_bytes = int(data.token_bytes[data.train[0]].sum())
+    val_bytes = int(data.token_bytes[data.val[0]].sum())
+    assert train_bytes + val_bytes == len(text.encode())
+
+def test_segments_do_not_change_tokens():
+    rng = random.Random(1)
+    parts = [" ", "  ", " " * 7, "\n", " \n  ", "!\n", "word", "'s", "12345", "...", "中", "é"]
+    text = "".join(rng.choice(parts) for _ in range(60_000))
+    enc = prepare_data.train_tokenizer([text], 400)  # one that knows runs of spaces
+    pieces = list(segments(text, 5000))
+    assert "".join(pieces) == text
+    assert len(pieces) > 20
+    assert max(map(len, pieces)) <= 5000
+    assert sum((enc.encode_ordinary(piece) for piece in pieces), []) == enc.encode_ordinary(text)
+
+@pytest.mark.parametrize("text", ["", "ab", "x" * 25, " " * 25, "abc d" * 5])
+def test_segments_of_short_text(text):
+    pieces = list(segments(text, 10))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 10
+
+# encodings that tiktoken finds as a plugin: like p50k_base, a special token sits in a hole of the ranks
+ENCODINGS = '''
+import requests
+from tiktoken_ext.openai_public import r50k_pat_str
+def fake():
+    ranks = {bytes([b]): b for b in range(256)} | {b"ab": 257, b"abc": 258}
+    special_tokens = {"<|endoftext|>": 256}
+    return dict(name="fake", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special_tokens)
+def wide():
+    return {**fake(), "name": "wide", "special_tokens": {"<|endoftext|>": 256, "<|last|>": 65535}}
+def offline():
+    raise requests.ConnectionError("no route\\nto host")
+ENCODING_CONSTRUCTORS = {"fake": fake, "wide": wide, "offline": offline}
+'''
+
+@pytest.fixture
+def with_encodings(tmp_path):
+    """The environment of a process that knows the encodings fake, wide and offline."""
+    (tmp_path / "tiktoken_ext").mkdir()
+    (tmp_path / "tiktoken_ext" / "fake_encodings.py").write_text(ENCODINGS)
+    return {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+
+@pytest.mark.parametrize("name, bos, dtype", [("fake", 259, np.uint16), ("wide", 65536, np.uint32)])
+def test_named_tokenizers(name, bos, dtype, source, docs, with_encodings, tmp_path):
+    ok(prepare(source, "--out", tmp_path / "out", "--tokenizer", name, **with_encodings))
+    data = open_data(tmp_path / "out")  # this process does not know the encoding: the two files are enough
+    assert_holds(data, docs)
+    assert data.meta["tokenizer"] == name
+    assert data.meta["bos_id"] == bos
+    assert data.meta["vocab_size"] == bos + 1 == len(data.token_bytes)
+    assert data.train[0].dtype == dtype
+    assert data.tokenizer.encode_single_token("<|endoftext|>") == 256
+    assert data.token_bytes[256] == 0
+    assert data.token_bytes[258] == 3
+    assert 256 not in data.train[0]
+
+def test_named_tokenizers_that_cannot_be_used(source, with_encodings, tmp_path):
+    out = ["--out", tmp_path / "out"]
+    off = prepare(source, *out, "--tokenizer", "offline", **with_encodings)
+    assert_refused(off, "offline", "network")
+    unknown = prepare(source, *out, "--tokenizer", "nonesuch", **with_encodings)
+    assert_refused(unknown, "nonesuch", "gpt2")
+    of_its_own_size = prepare(source, *out, "--tokenizer", "fake", "--vocab-size", "300", **with_encodings)
+    assert_refused(of_its_own_size, "--vocab-size")
+    (tmp_path / "tiny.txt").write_text("a")
+    assert_refused(prepare(tmp_path / "tiny.txt", *out, "--tokenizer", "fake", **with_encodings), "too small")
+    assert no_final_files(tmp_path / "out")
+
+
+# -----------------------------------------------------------------------------
+# The same command again
+
+def test_two_runs_are_identical(prepared, source, tmp_path):
+    ok(prepare(source, "--out", tmp_path / "again", *SMALL))
+    assert contents(tmp_path / "again") == contents(prepared)
+
+def test_finished_run_writes_nothing(source, copy):
+    before = mtimes(copy)
+    said = ok(prepare(source, "--out", copy, *SMALL))
+    assert "already complete" in said
+    assert mtimes(copy) == before
+
+@pytest.mark.parametrize("names", [
+    ["meta.json", "val_00000.npy"],
+    ["meta.json"],
+    ["train_00001.npy"],
+    ["tokenizer.json"],
+    ["token_bytes.npy", "meta.json", "train_00000.npy"],
+])
+def test_deleted_files_come_back(names, prepared, source, copy):
+    for name in names:
+        (copy / name).unlink()
+    before = mtimes(copy)
+    ok(prepare(source, "--out", copy, *SMALL))
+    assert contents(copy) == contents(prepared)
+    if names[0] == "meta.json":  # finished shards are not made again
+        assert mtimes(copy)["train_00000.npy"] == before["train_00000.npy"]
+
+def test_damaged_files_are_repaired(prepared, source, copy):
+    shard = bytearray((copy / "train_00000.npy").read_bytes())
+    shard[-2] ^= 1
+    (copy / "train_00000.npy").write_bytes(shard)
+    val = (copy / "val_00000.npy").read_bytes()
+    (copy / "val_00000.npy").write_bytes(val[:-1])  # what makes the data not complete
+    (copy / "token_bytes.npy").write_bytes(b"")
+    ok(prepare(source, "--out", copy, *SMALL))
+    assert contents(copy) == contents(prepared)
+    for path in (copy / "meta.json", copy / "train_00001.npy"):  # truncated, and no record left of it
+        path.write_bytes(path.read_bytes()[:-10])
+    ok(prepare(source, "--out", copy, *SMALL))
+    assert contents(copy) == contents(prepared)
+
+@pytest.mark.parametrize("nth", [1, 3, 7, 11, 16])
+def test_killed_run_continues(nth, prepared, source, tmp_path):
+    """SIGKILL just before the nth file or folder would be flushed: the next run makes the same folder."""
+    before = f"""
+import itertools, os, signal
+count = itertools.count(1)
+fsync = os.fsync
+def fsync_or_die(fd):
+    if next(count) == {nth}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(fd)
+os.fsync = fsync_or_die"""
+    out = tmp_path / "out"
+    code, _, _ = prepare(source, "--out", out, *SMALL, before=before)
+    assert code == -signal.SIGKILL
+    assert not (out / "meta.json").exists()
+    with pytest.raises(UserError, match="run `python prepare_data.py"):
+        open_data(out)
+    ok(prepare(source, "--out", out, *SMALL))
+    assert contents(out) == contents(prepared)
+
+def test_other_settings_are_refused(source, docs, copy, tmp_path):
+    def again(source, out, *flags):
+        return cli("prepare_data.py", source, "--out", out, *flags)
+
+    before = contents(copy)
+    other_vocabulary = again(source, copy, "--vocab-size", "401", "--shard-tokens", "2000")
+    assert_refused(other_vocabulary, str(copy), "vocab_size 400 there, 401 now", "delete")
+    assert_refused(again(source, copy, "--vocab-size", "400"), "shard_tokens")
+    assert_refused(again("fineweb-edu", copy), "source")
+    assert contents(copy) == before
+
+    other = write_jsonl(tmp_path / "docs.jsonl", docs)
+    ok(again(other, tmp_path / "out", *SMALL))
+    write_jsonl(other, docs[:-1] + ["changed"])  # the same command line, but the file is another
+    assert_refused(again(other, tmp_path / "out", *SMALL), "source_sha256")
+
+    (copy / "settings.json").unlink()
+    assert_refused(again(source, copy, *SMALL), "settings.json", "choose another --out")
+
+def test_a_folder_is_written_by_one_at_a_time(source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / ".lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        assert_refused(prepare(source, "--out", out, *SMALL), str(out), "another prepare_data.py")
+        assert no_final_files(out)
+    ok(prepare(source, "--out", out, *SMALL))
+
+
+# -----------------------------------------------------------------------------
+# Bad input: one clear line, exit code 2, nothing half-written
+
+def folder_without_text(path):
+    path.mkdir()
+    (path / "x.md").write_text("x")
+
+def damaged_gzip(path):
+    write_jsonl(path, make_docs(200))
+    data = path.read_bytes()
+    path.write_bytes(data[:len(data) // 2])
+
+def latin_table(path):
+    texts = pa.array([b"caf\xe9"], pa.binary()).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": texts}), path)
+
+def table_without_text(path):
+    pq.write_table(pa.table({"body": ["x"]}), path)
+
+def table_of_numbers(path):
+    pq.write_table(pa.table({"text": [1, 2, 3]}), path)
+
+BAD = {  # file name: (its contents or how to make it, words the message must have)
+    "missing.txt": (None, ["missing.txt", "no file"]),
+    "empty.txt": ("", ["empty.txt", "is empty"]),
+    "empty.jsonl": ("", ["empty.jsonl", "is empty"]),
+    "blank.txt": (" \n", ["blank.txt", "blank"]),
+    "latin.txt": (b"caf\xe9 " * 50, ["latin.txt", "byte 3"]),
+    "nul.txt": (b"abc\0def" * 50, ["nul.txt", "NUL"]),
+    "broken.jsonl": ('{"text": "a b"}\n\n{"text": \n', ["broken.jsonl line 3", "JSON"]),
+    "deep.jsonl": ("[" * 100_000, ["deep.jsonl line 1", "JSON"]),
+    "notext.jsonl": ('{"text": "a b"}\n{"txt": "c"}\n', ["notext.jsonl line 2", '"text"']),
+    "null.jsonl": ('{"text": null}\n', ["null.jsonl line 1", '"text"']),
+    "list.jsonl": ('["text"]\n', ["list.jsonl line 1", '"text"']),
+    "latin.jsonl": (b'{"text": "a b"}\n{"text": "\xe9"}\n', ["latin.jsonl line 2", "UTF-8"]),
+    "half.jsonl": ('{"text": "a \\ud800 b"}\n', ["half.jsonl line 1", "UTF-8"]),
+    "notes.md": ("text", ["notes.md", ".jsonl"]),
+    "folder": (folder_without_text, ["folder", ".jsonl"]),
+    "tiny.txt": ("a", ["too small"]),
+    "half.jsonl.gz": (damaged_gzip, ["half.jsonl.gz", "damaged"]),
+    "not.jsonl.gz": (b"not gzip at all", ["not.jsonl.gz", "damaged"]),
+    "not.parquet": (b"PAR1 not parquet at all PAR1", ["not.parquet", "parquet"]),
+    "column.parquet": (table_without_text, ["column.parquet", "`text`", "body"]),
+    "latin.parquet": (latin_table, ["latin.parquet", "damaged"]),
+    "type.parquet": (table_of_numbers, ["type.parquet", "strings"]),
+}
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_source(name, tmp_path):
+    what, words = BAD[name]
+    path = tmp_path / name
+    if callable(what):
+        what(path)
+    elif what is not None:
+        path.write_bytes(what if isinstance(what, bytes) else what.encode())
+    args = [path, "--out", tmp_path / "out", "--vocab-size", "300"]
+    if name in ("latin.txt", "half.jsonl.gz", "not.parquet"):
+        result = prepare(*args)
+    else:
+        result = cli("prepare_data.py", *args)
+    assert_refused(result, *words)
+    assert no_final_files(tmp_path / "out")
+
+def test_damaged_parquet_pages(tmp_path):
+    path = write_parquet(tmp_path / "in.parquet", make_docs(100))
+    data = bytearray(path.read_bytes())
+    start, end = len(data) // 4, len(data) // 2
+    data[start:end] = bytes(end - start)
+    path.write_bytes(data)
+    assert_refused(cli("prepare_data.py", path, "--out", tmp_path / "out"), "in.parquet", "damaged")
+    assert no_final_files(tmp_path / "out")
+
+@pytest.mark.parametrize("args, words", [
+    ("SOURCE --vocab-size 257", ["--vocab-size 257", "too small"]),
+    ("SOURCE --vocab-size many", ["--vocab-size", "--help"]),
+    ("SOURCE --vocab-size 50000", ["vocabulary of only", "lower --vocab-size"]),
+    ("SOURCE --shard-tokens 0", ["--shard-tokens"]),
+    ("SOURCE --num-shards 3", ["--num-shards"]),
+    ("fineweb-edu --num-shards 1823", ["1822"]),
+    ("fineweb-edu SOURCE", ["cannot be mixed"]),
+    ("SOURCE --nonsense", ["--nonsense", "--help"]),
+])
+def test_bad_arguments(args, words, source, tmp_path):
+    args = [source if arg == "SOURCE" else arg for arg in args.split()]
+    assert_refused(cli("prepare_data.py", *args, "--out", tmp_path / "out"), *words)
+    assert no_final_files(tmp_path / "out")
+
+def test_bad_out(source, tmp_path):
+    def to(out):
+        return cli("prepare_data.py", source, "--out", out, *SMALL)
+
+    file = tmp_path / "file"
+    file.write_text("precious")
+    assert_refused(to(file), str(file), "choose another --out")
+    assert_refused(to(file / "below"), "choose another --out")
+    assert_refused(to("/proc/nanolrt"), "/proc/nanolrt", "choose another --out")
+    assert file.read_text() == "precious"
+
+def test_disk_full(source, tmp_path):
+    before = """
+import numpy as np
+def full(f, array):
+    f.write(b'half')
+    raise OSError(28, 'No space left on device')
+np.save = full"""
+    result = prepare(source, "--out", tmp_path / "out", *SMALL, before=before)
+    assert_refused(result, "token_bytes.npy", "No space left")
+    assert not list((tmp_path / "out").glob("*.npy*"))
+
+def test_interrupt(source, tmp_path):
+    before = """
+def stop(*args):
+    raise KeyboardInterrupt
+p.train_tokenizer = stop"""
+    code, _, err = prepare(source, "--out", tmp_path / "out", before=before)
+    assert code == 130
+    assert err == ""
+
+def test_a_bug_shows_its_traceback(source):
+    before = """
+def bug():
+    1 / 0
+p.main = bug"""
+    _, _, err = prepare(source, before=before)
+    assert err.splitlines()[-1].startswith("ZeroDivisionError")
+
+
+# -----------------------------------------------------------------------------
+# Downloads
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """
+    Serves server.files. server.plan says how each of the next requests goes wrong; after that all goes well.
+    server.log has (path, Range header) of every request.
+    """
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, code, **headers):
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+
+    def do_GET(self):
+        data = self.server.files.get(self.path)
+        how = self.server.plan.pop(0) if self.server.plan else "ok"
+        wanted = self.headers.get("Range", "")
+        self.server.log.append((self.path, wanted))
+        start = 0
+        if wanted and "norange" not in how:
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+
+        # replies without a file
+        if how.isdigit():
+            return self.reply(int(how), Retry_After="0")
+        if data is None:
+            return self.reply(404, Retry_After="0")
+        if start >= len(data):
+            return self.reply(416, Content_Range=f"bytes */{len(data)}")
+
+        # the file, or its bytes from `start` on
+        body = data[start:]
+        headers = {}
+        if how == "half":  # half a file that claims to be whole
+            body = body[:len(body) // 2]
+        if start:
+            shift = 7 if how == "shifted" else 0
+            headers["Content_Range"] = f"bytes {start + shift}-{len(data) - 1}/{len(data)}"
+        if how != "nolength":
+            headers["Content_Length"] = str(len(body))
+        if how == "flip":
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1:]
+        if self.server.etag:
+            headers["X_Linked_Etag"] = f'"{hashlib.sha256(data).hexdigest()}"'
+        self.reply(206 if start else 200, **headers)
+        if "drop" in how:
+            body = body[:len(body) * 2 // 3]
+        self.wfile.write(body)
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "RETRY_SECONDS", 0.001)
+    (tmp_path / "served").mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        server.plan = []
+        server.log = []
+        server.etag = False
+        server.docs = {}
+        server.files = {}
+        for number in (0, 1, 1822):
+            server.docs[number] = make_docs(40, seed=number, words=1500)
+            path = write_parquet(tmp_path / "served" / f"shard_{number:05d}.parquet", server.docs[number])
+            server.files[f"/{path.name}"] = path.read_bytes()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+def get(server, tmp_path):
+    """Download a file of the server and compare it. The Range headers of the requests that this took."""
+    path = tmp_path / "download" / "shard_00000.parquet"
+    url = f"{server.url}/{path.name}"
+    prepare_data.download(url, path, prepare_data.open_parquet, "a parquet file", "check --base-url")
+    assert path.read_bytes() == server.files[f"/{path.name}"]
+    assert not list(path.parent.glob("*.part"))
+    return [wanted for _, wanted in server.log]
+
+@pytest.mark.parametrize("plan, requests", [
+    ([], 1),
+    (["drop"], 2),
+    (["drop"] * 4, 5),
+    (["429", "503", "500"], 4),
+    (["drop", "503", "drop"], 4),
+    (["drop", "norange"], 2),  # a whole file instead of its rest: start over
+    (["drop", "norange drop", "drop"], 4),
+    (["drop", "half"], 3),  # less than the rest: continue again
+    (["drop", "shifted"], 3),  # the wrong rest: start over
+    (["nolength"], 1),
+    (["503"] * 5, 6),  # one less than RETRIES
+])
+def test_download_survives(plan, requests, server, tmp_path):
+    server.plan = list(plan)
+    ranges = get(server, tmp_path)
+    assert len(ranges) == requests
+    if plan == ["drop"]:  # continued, not started over
+        assert ranges[0] == ""
+        assert ranges[1].startswith("bytes=")
+
+def test_download_continues_a_part_from_an_earlier_run(server, tmp_path):
+    folder = tmp_path / "download"
+    folder.mkdir()
+    data = server.files["/shard_00000.parquet"]
+    for there in (data[:1000], data, data + b"too long"):
+        (folder / "shard_00000.parquet").unlink(missing_ok=True)
+        (folder / "shard_00000.parquet.part").write_bytes(there)
+        server.log.clear()
+        assert get(server, tmp_path)[0] == f"bytes={len(there)}-"
+
+def test_download_compares_checksums(server, tmp_path):
+    server.etag = True
+    server.plan = ["flip"]
+    assert len(get(server, tmp_path)) == 2
+
+@pytest.mark.parametrize("plan, words, requests", [
+    (["404"], ["HTTP 404", "--base-url"], 1),
+    (["403"], ["HTTP 403"], 1),
+    (["503"] * 50, ["HTTP 503", "re-run the same command"], 6),
+    (["half"], ["not a parquet file"], 1),
+    (["norange drop"] * 50, ["re-run the same command"], 7),  # always the same bytes: no progress
+])
+def test_download_gives_up(plan, words, requests, server, tmp_path):
+    server.plan = list(plan)
+    with pytest.raises(UserError) as e:
+        get(server, tmp_path)
+    assert all(word in str(e.value) for word in words), e.value
+    assert len(server.log) == requests
+    assert not (tmp_path / "download" / "shard_00000.parquet").exists()
+
+def fineweb(server, out, num_shards):
+    """The arguments that prepare FineWeb-Edu from the test's server."""
+    return ["fineweb-edu", "--num-shards", num_shards, "--base-url", server.url, "--vocab-size", "400",
+            "--out", out]
+
+def test_fineweb(server, tmp_path):
+    out = tmp_path / "out"
+    args = fineweb(server, out, 2)
+    quick = "p.RETRY_SECONDS = 0.001"
+    held_back = server.files.pop("/shard_00001.parquet")
+    assert_refused(prepare(*args, before=quick), "shard_00001.parquet", "HTTP 404")
+    assert no_final_files(out)
+
+    server.files["/shard_00001.parquet"] = held_back
+    server.plan = ["drop", "503", "drop"]
+    ok(prepare(*args, before=quick))
+    data = open_data(out)
+    for shard, number in zip(data.train + data.val, (0, 1, 1822), strict=True):
+        assert decoded(data, [shard]) == server.docs[number]
+    assert {p.name for p in (out / "download").iterdir()} == {name[1:] for name in server.files}
+
+    # a lost shard is made again from the kept download, and the others are not touched
+    before = contents(out)
+    requests = len(server.log)
+    for name in ("meta.json", "train_00000.npy"):
+        (out / name).unlink()
+    kept = (out / "train_00001.npy").stat().st_mtime_ns
+    ok(prepare(*args, before=quick))
+    assert contents(out) == before
+    assert len(server.log) == requests
+    assert (out / "train_00001.npy").stat().st_mtime_ns == kept
+
+def test_fineweb_can_be_extended(server, tmp_path):
+    out = tmp_path / "out"
+    ok(cli("prepare_data.py", *fineweb(server, out, 1)))
+    before = contents(out)
+    ok(cli("prepare_data.py", *fineweb(server, out, 2)))
+    after = contents(out)
+    assert len(open_data(out).train) == 2
+    assert all(after[name] == before[name] for name in before if name != "meta.json")
+    ok(cli("prepare_data.py", *fineweb(server, out, 1)))  # more than enough is there
+    assert contents(out) == after
+
+def test_fineweb_without_validation_text(server, tmp_path):
+    blank = write_parquet(tmp_path / "blank.parquet", [None, " "])
+    server.files["/shard_01822.parquet"] = blank.read_bytes()
+    result = cli("prepare_data.py", *fineweb(server, tmp_path / "out", 1))
+    assert_refused(result, "no text for val")
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+def test_nobody_listens(tmp_path, monkeypatch):
+    args = ["fineweb-edu", "--out", tmp_path / "out", "--base-url"]
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data.time, "sleep", lambda seconds: 1 / 0)  # a malformed address is not retried
+        assert_refused(cli("prepare_data.py", *args, "not-a-url"), "not-a-url", "--base-url")
+    result = prepare(*args, "http://127.0.0.1:9", before="p.RETRY_SECONDS = 0.001")
+    assert_refused(result, "cannot download http://127.0.0.1:9/shard_")
+    assert no_final_files(tmp_path / "out")

@@ -1,0 +1,325 @@
+"""
+Generation equals decoding token by token, whatever the batch and the lengths of the prompts; drawing,
+detokenizing, and the command.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ROOT, assert_refused, cli, shell
+
+from attention import KVCache
+from checkpointing import load_model
+from interleave import Schedule, TrainStep, prefill
+from model import GPT, GPTConfig
+from sample import IncrementalDetokenizer, complete, generate, sample_next_token
+from test_model import decode, make, tokens
+
+BOS = 36
+
+
+def toy_tokenizer(words=None):
+    """What generation uses of tiktoken.Encoding. Token i is words[i] (default: one letter), 36 is BOS."""
+    words = words or [chr(65 + i).encode() for i in range(36)]
+    return SimpleNamespace(
+        encode_single_token=lambda _: BOS,
+        decode_single_token_bytes=lambda i: words[i],
+    )
+
+@pytest.fixture(scope="module")
+def trained_models():
+    """A small LRT of each variant that has learnt to continue sequences, so that its memory is used."""
+    models = {}
+    for lrt in ("shared", "layerwise"):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(sequence_len=64, vocab_size=37, n_layer=4, n_head=2, n_kv_head=2, n_embd=32,
+                              lrt=lrt, window_pattern="SL"))
+        step = TrainStep(model, Schedule())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        g = torch.Generator().manual_seed(1)
+        for _ in range(80):
+            steps = torch.randint(7, (8, 65), generator=g).cumsum(1)
+            factors = torch.randint(1, 4, (8, 1), generator=g)
+            idx = steps * factors % 36
+            loss, _ = step(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        models[lrt] = model
+    return models
+
+
+# -----------------------------------------------------------------------------
+# Drawing and text
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+
+    def share(temperature=1.0, top_k=None, top_p=None):
+        """How often each of the four tokens is drawn."""
+        generators = [torch.Generator().manual_seed(i) for i in range(4000)]
+        drawn = sample_next_token(logits.expand(4000, 4), generators, temperature, top_k, top_p)
+        return torch.bincount(drawn, minlength=4) / 4000
+
+    def assert_near(found, expected):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
+
+    p = torch.softmax(logits[0], -1)
+    first_two = torch.tensor([p[0], p[1], 0, 0]) / p[:2].sum()
+    assert_near(share(), p)
+    assert_near(share(temperature=2.0), torch.softmax(logits[0] / 2, -1))
+    assert_near(share(top_k=2), first_two)
+    assert_near(share(top_p=0.7), first_two)  # the first one's 0.64 are not enough
+    assert share(top_p=0.6)[0] == 1
+    assert share(top_p=1e-9)[0] == 1
+    assert share(temperature=0)[0] == 1
+    assert share(top_k=1)[0] == 1
+    assert share(temperature=1e-35)[0] == 1
+    assert torch.equal(share(top_k=99, top_p=1.0), share())
+
+def test_text_is_whole_characters_and_ends_before_the_stop_string():
+    i_diaeresis = "ï".encode()
+    words = [b"na", i_diaeresis[:1], i_diaeresis[1:], b"ve", b" st", b"op", b" sto", b"re"]
+
+    def texts(ids, stop=None):
+        """The text that each token makes certain, and the rest if the stop string did not end it."""
+        detokenizer = IncrementalDetokenizer(toy_tokenizer(words), stop)
+        found = []
+        for i in ids:
+            found.append(detokenizer.add(i))
+            if detokenizer.stopped:
+                assert detokenizer.finish() == ""
+                return found
+        return [*found, detokenizer.finish()]
+
+    assert texts([0, 1, 2, 3]) == ["na", "", "ï", "ve", ""]
+    assert texts([0, 1]) == ["na", "", "\ufffd"]  # a cut character is shown as such
+    assert texts([0, 4, 5, 3], "stop") == ["na", " ", ""]
+    assert texts([0, 6, 7, 4], "stop") == ["na", " ", "store", " ", "st"]  # held back until it is certain
+
+
+# -----------------------------------------------------------------------------
+# Generation
+
+def test_generation_is_the_exact_recurrence(trained_models):
+    """Greedy tokens are the argmax of decoding the finished text token by token, up to the context's end."""
+    baseline = make(dtype=torch.float32, lrt="none", window_pattern="SL")
+    for model in (*trained_models.values(), baseline):
+        context = model.config.sequence_len
+        prompt = [BOS, 3, 4]
+        generated = generate(model, toy_tokenizer(), [prompt], 1000, temperature=0)
+        out = [token for _, token, _ in generated if token is not None]
+        logits, _ = decode(model, torch.tensor([prompt + out[:-1]]))
+        expected = logits[0, len(prompt) - 1:].argmax(-1).tolist()
+        assert out == expected[:len(out)]
+        assert len(out) > 3
+        # it ended with the context, or at a BOS behind the last token
+        assert len(out) == context - len(prompt) + 1 or len(out) == len(expected)
+
+@pytest.mark.parametrize("overrides", [
+    pytest.param({}, id="shared"),
+    pytest.param(dict(lrt="layerwise", window_pattern="SL"), id="windows"),
+    pytest.param(dict(lrt="none"), id="none"),
+])
+def test_a_sequence_does_not_depend_on_its_batch(overrides):
+    model = make(sequence_len=24, dtype=torch.float32, **overrides)
+    prompts = [[BOS], [BOS, 5, 6, 7, 8, 9, 10, 11, 12], [BOS, 3], [BOS, *range(23)]]
+
+    def texts(prompts, seed, num_samples=1):
+        return complete(model, toy_tokenizer(), prompts, 100, seed=seed, num_samples=num_samples,
+                        temperature=1.0, top_k=20, top_p=0.95)
+
+    together = texts(prompts, seed=7, num_samples=3)
+    assert len(together) == 12
+    for i, prompt in enumerate(prompts):
+        for j in range(3):
+            assert texts([prompt], seed=7 + j) == [together[3 * i + j]]
+    assert together == texts(prompts, seed=7, num_samples=3)
+    assert len(set(together[:3])) > 1
+
+def test_generation_ends_after_max_new_tokens(trained_models):
+    for n in (1, 2, 5):
+        out = list(generate(trained_models["shared"], toy_tokenizer(), [[BOS]], n, temperature=1.0))
+        assert len(out) <= n + 1
+        assert out[-1][1] is None
+
+def test_generation_ends_at_bos():
+    """A model that says BOS at once."""
+    silent = make(dtype=torch.float32)
+    with torch.no_grad():
+        hidden, _ = silent(torch.tensor([[1]]), range(1), KVCache(silent.config, 1, 1, "cpu", torch.float32))
+        silent.lm_head.weight.zero_()
+        silent.lm_head.weight[BOS] = hidden[0, 0]
+    assert complete(silent, toy_tokenizer(), [[1]], 10, temperature=0) == [""]
+
+def test_generation_ends_before_the_stop_string(trained_models):
+    model = trained_models["shared"]
+    whole, = complete(model, toy_tokenizer(), [[BOS, 3]], 30, temperature=0)
+    stop = whole[4:6]
+    cut, = complete(model, toy_tokenizer(), [[BOS, 3]], 30, temperature=0, stop=stop)
+    assert cut == whole[:whole.index(stop)]
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[1], []], [[1] * 65]],
+                         ids=["no prompt", "empty", "one empty", "too long"])
+def test_bad_prompts(prompts, trained_models):
+    with pytest.raises(ValueError, match="a prompt has 1 to 64"):
+        list(generate(trained_models["shared"], toy_tokenizer(), prompts, 5))
+
+def test_samples_share_one_prefill_and_a_token_is_one_forward(trained_models, monkeypatch):
+    model = trained_models["shared"]
+    forward = type(model).forward
+    shapes = []
+
+    def recorded(self, idx, *args, **kwargs):
+        shapes.append(tuple(idx.shape))
+        return forward(self, idx, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", recorded)
+    prompts = [[BOS, 1, 2, 3, 4]] * 2
+    out = list(generate(model, toy_tokenizer(), prompts, 6, temperature=1.0, num_samples=3, seed=1))
+    prefills = [shape for shape in shapes if shape[1] > 1]
+    steps = [shape for shape in shapes if shape == (6, 1)]
+    assert all(rows == 2 for rows, _ in prefills)
+    assert len(shapes) - len(steps) <= 12
+    assert len(steps) <= 5
+    assert len(out) <= 6 * 7
+
+def test_weights_loaded_in_bf16_are_those_cast_at_every_use(monkeypatch):
+    """Where the GPU has bf16, a run's weights are cast once, when it is loaded: bit for bit the same."""
+    model = make(dtype=torch.float32, lrt="layerwise", window_pattern="SL")
+    model.compute_dtype = torch.bfloat16
+    checkpoint = dict(model=model.state_dict(), config=asdict(model.config))
+    monkeypatch.setattr("checkpointing.compute_dtype", lambda device: torch.bfloat16)
+    loaded = load_model(checkpoint, torch.device("cpu"))
+    assert loaded.h[0].mlp.c_fc.weight.dtype == torch.bfloat16
+    assert loaded.cos.dtype == torch.float32
+    assert loaded.resid_lambdas.dtype == torch.float32
+
+    idx, _ = tokens(9)
+    logits, memories = [], []
+    for m in (model, loaded):
+        kv = KVCache(m.config, 2, 9, "cpu", torch.bfloat16)
+        hidden, memory, _ = prefill(m, idx, kv)
+        logits.append(m.logits(hidden))
+        memories.append(memory)
+    assert torch.equal(*logits)
+    assert torch.equal(*memories)
+
+
+# -----------------------------------------------------------------------------
+# The command
+
+def test_sampling(trained, monkeypatch):
+    folder, _ = trained
+    monkeypatch.chdir(folder)
+
+    def sample(*flags):
+        code, out, err = cli("sample.py", *flags)
+        assert code == 0, err
+        return out
+
+    # the same seed gives the same text, in another process and among several samples, too
+    prompt = ["--prompt", "def ", "--max-new-tokens", 30]
+    first = shell("sample.py", *prompt, "--seed", 3)
+    assert first.returncode == 0
+    assert first.stdout.startswith("def ")
+    assert "memory on" in first.stderr
+    again = sample("--checkpoint", "runs/d2_shared", *prompt, "--seed", 3, "--device", "cpu")
+    assert again == first.stdout
+    two = sample(*prompt, "--seed", 2, "--num-samples", 2)
+    assert two.endswith("-" * 80 + "\n" + again)  # seeds 2 and 3
+
+    # another seed or no memory gives another text, and greedy samples do not depend on the seed
+    other = sample(*prompt, "--seed", 4)
+    without = sample(*prompt, "--seed", 3, "--no-memory")
+    assert len({again, other, without}) == 3
+    greedy = ["--prompt", "def ", "--max-new-tokens", 12, "--temperature", 0]
+    assert sample(*greedy, "--seed", 1) == sample(*greedy, "--seed", 2)
+
+    # flags at their limits
+    sample("--max-new-tokens", 3, "--top-k", 99999)  # above the vocabulary: all of it
+    sample("--max-new-tokens", 500, "--temperature", "1e-30", "--top-p", 0.5)  # ends where the context ends
+    special = sample("--prompt", "<|bos|>", "--max-new-tokens", 1)
+    assert special.startswith("<|bos|>")  # text, no control token
+
+def test_many_prompts(trained, here):
+    folder, _ = trained
+    (here / "prompts.txt").write_text("def \n\nimport os\n")
+    (here / "prompts.jsonl").write_text('{"prompt": "def "}\n{"prompt": "import os"}\n')
+    flags = ["--checkpoint", folder / "runs/d2_shared", "--num-samples", 2, "--max-new-tokens", 8,
+             "--top-p", 0.9, "--seed", 5]
+    written = []
+    for name in ("prompts.txt", "prompts.jsonl"):
+        code, out, err = cli("sample.py", "--prompt-file", name, "--out", name + ".out", *flags)
+        assert code == 0, err
+        assert out == ""
+        written.append([json.loads(line) for line in open(name + ".out")])
+    rows = written[0]
+    assert rows == written[1]
+    expected = [("def ", 5), ("def ", 6), ("import os", 5), ("import os", 6)]
+    assert [(row["prompt"], row["seed"]) for row in rows] == expected
+    code, out, _ = cli("sample.py", "--prompt", "import os", *flags)
+    # the same alone and in a batch
+    assert out == f"import os{rows[2]['text']}\n{'-' * 80}\nimport os{rows[3]['text']}\n"
+
+def test_bad_prompt_files(trained, here):
+    folder, _ = trained
+
+    def refused(name, *flags):
+        return cli("sample.py", "--prompt-file", name, "--checkpoint", folder / "runs/d2_shared", *flags)
+
+    (here / "bad.jsonl").write_text('{"prompt": "x"}\n{"text": "x"}\n')
+    (here / "empty.txt").write_text("\n")
+    (here / "long.txt").write_text("short\n" + "word " * 100 + "\n")
+    assert_refused(refused("bad.jsonl"), "bad.jsonl line 2")
+    assert_refused(refused("empty.txt"), "empty.txt has no prompts")
+    assert_refused(refused("none.txt"), "cannot read none.txt")
+    assert_refused(refused("long.txt", "--out", "long.out"), "prompt 2 has", "the context 32")
+    assert_refused(refused("empty.txt", "--interactive"), "--prompt-file goes without")
+    assert not (here / "long.out").exists()
+
+def test_interactive(trained):
+    """A prompt loop: after Ctrl-C it goes on, after a bad prompt too, and Ctrl-D ends it."""
+    folder, _ = trained
+    command = [sys.executable, ROOT / "sample.py", "--interactive", "--max-new-tokens", "5",
+               "--checkpoint", folder / "runs/d2_shared"]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # children of a job in the background ignore this signal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout.read(2) == "> "
+    time.sleep(0.5)  # a signal between the prompt and the read would wait for the read
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.read(3) == "\n> "
+    out, _ = process.communicate("def \n" + "word " * 100 + "\nimport\n", timeout=60)
+    assert process.returncode == 0
+    assert out.count("\n> ") == 3, out
+    assert "error: prompt 1 has" in out, out
+
+@pytest.mark.parametrize("flags, words", [
+    (["--temperature", "-1"], ["--temperature must be a number of at least 0"]),
+    (["--temperature", "nan"], ["--temperature must be a number of at least 0"]),
+    (["--temperature", "inf"], ["--temperature must be a number of at least 0"]),
+    (["--top-k", "-1"], ["--top-k must be a number of at least 0"]),
+    (["--top-p", "0"], ["--top-p must be above 0"]),
+    (["--max-new-tokens", "0"], ["--max-new-tokens must be a number of at least 1"]),
+    (["--num-samples", "0"], ["--num-samples must be a number of at least 1"]),
+    (["--prompt", "word " * 100], ["prompt 1 has", "the context 32"]),
+])
+def test_bad_flags(flags, words, trained, monkeypatch):
+    folder, _ = trained
+    monkeypatch.chdir(folder)
+    assert_refused(cli("sample.py", *flags), *words)

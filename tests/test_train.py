@@ -1,0 +1,341 @@
+"""
+train.py as a user meets it: real command lines on a tiny corpus, every variant and schedule, stopping and
+resuming, two processes, and bad flags. cli() runs it in this process, shell() starts a real one.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, SMALL, assert_refused, cli, log, shell
+
+import common
+from checkpointing import find_checkpoint, load_checkpoint
+from dataset import Rows
+
+TORCHRUN = Path(sys.executable).parent / "torchrun"
+
+
+def train(data, *flags):
+    """Train a small model, in this process, to the end; what it printed."""
+    code, out, err = cli("train.py", "--data", data, *SMALL, *flags)
+    assert code == 0, err
+    return out
+
+def torchrun(n_processes, *flags):
+    """train.py in so many processes, to the end."""
+    launcher = str(TORCHRUN), "--standalone", f"--nproc_per_node={n_processes}", ROOT / "train.py"
+    done = shell(*launcher, *flags)
+    assert done.returncode == 0, done.stderr
+
+def start(*flags):
+    """train.py in a process of its own; its stdout is a pipe."""
+    command = [sys.executable, ROOT / "train.py", *flags]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=env)
+
+def losses(folder):
+    return [row["loss"] for row in log(folder)]
+
+
+# -----------------------------------------------------------------------------
+# The main job
+
+def test_training_end_to_end(trained):
+    folder, out = trained
+    run = folder / "runs/d2_shared"
+    assert len(losses(run)) == 150
+    assert losses(run)[0] > 6
+    assert sum(losses(run)[-10:]) / 10 < 4.5
+
+    evals = log(run, "eval")
+    assert [row["step"] for row in evals] == [0, 50, 100, 150]
+    bpb = [row["bpb"]["merged"] for row in evals]
+    assert bpb == sorted(bpb, reverse=True)
+    last = evals[-1]["decode_rows"]
+    assert abs(last["decode"] - last["merged"]) < 0.02
+    # the memory is used; a run of seconds cannot show that it helps
+    assert abs(last["no memory"] - last["decode"]) > 1e-3
+
+    assert [path.name for path in sorted(run.glob("ckpt*"))] == ["ckpt_0000100.pt", "ckpt_0000150.pt"]
+    assert not list(run.glob("*.tmp"))
+    for words in ("parameters", "memory from layer 1, interleaved, 3 passes", "tok/sec", "eta",
+                  "a sample, memory carried"):
+        assert words in out
+
+@pytest.mark.parametrize("flags", [
+    "--lrt none",
+    "--lrt layerwise --n-kv-head 1 --value-embeds alternate",
+    "--lrt layerwise --forward-passes 1",
+    "--subsets 3 --kv-refresh --inject kv",
+    "--subsets 1 --device-batch-size 4 --grad-clip 0 --warmup-steps 0 --final-lr-frac 0.1",
+    "--subsets 99 --max-seq-len 31 --total-batch-size 496",
+    "--schedule refine --refinements 2 --detach --loss-weights 1 1 2",
+    "--schedule refine --refinements 2 --forward-passes 2",
+    "--schedule chunked --chunk 7 --inject residual",
+    "--schedule sequential --value-embeds none --source-layer 0",
+    "--activation-checkpointing --loss-weights 1 2 3",
+])
+def test_every_variant_and_schedule_trains(flags, data, here):
+    train(data, "--num-iterations", 3, "--eval-tokens", 256, "--decode-tokens", 64, "--name", "x",
+          *flags.split())
+    first, *_, last = log("runs/x", "eval")
+    assert last["bpb"]["merged"] < first["bpb"]["merged"]
+    assert cli("sample.py", "--max-new-tokens", 3)[0] == 0
+
+def test_horizon(data, here):
+    """From the parameters, or from FLOPs; a second run gets a folder of its own."""
+    brief = "--eval-tokens 64 --decode-tokens 0".split()
+    out = train(data, *brief, "--target-param-data-ratio", 0.2)
+    assert "0.2 a parameter" in out
+    out = train(data, *brief, "--target-flops", 1e9)
+    flops = float(out.split(" FLOPs")[0].splitlines()[-1])
+    assert 0.8e9 < flops < 1.2e9  # whole steps
+    assert sorted(path.name for path in (here / "runs").iterdir()) == ["d2_shared", "d2_shared_2"]
+
+def test_the_last_steps_refine_once_more(data, here):
+    """--deepen: evaluations and checkpoints go by the schedule of the last step that was trained."""
+    train(data, "--num-iterations", 12, "--schedule", "refine", "--refinements", 1, "--forward-passes", 1,
+          "--deepen", 0.25, "--eval-every", 9, "--save-every", 9, "--name", "x")
+    assert [len(row["passes"]) for row in log("runs/x")] == [2] * 9 + [3] * 3
+
+    evaluated_passes = []
+    for row in log("runs/x", "eval"):
+        evaluated_passes.append([name for name in row["bpb"] if name.startswith("pass")])
+    assert [names[-1] for names in evaluated_passes] == ["pass 1", "pass 1", "pass 2"]
+
+    for step, depth in ((9, 1), (12, 2)):
+        schedule = load_checkpoint(f"runs/x/ckpt_{step:07d}.pt")["schedule"]
+        assert schedule["refinements"] == schedule["forward_passes"] == depth
+
+
+# -----------------------------------------------------------------------------
+# Two processes, and interruptions (many more in test_faults.py)
+
+TWENTY = [*SMALL, "--num-iterations", 20, "--device-batch-size", 4, "--eval-every", 10, "--save-every", 10]
+
+@pytest.fixture(scope="module")
+def on_two(data, tmp_path_factory):
+    """The folder of a run of 20 steps on two processes."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    torchrun(2, "--data", data, *TWENTY, "--out", folder, "--name", "x")
+    return folder / "x"
+
+def test_two_processes_train_like_one(data, here, on_two):
+    torchrun(1, "--data", data, *TWENTY, "--name", "on_one")
+    assert len(losses(on_two)) == 20
+    for one, two in zip(losses("runs/on_one"), losses(on_two), strict=True):
+        assert abs(one - two) < 1e-4
+    one, two = (log(folder, "eval")[-1] for folder in ("runs/on_one", on_two))
+    for where in ("bpb", "decode_rows"):
+        assert one[where] == pytest.approx(two[where], abs=1e-4)
+
+def test_two_processes_resume(here, on_two):
+    """
+    At a step that was evaluated, too, where all ranks must agree on what is left to do. Then the run is like
+    one that was not interrupted.
+    """
+    shutil.copytree(on_two, "runs/x")
+    Path("runs/x/ckpt_0000020.pt").unlink()
+    torchrun(2, "--resume", "runs/x")
+    assert losses("runs/x") == losses(on_two)
+    assert log("runs/x", "eval") == log(on_two, "eval")
+
+SIXTY = [*SMALL, "--num-iterations", 60, "--eval-every", 20]
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The folder of a run of 60 steps that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = shell("train.py", "--data", data, *SIXTY, "--out", folder, "--name", "x")
+    assert done.returncode == 0, done.stderr
+    return folder / "x"
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(data, here, whole):
+    """
+    SIGTERM at some step: it ends with 0 and says how to go on; then losses and weights are those of one long
+    run, bit for bit.
+    """
+    process = start("--data", data, *SIXTY, "--name", "cut")
+    for line in process.stdout:
+        if line.startswith("step 00010/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0
+    assert "go on with: python train.py --resume runs/cut" in rest
+    assert 10 < len(losses("runs/cut")) < 60
+
+    done = shell("train.py", "--resume", "runs/cut")
+    assert done.returncode == 0, done.stderr
+    assert losses("runs/cut") == losses(whole)
+    assert log("runs/cut", "eval") == log(whole, "eval")
+    ours, theirs = (load_checkpoint(find_checkpoint(folder))["model"] for folder in ("runs/cut", whole))
+    assert ours.keys() == theirs.keys()
+    for name, weights in ours.items():
+        assert torch.equal(weights, theirs[name]), name
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(data, here, whole):
+    process = start("--data", data, *SIXTY, "--save-every", 5, "--name", "cut")
+    for line in process.stdout:
+        if line.startswith("saved"):
+            break
+    process.kill()
+    process.wait()
+    done = shell("train.py", "--resume", "runs/cut")
+    assert done.returncode == 0, done.stderr
+    assert losses("runs/cut") == losses(whole)
+
+    # a finished run has nothing left to do
+    code, _, err = cli("train.py", "--resume", "runs/cut")
+    assert code == 0, err
+    assert len(losses("runs/cut")) == 60
+
+def test_a_run_is_trained_by_one_at_a_time(trained, here):
+    shutil.copytree(trained[0] / "runs/d2_shared", "runs/x")
+    held = common.lock("runs/x", "test")
+    assert_refused(cli("train.py", "--resume", "runs/x"), "another training is writing runs/x")
+    held.close()
+    assert cli("train.py", "--resume", "runs/x")[0] == 0
+
+def test_a_run_sees_every_row_once(data, here, monkeypatch):
+    """Steps and their micro-batches take the rows one after the other, without gaps or repetition."""
+    seen = []
+    batch = Rows.batch
+
+    def noting(self, first, count, device):
+        seen.extend(range(first, first + count))
+        return batch(self, first, count, device)
+
+    monkeypatch.setattr(Rows, "batch", noting)
+    train(data, "--num-iterations", 3, "--device-batch-size", 2, "--eval-every", 0)
+    assert seen == list(range(3 * 16 + 2))  # the first micro-batch of the next step is always loaded
+
+
+# -----------------------------------------------------------------------------
+# Bad input: one clear line, exit code 2, nothing half-written
+
+@pytest.mark.parametrize("flags, words", [
+    # numbers
+    ("--depth 0", ["--depth must be a number of at least 1, not 0"]),
+    ("--depth x", ["invalid int value"]),
+    ("--subsets 0", ["--subsets must be a number of at least 1"]),
+    ("--num-iterations 0", ["--num-iterations must be a number of at least 1"]),
+    ("--head-dim 0", ["--head-dim must be a number of at least 1"]),
+    ("--matrix-lr -1", ["--matrix-lr must be a number of at least 0"]),
+    ("--embedding-lr nan", ["--embedding-lr must be a number of at least 0, not nan"]),
+    ("--target-flops inf", ["--target-flops must be a number"]),
+    ("--seed 99999999999999999999999", ["--seed must be a number"]),
+    ("--warmdown-ratio 2", ["--warmdown-ratio must be at most 1"]),
+    # the model
+    ("--lrt both", ["invalid choice: 'both'"]),
+    ("--source-layer 2", ["source_layer 2 is out of range", "0 to 1"]),
+    ("--source-layer -1", ["source_layer -1 is out of range"]),
+    ("--n-kv-head 3", ["not divisible by n_kv_head 3"]),
+    ("--window-pattern XL", ["letters S and L"]),
+    ("--aspect-ratio 1000000000", ["no model of width 2000000000 can be built"]),
+    # the schedule
+    ("--schedule chunked --chunk 32", ["--chunk 32 covers the whole context"]),
+    ("--schedule chunked --kv-refresh", ["kv_refresh goes with the interleaved schedule"]),
+    ("--loss-weights 1 2", ["2 loss weights for 3 passes"]),
+    ("--loss-weights -1 1 1", ["not negative"]),
+    ("--loss-weights nan 1 1", ["must be finite"]),
+    ("--forward-passes -1", ["--forward-passes must be a number of at least 0"]),
+    ("--forward-passes 3", ["forward_passes must be from 0 to 2", "not 3"]),
+    ("--forward-passes 1 --loss-weights 1 1 1", ["forward_passes", "must be 0"]),
+    ("--forward-passes 1 --schedule chunked --chunk 8", ["forward_passes goes with", "not with chunked"]),
+    # batch and data
+    ("--total-batch-size 500", ["--total-batch-size 500", "not divisible", "32 tokens a row"]),
+    ("--total-batch-size 512 --device-batch-size 3", ["--device-batch-size 3", "16 rows"]),
+    ("--total-batch-size 33554432", ["training rows of 32 tokens", "less than one batch of 1048576"]),
+    ("--max-seq-len 131072 --total-batch-size 131072",
+     ["no validation shard of more than 131072 tokens", "one row"]),
+    ("--data nowhere", ["no prepared data in nowhere", "prepare_data.py"]),
+    # the rest
+    ("--unknown", ["unrecognized arguments"]),
+    ("--device tpu", ["device 'tpu' cannot be used here"]),
+    ("--device meta", ["device 'meta' cannot be used here"]),
+    ("--resume nowhere", ["no such run or checkpoint: nowhere"]),
+])
+def test_bad_flags(flags, words, data, here):
+    assert_refused(cli("train.py", "--data", data, *SMALL, "--num-iterations", 2, *flags.split()), *words)
+    assert not (here / "runs").exists()
+
+@pytest.mark.parametrize("script, words", [
+    ("train.py", ["no prepared data in data", "prepare_data.py"]),
+    ("sample.py", ["no run in runs/", "train.py"]),
+    ("eval_core.py", ["no run in runs/"]),
+])
+def test_no_data_and_no_run(script, words, here):
+    """A newcomer's first mistakes, in real processes."""
+    done = shell(script)
+    assert_refused((done.returncode, done.stdout, done.stderr), *words)
+    assert list(here.iterdir()) == []
+
+def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(data, here):
+    result = cli("train.py", "--data", data, *SMALL, "--num-iterations", 40, "--save-every", 1,
+                 "--eval-every", 0, "--embedding-lr", "1e38", "--name", "x")
+    assert_refused(result, "the last good checkpoint is runs/x/ckpt_", "--matrix-lr")
+    assert all(map(np.isfinite, losses("runs/x")))
+    last = load_checkpoint(find_checkpoint("runs/x"))["step"]
+    assert last == len(losses("runs/x"))  # the weights that the last finite step left
+
+
+# -----------------------------------------------------------------------------
+# A run is not resumed as another
+
+@pytest.fixture
+def run(trained, here):
+    """A copy of the trained run, as the folder `run`."""
+    shutil.copytree(trained[0] / "runs/d2_shared", "run")
+    return "run"
+
+def test_flags_of_another_run(run, data):
+    assert_refused(cli("train.py", "--resume", run, "--depth", 3), "was trained with --depth 2")
+    assert_refused(cli("train.py", "--resume", run, "--lrt", "none", "--seed", 1), "--lrt shared", "--seed 0")
+    assert_refused(cli("train.py", "--resume", run, "--name", "other"), "--name run")
+    taken = cli("train.py", "--data", data, *SMALL, "--out", ".", "--name", run)
+    assert_refused(taken, "run exists", "--resume run")
+
+def test_other_training_shards(run, data):
+    shutil.copytree(data, "shorter")
+    shard = Path("shorter/train_00000.npy")
+    np.save(shard, np.load(shard)[:20000])
+    meta = json.loads(Path("shorter/meta.json").read_text())
+    meta["train"][0] |= {"tokens": 20000, "sha256": common.sha256_file(shard)}
+    Path("shorter/meta.json").write_text(json.dumps(meta))
+    assert_refused(cli("train.py", "--resume", run, "--data", "shorter"), "other training shards")
+
+def test_another_tokenizer(run, here):
+    (here / "text.txt").write_text(Path(json.__file__).read_text() * 3)
+    assert cli("prepare_data.py", "text.txt", "--vocab-size", 300, "--out", "other")[0] == 0
+    assert_refused(cli("train.py", "--resume", run, "--data", "other"), "another tokenizer")
+    assert_refused(cli("eval_core.py", "--checkpoint", run, "--data", "other"), "another tokenizer")
+
+def edit_args(folder, **flags):
+    """Add flags to the args of a run's newest checkpoint, as another version of train.py would have."""
+    path = find_checkpoint(folder)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["args"] |= flags
+    torch.save(checkpoint, path)
+
+@pytest.mark.parametrize("flags, words", [
+    (dict(dropout=0.1), "--dropout 0.1"),  # never known
+    (dict(memory_start=0.25), "--memory-start 0.25"),  # known once, and used
+    (dict(memory_start=0.0, memory_share=0.5), "--memory-share 0.5"),
+])
+def test_flags_that_train_py_does_not_know(flags, words, run):
+    edit_args(run, **flags)
+    assert_refused(cli("train.py", "--resume", run), f"was trained with {words}", "no longer has")
+
+def test_removed_flags_at_their_default_are_no_obstacle(run):
+    edit_args(run, memory_start=0.0, memory_share=1.0)
+    code, _, err = cli("train.py", "--resume", run)
+    assert code == 0 and err == "", err
