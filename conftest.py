@@ -33,6 +33,32 @@ def trained(data, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
+@pytest.fixture(scope="module")
+def trained_models():
+    """A small LRT of each variant that has learnt to continue sequences, so that its memory is used."""
+    import torch
+
+    from interleave import Schedule, TrainStep
+    from model import GPT, GPTConfig
+    models = {}
+    for lrt in ("shared", "layerwise"):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(sequence_len=64, vocab_size=37, n_layer=4, n_head=2, n_kv_head=2, n_embd=32,
+                              lrt=lrt, window_pattern="SL"))
+        step = TrainStep(model, Schedule())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        g = torch.Generator().manual_seed(1)
+        for _ in range(80):
+            steps = torch.randint(7, (8, 65), generator=g).cumsum(1)
+            factors = torch.randint(1, 4, (8, 1), generator=g)
+            idx = steps * factors % 36
+            loss, _ = step(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        models[lrt] = model
+    return models
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A new folder as the working directory."""

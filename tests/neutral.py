@@ -6,7 +6,7 @@ Proves that a change which should change nothing changes nothing, to the last bi
 
 A recording runs the scripts of the folder CHECKOUT as a user does, on models of two layers, and
 keeps what they computed: prepared data, logs, checkpoints, plans, samples, scores, refusals. That
-takes four minutes on two idle cores. Both recordings must come from one machine and one version of
+takes about four minutes on two cores. Both recordings must come from one machine and one version of
 torch: others round differently. `compare --ignore PATTERN` passes over what is meant to change.
 
 Nothing of the checkout is imported: its modules may be renamed, only the command lines stay. What

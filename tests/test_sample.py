@@ -18,8 +18,7 @@ from helpers import ROOT, assert_refused, cli, shell
 
 from attention import KVCache
 from checkpointing import load_model
-from interleave import Schedule, TrainStep, prefill
-from model import GPT, GPTConfig
+from interleave import prefill
 from sample import IncrementalDetokenizer, complete, generate, sample_next_token
 from test_model import decode, make, tokens
 
@@ -33,28 +32,6 @@ def toy_tokenizer(words=None):
         encode_single_token=lambda _: BOS,
         decode_single_token_bytes=lambda i: words[i],
     )
-
-@pytest.fixture(scope="module")
-def trained_models():
-    """A small LRT of each variant that has learnt to continue sequences, so that its memory is used."""
-    models = {}
-    for lrt in ("shared", "layerwise"):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(sequence_len=64, vocab_size=37, n_layer=4, n_head=2, n_kv_head=2, n_embd=32,
-                              lrt=lrt, window_pattern="SL"))
-        step = TrainStep(model, Schedule())
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        g = torch.Generator().manual_seed(1)
-        for _ in range(80):
-            steps = torch.randint(7, (8, 65), generator=g).cumsum(1)
-            factors = torch.randint(1, 4, (8, 1), generator=g)
-            idx = steps * factors % 36
-            loss, _ = step(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        models[lrt] = model
-    return models
 
 
 # -----------------------------------------------------------------------------
