@@ -40,11 +40,12 @@ from common import (
 )
 from core import batches, load_tasks, make_example, score
 from dataset import Rows, first_rows, load_tokenizer, open_data
-from interleave import Schedule, TrainStep, prefill
+from interleave import Schedule, TrainStep, decode_tokens, prefill
 from model import GPTConfig
 from optim import OptimizerConfig, make_optimizers
 from plan import saved_bytes
 from recurrent import RecurrentConfig, build_model, graphs, keys_read, reference, tiled
+from sample import new_cache
 
 MIB = 2**20
 
@@ -193,23 +194,14 @@ def bench_decode(args, device):
 # -----------------------------------------------------------------------------
 # prefill: parallel against token by token
 
-def new_cache(model, idx):
-    """An empty cache for tokens idx (B, T)."""
-    return KVCache(model.config, *idx.shape, idx.device, model.compute_dtype or model.wte.weight.dtype)
-
 def token_by_token(model, idx):
     """Logits (B, 1, vocab) behind the last of tokens idx (B, T), decoded one after the other."""
-    kv = new_cache(model, idx)
-    memory = None
-    for t in range(idx.size(1)):
-        hidden, source = model(idx[:, t:t + 1], range(t, t + 1), kv, memory)
-        if model.config.lrt != "none":
-            memory = source
-    return model.logits(hidden)
+    hidden = decode_tokens(model, idx, new_cache(model, *idx.shape))
+    return model.logits(hidden[:, -1:])
 
 def in_parallel(model, idx, subsets):
     """The same by parallel prefill, and the number of sweeps that it took."""
-    hidden, _, sweeps = prefill(model, idx, new_cache(model, idx), subsets)
+    hidden, _, sweeps = prefill(model, idx, new_cache(model, *idx.shape), subsets)
     return model.logits(hidden[:, -1:]), sweeps
 
 @torch.no_grad()
@@ -542,7 +534,7 @@ def score_alone(model, example, use_memory):
         rows.append(torch.cat([torch.from_numpy(example.prefix), torch.from_numpy(tail)]))
     idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.wte.weight.device)
     if use_memory:
-        hidden, _, _ = prefill(model, idx, new_cache(model, idx))
+        hidden, _, _ = prefill(model, idx, new_cache(model, *idx.shape))
     else:
         hidden, _ = model(idx, range(idx.size(1)), KVBuffer(model.config.n_layer))
     logits = model.logits(hidden[:, :-1])

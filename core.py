@@ -356,18 +356,16 @@ def batches(examples, budget):
 
 def append_tokens(model, idx, kv, use_memory, first=0, memory=None, ends=None):
     """
-    Append tokens idx (B, T) to the `first` positions that the cache holds, with the exact recurrence or with
-    the memory at zero; memory and ends as for interleave.prefill. Returns hidden (B, T, D), and the memory of
-    the last position (B, 1, D) or None.
+    Append tokens idx (B, T) to the `first` positions that the cache holds, with the exact recurrence or, with
+    use_memory=False, with the first memory only; memory and ends as for interleave.prefill. Returns hidden
+    (B, T, D), and the memory that the next position reads (B, 1, D), None for zero.
     """
     done = []
     for start in range(0, idx.size(1), PREFILL_BLOCK):
         block = idx[:, start:start + PREFILL_BLOCK]
         position = first + start
-        if use_memory:
-            hidden, memory, _ = prefill(model, block, kv, first=position, memory=memory, ends=ends)
-        else:
-            hidden, _ = model(block, range(position, position + block.size(1)), kv)
+        hidden, memory, _ = prefill(model, block, kv, first=position, memory=memory, ends=ends,
+                                    recurrence=use_memory)
         done.append(hidden)
     return torch.cat(done, dim=1), memory
 
@@ -577,7 +575,7 @@ def evaluate_core(model, tokenizer, tasks, folder, step, max_per_task=None, use_
     header = dict(
         step=step,
         weights_sha256=weights_sha256(model),
-        memory=use_memory and model.config.lrt != "none",
+        memory=use_memory and model.config.recurrent_memory,
         max_per_task=max_per_task,
     )
     finished = from_rank_0(read_finished(path, header, tasks) if rank == 0 else None, device)

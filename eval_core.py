@@ -32,7 +32,7 @@ from common import (
 )
 from core import BUNDLE, describe_core, evaluate_core, load_tasks
 from dataset import first_rows, open_data
-from interleave import Schedule, pass_losses, prefill
+from interleave import Schedule, decode_tokens, pass_losses, prefill
 from sample import complete, encode_prompts, load_run, new_cache
 
 # -----------------------------------------------------------------------------
@@ -43,22 +43,14 @@ def recurrent_losses(model, idx, targets, token_by_token=False, use_memory=True)
     """
     The losses of all tokens with the exact recurrence, as the model decodes: idx, targets (B, T) int64 ->
     (B, T) in nats. By parallel prefill; token_by_token: one forward a token through the same cache, which
-    gives the same losses, slowly. use_memory=False decodes with the memory at zero.
+    gives the same losses, slowly. use_memory=False decodes with the first memory only, zero by default.
     """
-    T = idx.size(1)
     kv = new_cache(model, *idx.shape)
-    if not use_memory:
-        hidden, _ = model(idx, range(T), kv)
-        return model.token_loss(hidden, targets)
-    if not token_by_token:
-        hidden, _, _ = prefill(model, idx, kv)
-        return model.token_loss(hidden, targets)
-    memory, losses = None, []
-    for t in range(T):
-        hidden, source = model(idx[:, t:t + 1], range(t, t + 1), kv, memory)
-        memory = source if model.config.lrt != "none" else None
-        losses.append(model.token_loss(hidden, targets[:, t:t + 1]))
-    return torch.cat(losses, dim=1)
+    if token_by_token:
+        hidden = decode_tokens(model, idx, kv)
+    else:
+        hidden, _, _ = prefill(model, idx, kv, recurrence=use_memory)
+    return model.token_loss(hidden, targets)
 
 @torch.no_grad()
 def evaluate_bpb(model, rows, token_bytes, schedule, batch_size, decode=False, token_by_token=False,
@@ -86,7 +78,7 @@ def evaluate_bpb(model, rows, token_bytes, schedule, batch_size, decode=False, t
     positions["merged"] = range(T)
     if decode:
         positions["decode"] = range(T)
-        if model.config.lrt != "none":
+        if model.config.recurrent_memory:
             positions["no memory"] = range(T)
     if token_by_token:
         positions["token by token"] = range(T)

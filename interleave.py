@@ -25,7 +25,7 @@ from attention import KVBuffer, residues, split, take
 # Schedules for a sequence of T tokens
 
 def plain(T):
-    """The baseline's one pass, which is also LRT's initialization pass: all positions, memory zero."""
+    """One pass over all positions, with the first memory: the baseline, the control, LRT's initialization."""
     return [range(T)]
 
 def interleaved(T, subsets=2):
@@ -125,11 +125,11 @@ class Schedule:
             forward_only = i < self.forward_passes
             n_layer = layers_needed(model.config, passes, i, weights, self.kv_refresh)
             flops = model.flops_per_token(T, n_layer, head=weights[i] > 0)
-            if projections and i > 0:  # the first pass has memory zero
+            if projections and (i > 0 or model.config.first_memory != "zero"):
                 # a matrix entry and a position: forward, gradient of the weight, gradient of the memory
                 per_entry = 2 + 2 + 2
-                memory_is_forward_only = i == self.forward_passes
-                memory_is_detached = self.detach and not forward_only
+                memory_is_forward_only = i > 0 and i == self.forward_passes
+                memory_is_detached = i > 0 and self.detach and not forward_only
                 if memory_is_forward_only or memory_is_detached:
                     per_entry -= 2
                 if self.kv_refresh:  # each of the i earlier passes has renewed the memory term here
@@ -172,19 +172,26 @@ def part_of(parts, wanted):
     memory = newest_memory(parts)
     return range(memory.size(1)), memory
 
-def previous_memory(parts, positions):
+def previous_memory(parts, positions, first_memory=None):
     """
-    Equation (5): the newest m_{p-1} for every p in positions, (B, P, D); zero before the first token, and
-    where none has been computed yet (within a chunk).
+    Equation (5): the newest m_{p-1} for every p in positions, (B, P, D). Before the first token it is zero.
+    Where none has been computed yet (in a first pass, within a chunk) it is taken from first_memory
+    (B, T, D), and zero without that; None if it is zero everywhere.
     """
     wanted = range(positions[0] - 1, positions[-1], positions.step)
     if positions[0] == 0:
         wanted = wanted[1:]  # there is nothing before the first token
-    if wanted:
+    if not parts and first_memory is None:
+        return None
+    if parts and wanted:
         available, m = part_of(parts, wanted)
         found = m[:, available.index(wanted[0])::wanted.step // available.step][:, :len(wanted)]
     else:
-        found = parts[0][1][:, :0]
+        m = first_memory if first_memory is not None else parts[0][1]
+        found = m[:, :0]
+    missing = wanted[found.size(1):]
+    if missing and first_memory is not None:
+        found = torch.cat([found, take(first_memory, missing)], dim=1)
     zeros_before = len(positions) - len(wanted)
     zeros_behind = len(wanted) - found.size(1)
     return F.pad(found, (0, 0, zeros_before, zeros_behind))
@@ -240,6 +247,7 @@ def run(model, idx, passes, kv_refresh=False, detach=False, forward_passes=0, we
 
     # what is looked up by token, once for all passes
     x0, value_embeds = model.embed(idx)
+    first_memory = x0 if config.first_memory == "embedding" else None
     x0 = gather_positions(x0, passes)
     gathered = []
     for x in value_embeds:
@@ -249,9 +257,9 @@ def run(model, idx, passes, kv_refresh=False, detach=False, forward_passes=0, we
         # the memory that this pass reads
         left = split(memories, positions, 1)
         memory = None
-        if memories and config.lrt != "none":
+        if config.lrt != "none":
             is_subset = positions.step > 1 and left  # it reads memories at positions that it leaves alone
-            memory = previous_memory(left if is_subset else memories, positions)
+            memory = previous_memory(left if is_subset else memories, positions, first_memory)
 
         # the pass
         n_layer = layers_needed(config, passes, i, weights, kv_refresh)
@@ -331,7 +339,20 @@ def pass_losses(model, idx, targets, schedule):
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 @torch.no_grad()
-def prefill(model, idx, kv, subsets=2, max_sweeps=24, tolerance=None, first=0, memory=None, ends=None):
+def decode_tokens(model, idx, kv):
+    """
+    The exact recurrence as a model decodes, one forward a token: idx (B, T) -> hidden (B, T, D). The referee
+    of prefill(), which gives the same much faster.
+    """
+    memory, done = None, []
+    for t in range(idx.size(1)):
+        hidden, memory = model(idx[:, t:t + 1], range(t, t + 1), kv, memory)
+        done.append(hidden)
+    return torch.cat(done, dim=1)
+
+@torch.no_grad()
+def prefill(model, idx, kv, subsets=2, max_sweeps=24, tolerance=None, first=0, memory=None, ends=None,
+            recurrence=True):
     """
     Fill the cache for tokens idx (B, T) exactly as decoding them one by one would, in a few passes.
 
@@ -347,15 +368,13 @@ def prefill(model, idx, kv, subsets=2, max_sweeps=24, tolerance=None, first=0, m
     memory: that of the last of these positions, (B, 1, D); None: zero.
     ends: (B,) int64, the position at which the text of each row ends; what follows is padding, for which
     nothing waits, and whose memory is zero.
+    recurrence: False stops after the first pass, to see what the model is worth without what follows.
 
-    Returns hidden (B, T, D); the memory of the last position (B, 1, D), None where lrt is none; and the
+    Returns hidden (B, T, D); the memory that the next position reads (B, 1, D), None for zero; and the
     number of sweeps, the first included.
     """
     config = model.config
     T = idx.size(1)
-    if config.lrt == "none":
-        hidden, _ = model(idx, range(first, first + T), kv)
-        return hidden, None, 1
     if tolerance is None:
         tolerance = TOLERANCE[kv.k[0].dtype]
 
@@ -379,13 +398,30 @@ def prefill(model, idx, kv, subsets=2, max_sweeps=24, tolerance=None, first=0, m
             source = source.masked_fill(take(padding, positions), 0)
         return hidden, source
 
-    # The initialization pass. Position p reads memories[:, p], equation (5), and leaves memories[:, p + 1].
-    source_layers = config.source_layer + 1
-    if memory is None:
-        _, source = compute(range(T), None, source_layers)
-        memory = torch.zeros_like(source[:, :1])
+    # what the first pass reads: behind `memory`, the first memories of these tokens, or zeros
+    first_memory = model.first_memory(idx)
+    if first_memory is not None:
+        if padding is not None:
+            first_memory = first_memory.masked_fill(padding, 0)
+        if memory is None:
+            memory = torch.zeros_like(first_memory[:, :1])
+        read = torch.cat([memory, first_memory[:, :-1]], dim=1)
+    elif memory is not None:
+        read = F.pad(memory, (0, 0, 0, T - 1))
     else:
-        _, source = compute(range(T), F.pad(memory, (0, 0, 0, T - 1)), source_layers)
+        read = None
+    if not (recurrence and config.recurrent_memory):  # then the first pass is all there is
+        if first > 0 and not model.appends_in_parallel:
+            hidden = torch.cat([compute(range(t, t + 1), None)[0] for t in range(T)], dim=1)
+        else:
+            hidden, _ = compute(range(T), read)
+        return hidden, None if first_memory is None else first_memory[:, -1:], 1
+
+    # The first pass. Position p reads memories[:, p], equation (5), and leaves memories[:, p + 1].
+    source_layers = config.source_layer + 1
+    _, source = compute(range(T), read, source_layers)
+    if memory is None:
+        memory = torch.zeros_like(source[:, :1])
     memories = torch.cat([memory, source], dim=1)
 
     # sweeps over the positions that are not final

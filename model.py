@@ -18,7 +18,8 @@ RMSNorm, D the width, G the key/value heads, and zero memory before the first to
     logits = 15 * tanh(norm(h) @ Wu / 15);   m_t = norm(h after the source layer)   (3)
 
 lrt="shared" has one Rk and one Rv for all layers, "layerwise" one of each per layer. lrt="none" is the
-baseline, without m, g_loc and g_mem.
+baseline, without m, g_loc and g_mem. memory="embedding" is the control: it hands on m_t = x0_t instead, so it
+has the same parameters and the same path, and no recurrence.
 
 There is ONE forward. It computes the positions it is given, writes their fresh keys and values into a store,
 and attends to what the store then holds. A training pass, a subset of it, a decoding step and a prefill
@@ -54,6 +55,8 @@ class GPTConfig:
     lrt: str = "none"  # none: plain GPT | shared: one memory projection for all | layerwise: one a layer
     source_layer: int | None = None  # 0-based: memory is read after this layer; None: 3/4 of the way up
     inject: str = "both"  # how memory enters: kv | residual | both
+    memory: str = "hidden"  # what is handed on: hidden (m_t of equation 3) | embedding (x0_t: no recurrence)
+    first_memory: str = "zero"  # what is read before any pass has computed it: zero | embedding (x0_{t-1})
     memory_init: float = 0.1  # c of equation (1) at the start
 
     def __post_init__(self):
@@ -79,6 +82,11 @@ class GPTConfig:
         check_choice("value_embeds", "none", "alternate", "all")
         check_choice("lrt", "none", "shared", "layerwise")
         check_choice("inject", "kv", "residual", "both")
+        check_choice("memory", "hidden", "embedding")
+        check_choice("first_memory", "zero", "embedding")
+        check(self.first_memory == "zero" or self.lrt != "none", "first_memory embedding goes with an LRT")
+        check(self.memory == "hidden" or self.first_memory == "embedding",
+              "memory embedding goes with first_memory embedding: there is no other memory to begin with")
         check(math.isfinite(self.memory_init), f"memory_init must be a number, not {self.memory_init}")
         if self.source_layer is None:  # the paper finds an upper-middle layer strongest
             self.source_layer = max(round(0.75 * self.n_layer) - 1, 0)
@@ -89,11 +97,16 @@ class GPTConfig:
     @property
     def label(self):
         """What the scripts call a model of this kind."""
-        return f"lrt={self.lrt}"
+        return f"lrt={self.lrt}" if self.memory == "hidden" else f"lrt={self.lrt} without recurrence"
 
     @property
     def head_dim(self):
         return self.n_embd // self.n_head
+
+    @property
+    def recurrent_memory(self):
+        """Does a token's memory depend on the memory of the token before it?"""
+        return self.lrt != "none" and self.memory == "hidden"
 
     @property
     def kv_memory(self):
@@ -312,6 +325,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
 class GPT(nn.Module):
     block_class = Block  # what a layer is made of; a subclass may have another
+    appends_in_parallel = True  # whether a pass over several positions may begin behind position 0
 
     def __init__(self, config):
         super().__init__()
@@ -385,6 +399,15 @@ class GPT(nn.Module):
             value_embeds.append(self.value_embeds[str(l)](idx).to(dtype) if has_one else None)
         return x0, tuple(value_embeds)
 
+    def first_memory(self, idx):
+        """
+        What tokens idx (B, P) hand on before a pass has computed their memory: x0 (B, P, D), or None for
+        zero.
+        """
+        if self.config.first_memory == "zero":
+            return None
+        return norm(self.wte(idx).to(self.compute_dtype or self.wte.weight.dtype))
+
     def project_memory(self, memory, n_layer):
         """
         Rk and Rv of the first n_layer layers applied to memory (B, P, D): a list of as many pairs (B, P,
@@ -434,7 +457,7 @@ class GPT(nn.Module):
                           memory_kv=memory_kv[l], lambdas=lambdas, rotary=rotary, positions=positions)
             if l == config.source_layer:
                 source = norm(h)
-        return norm(h), source
+        return norm(h), source if config.memory == "hidden" else x0
 
     def layer(self, l, kv, h, x0, value_embed, memory, memory_kv, lambdas, rotary, positions):
         """Layer l: equation (1), with lambdas its a, b and c, and the block. h (B, P, D) -> (B, P, D)."""

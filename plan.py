@@ -28,6 +28,10 @@ MAX_PASSES_COUNTED = 16  # --dry-run does not count the activations of longer sc
 # -----------------------------------------------------------------------------
 # Model and schedule
 
+def without_recurrence(args):
+    """Is this the control: an LRT that only ever reads the previous token's embedding?"""
+    return args.lrt != "none" and args.schedule == "plain"
+
 def make_config(args, vocab_size):
     """The model's configuration from train.py's flags. Raises UserError for a model that cannot be built."""
     n_head = math.ceil(args.depth * args.aspect_ratio / args.head_dim)
@@ -45,6 +49,8 @@ def make_config(args, vocab_size):
             lrt=args.lrt,
             source_layer=args.source_layer,
             inject=args.inject,
+            memory="embedding" if without_recurrence(args) else "hidden",
+            first_memory=args.first_memory,
             memory_init=args.memory_init,
         )
     except ValueError as e:
@@ -68,6 +74,9 @@ def make_schedule(args):
         schedule.passes(args.max_seq_len)
     except ValueError as e:
         raise UserError(e) from e
+    if without_recurrence(args) and args.first_memory == "zero":
+        raise UserError("--schedule plain never computes a memory: "
+                        "an LRT needs --first-memory embedding with it")
     if schedule.kind == "chunked" and args.chunk >= args.max_seq_len:
         raise UserError(f"--chunk {args.chunk} covers the whole context of {args.max_seq_len}: "
                         "memory would never reach a token")
@@ -203,9 +212,11 @@ def describe(plan, world_size, device, dtype, rows_per_epoch):
 
     model = (f"{world_size} x {device}, {str(dtype)[6:]} | depth {config.n_layer}, width {config.n_embd}, "
              f"{config.n_head} heads, {config.label}")
-    if config.lrt != "none":
+    if config.recurrent_memory:
         n_passes = len(schedule.passes(T))
         model += f", memory from layer {config.source_layer}, {schedule.kind}, {n_passes} passes"
+    if config.first_memory == "embedding":
+        model += ", first memory from the previous token's embedding"
 
     horizon = (f"{plan.num_iterations} steps of {plan.total_batch:,} tokens "
                f"({plan.rows_per_step} rows of {T}: {world_size} x {plan.micro_steps} x {plan.device_batch}) "

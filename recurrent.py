@@ -108,6 +108,7 @@ class RecurrentBlock(Block):
 
 class RecurrentGPT(GPT):
     block_class = RecurrentBlock
+    appends_in_parallel = False  # a recurrent layer runs from position 0 on, or one position at a time
 
     def flops_per_token(self, T=None, n_layer=None, head=True):
         """

@@ -149,11 +149,7 @@ def prefill_prompts(model, prompts, pad_token, num_samples, max_new_tokens, use_
     start = torch.tensor(padding, device=device) if any(padding) else None
 
     prompt_kv = new_cache(model, len(prompts), T, start=start)
-    if use_memory:
-        hidden, memory, _ = prefill(model, idx, prompt_kv)
-    else:
-        hidden, _ = model(idx, range(T), prompt_kv)
-        memory = None
+    hidden, memory, _ = prefill(model, idx, prompt_kv, recurrence=use_memory)
 
     # a row for each sample; in layers that have a window this cache keeps only that window
     if start is not None:
@@ -183,8 +179,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_k=N
     generator, seeded seed + i, so it does not depend on what else is in the batch.
 
     interleave.prefill processes all prompts at once; then each token is one forward. A sequence carries the
-    standard KV cache and one memory vector. use_memory=False keeps the memory at zero, for comparison. Raises
-    ValueError for a prompt that is empty or longer than the context.
+    standard KV cache and one memory vector. use_memory=False keeps to the first memory, zero by default, for
+    comparison. Raises ValueError for a prompt that is empty or longer than the context.
     """
     context = model.config.sequence_len
     lengths = [len(prompt) for prompt in prompts]
@@ -204,7 +200,6 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_k=N
 
     steps = max(remaining)
     hidden, memory, kv = prefill_prompts(model, prompts, bos, num_samples, steps, use_memory)
-    carries_memory = use_memory and model.config.lrt != "none"
 
     first = max(lengths)  # the position of the first new token
     for position in range(first, first + steps):
@@ -228,7 +223,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_k=N
 
         # one forward gives the hidden states that the next tokens come from
         hidden, source = model(tokens[:, None], range(position, position + 1), kv, memory)
-        memory = source if carries_memory else None
+        memory = source if use_memory else model.first_memory(tokens[:, None])
 
 def complete(*args, **options):
     """The finished texts of generate(), which takes the same arguments: a list of str, one a sequence."""

@@ -196,6 +196,8 @@ def reference(model, idx, passes, kv_refresh=False):
     keys, values = [{} for _ in range(L)], [{} for _ in range(L)]  # by layer and position
     local = {}  # by (layer, position): k and v without memory, and the memory's gate, of the first pass
     memory = {}  # by position
+    if c.first_memory == "embedding":
+        memory = {t: rms(model.wte.weight[idx[:, t]]) for t in range(T)}
     out = []
 
     def store(l, t, k, v, g_mem, m):
@@ -251,7 +253,7 @@ def reference(model, idx, passes, kv_refresh=False):
                 h = hidden[t] + y.flatten(1) @ block.attn.c_proj.weight.T
                 activation = torch.relu(rms(h) @ block.mlp.c_fc.weight.T) ** 2
                 hidden[t] = h + activation @ block.mlp.c_proj.weight.T
-                if l == c.source_layer and c.lrt != "none":
+                if l == c.source_layer and c.recurrent_memory:
                     memory[t] = rms(hidden[t])  # equation (3)
         out.append({t: rms(h) for t, h in hidden.items()})
 
@@ -287,6 +289,10 @@ VARIANTS = {
     "kv-no-value-embeds": dict(inject="kv", value_embeds="none", lrt="layerwise", source_layer=2),
     "residual": dict(inject="residual"),
     "residual-no-value-embeds": dict(inject="residual", value_embeds="none"),
+    "first-embedding": dict(first_memory="embedding"),
+    "first-embedding-windows": dict(first_memory="embedding", lrt="layerwise", sequence_len=10,
+                                    window_pattern="SSL", n_layer=4),
+    "control": dict(first_memory="embedding", memory="embedding"),
     "one-layer": dict(n_layer=1, n_head=1, n_kv_head=1),
 }
 SCHEDULES = {
@@ -347,7 +353,7 @@ def test_a_sequence_of_one_token(schedule):
     _, means = TrainStep(model, SCHEDULES[schedule])(idx, targets)
     torch.testing.assert_close(means, expected.detach().expand_as(means), rtol=0, atol=1e-12)
 
-@pytest.mark.parametrize("variant", ["shared", "layerwise", "windows", "kv", "residual"])
+@pytest.mark.parametrize("variant", ["shared", "layerwise", "windows", "kv", "residual", "first-embedding"])
 def test_refine_reaches_the_exact_recurrence(variant):
     """T-1 refinements are the token-by-token result: outputs, and gradients of the last pass's loss."""
     T = 9
@@ -383,6 +389,31 @@ def test_decoding_through_the_cache_equals_sequential(variant):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
     torch.testing.assert_close(memory, interleave.newest_memory(done[-1][2]), rtol=0, atol=1e-11)
 
+@pytest.mark.parametrize("options", [{}, dict(inject="kv"), dict(lrt="layerwise", inject="residual")])
+def test_the_control_is_exact_in_one_pass(options):
+    """Its memory is known in advance: one parallel pass is what it decodes, a second one changes nothing."""
+    model = make(**VARIANTS["control"], **options)
+    idx, _ = tokens(10)
+    logits, memory = decode(model, idx)
+    with torch.no_grad():
+        once, source = last_pass(model, idx, interleave.plain(10))
+        again, _ = last_pass(model, idx, interleave.refine(10, 1))
+        x0, _ = model.embed(idx)
+    torch.testing.assert_close(model.logits(once), logits, rtol=0, atol=1e-11)
+    torch.testing.assert_close(once, again, rtol=0, atol=1e-11)
+    assert torch.equal(memory, x0) and torch.equal(source, x0)
+
+@torch.no_grad()
+def test_the_control_reaches_one_token_back():
+    """If each position sees only itself, memory brings in the token before, and nothing further back."""
+    model = make(**VARIANTS["control"], sequence_len=2 * 9, window_pattern="S")
+    model.config.window = lambda layer: 0
+    idx, _ = tokens(9)
+    changed = idx.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % 37
+    moved = (decode(model, idx)[0] != decode(model, changed)[0]).any(-1).any(0)
+    assert moved.nonzero().flatten().tolist() == [3, 4]
+
 @torch.no_grad()
 def test_a_full_pass_fills_the_cache_like_decoding():
     """Without recurrence, prefill through the cache in pieces of any size is the full pass."""
@@ -394,7 +425,7 @@ def test_a_full_pass_fills_the_cache_like_decoding():
     torch.testing.assert_close(torch.cat(hidden, 1), expected, rtol=0, atol=1e-11)
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("variant", ["shared", "layerwise", "windows", "none"])
+@pytest.mark.parametrize("variant", ["shared", "layerwise", "windows", "none", "first-embedding", "control"])
 @torch.no_grad()
 def test_causality(variant, schedule):
     """Another token at position t moves nothing before t, in any pass, and moves something at t or after."""
@@ -781,6 +812,13 @@ def test_flops_count_the_passes():
     expected = memory * (2 * 6 / 3 + 3 * 4)
     assert refined.flops_per_token(layerwise, T) - without == pytest.approx(expected)
 
+    # the first memory is projected, too, and its gradient goes into the embedding
+    control = make(**VARIANTS["control"], window_pattern="L")
+    assert Schedule("plain").flops_per_token(control, T) == plain + 6 * memory
+    first = make(first_memory="embedding", window_pattern="L")
+    forward_only = Schedule("refine", refinements=1, forward_passes=1)
+    assert forward_only.flops_per_token(first, T) == pytest.approx(lower / 3 + plain + memory * (6 / 3 + 4))
+
     # detached memory, passes without a loss
     interleaved_flops = Schedule().flops_per_token(lrt, T)
     assert_flops(Schedule(detach=True), interleaved_flops - 2 * memory)
@@ -797,6 +835,10 @@ def test_flops_count_the_passes():
     (dict(window_pattern=""), "window_pattern"),
     (dict(lrt="both"), "lrt 'both'"),
     (dict(inject="x"), "inject 'x'"),
+    (dict(memory="x"), "memory 'x'"),
+    (dict(first_memory="x"), "first_memory 'x'"),
+    (dict(first_memory="embedding"), "first_memory embedding goes with an LRT"),
+    (dict(lrt="shared", memory="embedding"), "memory embedding goes with first_memory embedding"),
     (dict(n_embd=6, n_head=2, n_kv_head=2), "is odd"),
 ])
 def test_bad_config_is_one_clear_line(bad, message):

@@ -114,10 +114,15 @@ def make_parser():
     add("--source-layer", type=int,
         help="memory is read after this layer, 0-based (default: 3/4 of the way up)")
     add("--inject", choices=["kv", "residual", "both"], default="both", help="how memory enters a layer")
+    add("--first-memory", choices=["zero", "embedding"], default="zero",
+        help="what a token reads where no memory has been computed yet: zero, or the embedding of the token "
+        "before")
     add("--memory-init", type=float, default=0.1,
         help="c at the start: how much memory is added to the residual stream")
-    add("--schedule", choices=["interleaved", "refine", "chunked", "sequential"], default="interleaved",
-        help="the passes of a training step, see interleave.py")
+    kinds = ["interleaved", "refine", "chunked", "sequential", "plain"]
+    add("--schedule", choices=kinds, default="interleaved",
+        help="the passes of a training step, see interleave.py; plain with --first-memory embedding is the "
+        "control: one pass, the same parameters, no recurrence")
     add("--subsets", type=int, default=2,
         help="interleaved: S; a step costs about two plain passes for any S")
     add("--kv-refresh", action="store_true",

@@ -41,7 +41,7 @@ from common import (
     read_rows,
     run_main,
 )
-from interleave import Schedule, TrainStep, run
+from interleave import Schedule, TrainStep, decode_tokens, run
 from model import GPTConfig
 from optim import OptimizerConfig, make_optimizers, set_learning_rates
 from recurrent import RecurrentConfig, build_model
@@ -175,14 +175,7 @@ def decode(model, idx):
     along.
     """
     kv = KVCache(model.config, *idx.shape, idx.device, model.wte.weight.dtype)
-    memory = None
-    answers = []
-    for t in range(idx.size(1)):
-        hidden, source = model(idx[:, t:t + 1], range(t, t + 1), kv, memory)
-        if model.config.lrt != "none":
-            memory = source
-        answers.append(model.logits(hidden).argmax(-1))
-    return torch.cat(answers, dim=1)
+    return model.logits(decode_tokens(model, idx, kv)).argmax(-1)
 
 @torch.no_grad()
 def answer_in_passes(model, idx, passes):

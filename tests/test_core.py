@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, SMALL, assert_refused, cli, log, shell
+from test_recurrent import make_recurrent
 
 import core
-from attention import KVBuffer
+import interleave
 from common import UserError
 from core import CORE, batches, common_length, encode, evaluate_task, load_tasks, make_example, render, score
 from dataset import load_tokenizer
@@ -49,8 +50,10 @@ def find_task(tasks, name):
     return next(task for task in tasks if task.name == name)
 
 def model_for(tokenizer, dtype=torch.float32, **overrides):
-    """A small LRT with random weights that make a difference, over this tokenizer's vocabulary."""
+    """A small model with random weights that make a difference, over this tokenizer's vocabulary."""
     config = dict(vocab_size=tokenizer.n_vocab, sequence_len=48, n_layer=2, n_embd=32, n_head=2, n_kv_head=2)
+    if overrides.pop("arch", "gpt") == "recurrent":
+        return make_recurrent(dtype=dtype, **config | overrides)
     return make(dtype=dtype, **config | overrides)
 
 class Known(torch.nn.Module):
@@ -60,6 +63,7 @@ class Known(torch.nn.Module):
     key cache, so it knows no more than what reaches it through prefixes, copies and batches.
     """
     compute_dtype = None
+    appends_in_parallel = True
 
     def __init__(self, vocab_size, context, texts=()):
         """texts: pairs of the tokens and the position from which on it knows them."""
@@ -81,7 +85,11 @@ class Known(torch.nn.Module):
         end = positions[-1] + 1
         cached = kv.k[0][:, 0, :end, 0].long()
         seen = (cached * self.hashes[:end]).cumsum(1)
-        return seen[:, positions.start:, None], None
+        hidden = seen[:, positions.start:, None]
+        return hidden, hidden  # as its memory, which nothing reads
+
+    def first_memory(self, idx):
+        return None
 
     def logits(self, hidden):
         logits = torch.zeros(*hidden.shape[:2], self.config.vocab_size)
@@ -199,7 +207,7 @@ def score_token_by_token(model, example, use_memory):
             logits, _ = decode(model, inputs)
         else:
             with torch.no_grad():
-                hidden, _ = model(inputs, range(inputs.size(1)), KVBuffer(model.config.n_layer))
+                (_, hidden, _), = interleave.run(model, inputs, interleave.plain(inputs.size(1)))
                 logits = model.logits(hidden)
         logits, targets = logits[0, start - 1:], row[0, start:]
         loss = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
@@ -212,6 +220,9 @@ def score_token_by_token(model, example, use_memory):
     pytest.param(dict(lrt="shared"), id="shared"),
     pytest.param(dict(lrt="layerwise", window_pattern="SL"), id="windows"),
     pytest.param(dict(lrt="none"), id="none"),
+    pytest.param(dict(arch="recurrent"), id="recurrent"),
+    pytest.param(dict(lrt="shared", first_memory="embedding"), id="first-embedding"),
+    pytest.param(dict(lrt="shared", first_memory="embedding", memory="embedding"), id="control"),
 ])
 def test_batched_scores_are_those_of_token_by_token(tasks, tokenizer, overrides, monkeypatch):
     """In every kind of task, shared prefixes, copies, padding and blocks change nothing."""

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from attention import KVCache
-from interleave import Schedule, TrainStep, prefill
+from interleave import Schedule, TrainStep, plain, prefill, run
 from model import GPT, GPTConfig
 from test_model import VARIANTS, decode, make, tokens
 
@@ -69,6 +69,7 @@ ADVERSARIAL = {
     "layerwise": dict(lrt="layerwise"),
     "residual": dict(inject="residual"),
     "kv": dict(inject="kv", window_pattern="S"),
+    "first-embedding": dict(first_memory="embedding"),
 }
 
 @pytest.mark.parametrize("variant", ADVERSARIAL)
@@ -85,6 +86,21 @@ def test_prefill_on_adversarial_weights_in_float32(lrt):
     for T in (1, 2, 40, 64):
         assert_exact(adversarial(torch.float32, lrt=lrt), T, 2, atol=1e-4)
 
+@torch.no_grad()
+def test_without_recurrence_prefill_is_the_first_pass():
+    """In pieces as well: the first memory crosses from one to the next."""
+    for variant in ("shared", "first-embedding", "control", "none"):
+        model = make(**VARIANTS[variant])
+        idx, _ = tokens(9)
+        (_, expected, _), = run(model, idx, plain(9))
+        kv, memory, done = new_cache(model, 2, 9), None, []
+        for piece in (range(4), range(4, 5), range(5, 9)):
+            hidden, memory, sweeps = prefill(model, idx[:, piece.start:piece.stop], kv, first=piece.start,
+                                             memory=memory, recurrence=False)
+            done.append(hidden)
+            assert sweeps == 1
+        torch.testing.assert_close(torch.cat(done, 1), expected, rtol=0, atol=1e-11)
+
 def test_adversarial_weights_are_adversarial():
     """The tests above would prove little if these converged at once."""
     model = adversarial()
@@ -94,6 +110,8 @@ def test_adversarial_weights_are_adversarial():
 
 PADDED = {
     "shared": {},
+    "first-embedding": dict(first_memory="embedding"),
+    "control": dict(first_memory="embedding", memory="embedding", window_pattern="SL"),
     "layerwise-windows": dict(lrt="layerwise", window_pattern="SL"),
     "none-windows": dict(lrt="none", window_pattern="SL"),
 }
@@ -121,6 +139,8 @@ def test_prefill_of_prompts_of_different_lengths(variant, max_sweeps):
 
 CONTINUED = {
     "shared": {},
+    "first-embedding": dict(first_memory="embedding"),
+    "control": dict(first_memory="embedding", memory="embedding", window_pattern="SL"),
     "windows": dict(lrt="layerwise", window_pattern="SL"),
     "none": dict(lrt="none"),
 }
@@ -193,6 +213,9 @@ def test_rolling_cache_keeps_only_the_window_and_decodes_the_same():
             torch.testing.assert_close(again[1::2], expected, rtol=0, atol=1e-12)
 
 COMPILED = {
+    "control": (dict(lrt="shared", n_layer=2, first_memory="embedding", memory="embedding"),
+                Schedule("plain")),
+    "first-embedding": (dict(lrt="shared", n_layer=2, first_memory="embedding"), Schedule(forward_passes=1)),
     "shared": (dict(lrt="shared", n_layer=2), Schedule()),
     "refresh": (dict(lrt="layerwise", n_layer=1), Schedule(subsets=3, kv_refresh=True)),
     "forward-pass": (dict(lrt="shared", n_layer=2), Schedule(forward_passes=1)),

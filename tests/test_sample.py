@@ -18,7 +18,7 @@ from helpers import ROOT, assert_refused, cli, shell
 
 from attention import KVCache
 from checkpointing import load_model
-from interleave import prefill
+from interleave import plain, prefill, run
 from sample import IncrementalDetokenizer, complete, generate, sample_next_token
 from test_model import decode, make, tokens
 
@@ -105,6 +105,7 @@ def test_generation_is_the_exact_recurrence(trained_models):
     pytest.param({}, id="shared"),
     pytest.param(dict(lrt="layerwise", window_pattern="SL"), id="windows"),
     pytest.param(dict(lrt="none"), id="none"),
+    pytest.param(dict(first_memory="embedding", memory="embedding"), id="control"),
 ])
 def test_a_sequence_does_not_depend_on_its_batch(overrides):
     model = make(sequence_len=24, dtype=torch.float32, **overrides)
@@ -121,6 +122,20 @@ def test_a_sequence_does_not_depend_on_its_batch(overrides):
             assert texts([prompt], seed=7 + j) == [together[3 * i + j]]
     assert together == texts(prompts, seed=7, num_samples=3)
     assert len(set(together[:3])) > 1
+
+def test_the_control_generates_what_its_parallel_pass_predicts():
+    """Greedy text: each token is the argmax of one plain pass over all before it, with memory or without."""
+    model = make(dtype=torch.float32, sequence_len=24, first_memory="embedding", memory="embedding")
+    for use_memory in (True, False):
+        tokens = [i for _, i, _ in generate(model, toy_tokenizer(), [[BOS, 3, 5]], 12, temperature=0,
+                                            use_memory=use_memory) if i is not None]
+        row = [BOS, 3, 5]
+        for token in tokens:
+            with torch.no_grad():
+                (_, hidden, _), = run(model, torch.tensor([row]), plain(len(row)))
+            assert model.logits(hidden)[0, -1].argmax() == token
+            row.append(token)
+        assert len(row) > 6
 
 def test_generation_ends_after_max_new_tokens(trained_models):
     for n in (1, 2, 5):

@@ -82,6 +82,8 @@ def test_training_end_to_end(trained):
     "--schedule chunked --chunk 7 --inject residual",
     "--schedule sequential --value-embeds none --source-layer 0",
     "--activation-checkpointing --loss-weights 1 2 3",
+    "--schedule plain --first-memory embedding --inject kv",
+    "--schedule refine --refinements 1 --forward-passes 1 --first-memory embedding",
 ])
 def test_every_variant_and_schedule_trains(flags, data, here):
     train(data, "--num-iterations", 3, "--eval-tokens", 256, "--decode-tokens", 64, "--name", "x",
@@ -245,6 +247,8 @@ def test_a_run_sees_every_row_once(data, here, monkeypatch):
     ("--schedule chunked --chunk 32", ["--chunk 32 covers the whole context"]),
     ("--schedule chunked --kv-refresh", ["kv_refresh goes with the interleaved schedule"]),
     ("--loss-weights 1 2", ["2 loss weights for 3 passes"]),
+    ("--schedule plain --lrt shared", ["--schedule plain", "--first-memory embedding"]),
+    ("--lrt none --first-memory embedding", ["first_memory embedding goes with an LRT"]),
     ("--loss-weights -1 1 1", ["not negative"]),
     ("--loss-weights nan 1 1", ["must be finite"]),
     ("--forward-passes -1", ["--forward-passes must be a number of at least 0"]),
