@@ -160,6 +160,29 @@ def cheaper():
     runs["refine_1_loss_last"] = layerwise(1000, "--schedule refine --refinements 1 --loss-weights 0 1")
     return runs
 
+def control():
+    """
+    What is recurrence worth beyond a memory that costs one pass? The control reads the previous token's
+    embedding by the same path (--first-memory embedding --schedule plain).
+    - kv_STEPS, layerwise_STEPS: the control, with one projection for all layers into keys and values only,
+      and with one a layer.
+    - draft_kv_STEPS, draft_layerwise_STEPS: recurrence on top of it: the first pass reads that memory, runs
+      forward only and up to the source layer, and hands its own memory to a second pass, which has the loss.
+    - s2_kv_STEPS: the paper's schedule with that first memory.
+    """
+    first = "--first-memory embedding"
+    draft = "--schedule refine --refinements 1 --forward-passes 1"
+    shared_kv = "--lrt shared --inject kv"
+    runs = {}
+    for steps in (500, 1000):
+        size = f"{SIZE} --num-iterations {steps} {first}"
+        runs[f"kv_{steps}"] = f"{size} {shared_kv} --schedule plain"
+        runs[f"draft_kv_{steps}"] = f"{size} {shared_kv} {draft}"
+        runs[f"layerwise_{steps}"] = f"{size} --lrt layerwise --schedule plain"
+        runs[f"draft_layerwise_{steps}"] = f"{size} --lrt layerwise {draft}"
+        runs[f"s2_kv_{steps}"] = f"{size} {shared_kv}"
+    return runs
+
 def states():
     """State tracking beyond the lengths of training, see research/states.py."""
     variants = {
@@ -186,6 +209,7 @@ SETS = {
     "cheaper": cheaper(),
     "ablation": ablation(),
     "tuning": tuning(),
+    "control": control(),
     "states": states(),
 }
 

@@ -23,13 +23,14 @@ from common import ArgumentParser, UserError, read_rows, run_main
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 
-SETS = ("reproduction", "scaling", "longer", "cheaper", "ablation", "tuning", "states")
+SETS = ("reproduction", "scaling", "longer", "cheaper", "ablation", "tuning", "control", "states")
 
 # runs of the set `scaling` that another set is read against
 BESIDE = {
     "ablation": ("none_500", "layerwise_500"),
     "tuning": ("none_500", "shared_500"),
     "cheaper": ("none_500", "none_1000", "none_2000", "layerwise_1000"),
+    "control": ("none_500", "none_1000", "shared_500", "shared_1000", "layerwise_500", "layerwise_1000"),
 }
 
 # by variant(); other variants take OTHER_COLORS in turn
