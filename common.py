@@ -8,11 +8,13 @@ none of them and starts in a quarter of a second.
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 from datetime import date
@@ -23,6 +25,9 @@ from pathlib import Path
 
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong and what to do about it."""
+
+class Unreadable(UserError):
+    """The operating system does not let us read a file now. That says nothing about what it contains."""
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults in --help, but not "(default: None)", which tells nobody anything."""
@@ -74,6 +79,50 @@ def run_main(main):
 
 
 # -----------------------------------------------------------------------------
+# What the operating system refuses is not what a file contains
+
+# what keeps a file from being opened or read, however whole it is
+REFUSALS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EIO,
+    errno.ESTALE,  # a file handle that an NFS server no longer knows
+    errno.ETIMEDOUT,
+)
+
+def refusal(error):
+    """
+    What the operating system said when it refused to open or to read a file; None if the error is of
+    another kind, so that the content of the file is bad.
+    """
+    code = None
+    if isinstance(error, MemoryError):
+        code = errno.ENOMEM
+    elif isinstance(error, OSError):
+        # gzip's and pyarrow's errors have no number; a seek to where a damaged file points is EINVAL
+        code = error.errno if error.errno != errno.EINVAL else None
+    elif isinstance(error, RuntimeError):
+        # torch has it in its text: "unable to open file <x.pt> in read-only mode: Too many open files (24)"
+        code = next((code for code in REFUSALS if os.strerror(code) in str(error)), None)
+    if code is None:
+        return None
+    if code == errno.EMFILE:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"{os.strerror(code)}: the limit of this process is {limit}, raise it with `ulimit -n`"
+    return os.strerror(code)
+
+def raise_if_unreadable(path, error):
+    """Raise Unreadable if this error, met while reading `path`, is a refusal of the operating system."""
+    reason = refusal(error)
+    if reason is not None:
+        raise Unreadable(f"cannot read {path} ({reason}): it may be whole, "
+                         "so make it readable and run the same command again") from error
+
+
+# -----------------------------------------------------------------------------
 # Files that are whole or absent
 
 def publish(tmp, path):
@@ -116,12 +165,16 @@ def check_folder(path):
         raise UserError(f"cannot write {path}: there is no folder {Path(path).parent}")
 
 def sha256_file(*paths):
-    """Hex sha256 of the bytes of these files, one after another."""
+    """Hex sha256 of the bytes of these files, one after another. Raises Unreadable."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as f:
-            while chunk := f.read(1 << 20):
-                digest.update(chunk)
+        try:
+            with open(path, "rb") as f:
+                while chunk := f.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as e:
+            raise_if_unreadable(path, e)
+            raise
     return digest.hexdigest()
 
 def lock(folder, what):
@@ -156,7 +209,8 @@ def read_rows(path):
     except FileNotFoundError:
         return []
     except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
+        raise_if_unreadable(path, e)
+        raise
     rows = []
     for line in lines:
         with contextlib.suppress(ValueError):

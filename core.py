@@ -37,7 +37,16 @@ import yaml
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from common import UserError, from_rank_0, lock, rank_and_world_size, sha256_file, write_atomic, write_json
+from common import (
+    UserError,
+    from_rank_0,
+    lock,
+    raise_if_unreadable,
+    rank_and_world_size,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 from dataset import BOS
 from interleave import prefill
 from prepare_data import download
@@ -217,6 +226,7 @@ def load_tasks(bundle=None, names=None):
     except FileNotFoundError as e:
         raise UserError(f"no CORE bundle in {bundle}: {e.filename} is missing") from e
     except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+        raise_if_unreadable(getattr(e, "filename", None) or bundle, e)
         raise UserError(f"the CORE bundle in {bundle} is damaged: {e!r}") from e
     unknown = [name for name in names or () if name not in available]
     if unknown or not tasks:
@@ -513,7 +523,7 @@ def read_finished(path, header, tasks):
     """
     The results of finished tasks, a dict by name, that an earlier call left in the file `path`; {} if there
     are none or they are of another model or other flags than the header's. Tasks whose data have changed are
-    left out.
+    left out. Raises Unreadable: results that cannot be read now would be written over.
     """
     try:
         kept = json.loads(path.read_text("utf-8"))
@@ -524,8 +534,11 @@ def read_finished(path, header, tasks):
             if finished.get(task.name, {}).get("sha256") != task.sha256:
                 finished.pop(task.name, None)
         return finished
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no file, or a damaged one
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise_if_unreadable(path, e)
+        return {}  # a damaged file
 
 def work_per_example(task, context):
     """About how much work an example is: the characters of its prompt, at most those of a full context."""

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from common import UserError, sha256_file, write_atomic, write_json
+from common import UserError, raise_if_unreadable, sha256_file, write_atomic, write_json
 
 BOS = "<|bos|>"
 
@@ -71,6 +71,7 @@ def load_tokenizer(folder):
     except FileNotFoundError as e:
         raise UserError(f"no tokenizer in {folder}: run `python prepare_data.py --out {folder}` first") from e
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise_if_unreadable(f"the tokenizer files in {folder}", e)
         raise UserError(f"the tokenizer files in {folder} are damaged ({e}): re-run prepare_data.py") from e
 
 def check_ranks(ranks, n_lines, spec):
@@ -91,7 +92,7 @@ def check_ranks(ranks, n_lines, spec):
         raise ValueError("tokens are missing or appear twice")
 
 def tokenizer_sha256(folder):
-    """Hex sha256 over the two tokenizer files. Raises OSError if one cannot be read."""
+    """Hex sha256 over the two tokenizer files. Raises Unreadable."""
     return sha256_file(Path(folder) / "tokenizer.tiktoken", Path(folder) / "tokenizer.json")
 
 def token_bytes(enc):
@@ -117,6 +118,7 @@ def load_shard(path):
     except FileNotFoundError as e:
         raise UserError(f"{path} is missing: re-run prepare_data.py") from e
     except (OSError, ValueError, EOFError, AttributeError) as e:
+        raise_if_unreadable(path, e)
         raise UserError(f"{path} is damaged ({e}): delete it and re-run prepare_data.py") from e
     if not whole:
         raise UserError(f"{path} is damaged (wrong size): delete it and re-run prepare_data.py")
@@ -138,9 +140,6 @@ def open_data(folder, verify=True):
     UserError if anything is missing, damaged, or does not belong together.
     """
     folder = Path(folder)
-    if not (folder / "meta.json").is_file():
-        state = "unfinished data" if (folder / "settings.json").is_file() else "no prepared data"
-        raise UserError(f"{state} in {folder}: run `python prepare_data.py --out {folder}` first")
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         entries = []
@@ -151,7 +150,11 @@ def open_data(folder, verify=True):
         vocab_size = meta["vocab_size"]
         bos = meta["bos_id"]
         tokenizer_digest = meta["tokenizer_sha256"]
+    except (FileNotFoundError, NotADirectoryError) as e:
+        state = "unfinished data" if (folder / "settings.json").is_file() else "no prepared data"
+        raise UserError(f"{state} in {folder}: run `python prepare_data.py --out {folder}` first") from e
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise_if_unreadable(folder / "meta.json", e)
         raise UserError(f"{folder / 'meta.json'} is damaged ({e!r}): "
                         "delete it and re-run prepare_data.py") from e
 
@@ -185,15 +188,9 @@ def verify_checksums(files):
     Compare the sha256 of files, several at a time. files: pairs of a path and the hex digest that it should
     have. Raises UserError if one differs or cannot be read.
     """
-    def digest_of(file):
-        path, _ = file
-        try:
-            return sha256_file(path)
-        except OSError as e:
-            raise UserError(f"cannot read {path} ({e.strerror}): is the disk failing?") from e
-
+    paths = [path for path, _ in files]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (path, expected), found in zip(files, pool.map(digest_of, files)):
+        for (path, expected), found in zip(files, pool.map(sha256_file, paths)):
             if found != expected:
                 raise UserError(f"{path} is damaged (sha256 differs from meta.json): "
                                 "delete it and re-run prepare_data.py")

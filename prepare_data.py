@@ -33,10 +33,12 @@ from tqdm import tqdm
 
 from common import (
     ArgumentParser,
+    Unreadable,
     UserError,
     at_least,
     lock,
     publish,
+    raise_if_unreadable,
     run_main,
     sha256_file,
     write_atomic,
@@ -190,6 +192,7 @@ def open_parquet(path):
     try:
         parquet = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as e:
+        raise_if_unreadable(path, e)
         raise UserError(f"{path} does not open as parquet ({e}): delete it, then get it again") from e
     if "text" not in parquet.schema_arrow.names:
         raise UserError(f"{path} has no column `text`, only {', '.join(parquet.schema_arrow.names)}")
@@ -205,6 +208,7 @@ def read_parquet(path):
                     raise UserError(f"{path}: column `text` does not hold strings")
                 yield text
     except (pyarrow.ArrowException, UnicodeDecodeError) as e:
+        raise_if_unreadable(path, e)
         raise UserError(f"{path} is damaged ({e}): delete it, then get it again") from e
 
 def read_documents(path):
@@ -222,6 +226,7 @@ def read_documents(path):
             if text and not text.isspace():
                 yield text
     except (OSError, EOFError, zlib.error) as e:  # gzip's and some of pyarrow's errors
+        raise_if_unreadable(path, e)
         raise UserError(f"cannot read {path} ({e}): is it damaged?") from e
 
 def cut_tail(docs):
@@ -375,6 +380,8 @@ def write_shards(out, stream, enc, bar):
     while shard_path(number).exists():
         try:
             shard = load_shard(shard_path(number))
+        except Unreadable:
+            raise
         except UserError:
             break  # it is damaged, and written again
         skip += np.count_nonzero(shard == bos)
@@ -581,29 +588,38 @@ def check_settings(out, settings):
             if there.get(key) != settings.get(key):
                 differences.append(f"{key} {there.get(key)} there, {settings.get(key)} now")
     except (OSError, ValueError, AttributeError, TypeError) as e:
+        raise_if_unreadable(path, e)
         raise UserError(f"{path} is damaged ({e}): delete {out} and re-run prepare_data.py") from e
     if differences:
         raise UserError(f"{out} holds other data ({'; '.join(differences)}): "
                         f"choose another --out or delete {out}")
 
 def finished_data(out):
-    """The Data in the folder, or None if it is unfinished or damaged."""
+    """
+    The Data in the folder, or None if it is unfinished or damaged, and so is to be made again. Raises
+    Unreadable.
+    """
     try:
         return open_data(out, verify=False)
+    except Unreadable:
+        raise
     except UserError:
         return None
 
 def discard_damaged(out):
     """
     Prepare a folder for being completed: remove meta.json and every file that differs from what it recorded.
-    Without a tokenizer that can be used, remove all shards, too.
+    Without a tokenizer that can be used, remove all shards, too. What cannot be read now is not damaged: it
+    raises Unreadable.
     """
     # what meta.json recorded, if it can be read
     try:
         meta = json.loads((out / "meta.json").read_text("utf-8"))
         recorded = {shard["file"]: shard["sha256"] for split in ("train", "val") for shard in meta[split]}
         recorded_tokenizer = meta["tokenizer_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        if not isinstance(e, FileNotFoundError):
+            raise_if_unreadable(out / "meta.json", e)
         recorded = None
         recorded_tokenizer = None
 
@@ -611,6 +627,8 @@ def discard_damaged(out):
     try:
         load_tokenizer(out)
         usable = recorded_tokenizer in (None, tokenizer_sha256(out))
+    except Unreadable:
+        raise
     except UserError:
         usable = False
     if not usable:
@@ -676,10 +694,7 @@ def make_settings(args, files, vocab_size):
         settings["base_url"] = args.base_url  # --num-shards is left out: more can be added later
         return settings
     settings["shard_tokens"] = args.shard_tokens
-    try:
-        settings["source_sha256"] = sha256_file(*files)
-    except OSError as e:
-        raise UserError(f"cannot read {e.filename}: {e.strerror}") from e
+    settings["source_sha256"] = sha256_file(*files)
     return settings
 
 def make_tokenizer(args, vocab_size, streams):

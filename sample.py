@@ -16,7 +16,16 @@ import torch
 
 from attention import KVCache
 from checkpointing import find_checkpoint, load_checkpoint, load_model
-from common import ArgumentParser, UserError, at_least, check_folder, pick_device, run_main, write_atomic
+from common import (
+    ArgumentParser,
+    UserError,
+    at_least,
+    check_folder,
+    pick_device,
+    raise_if_unreadable,
+    run_main,
+    write_atomic,
+)
 from dataset import BOS, load_tokenizer
 from interleave import prefill
 
@@ -287,7 +296,8 @@ def read_prompts(path):
     except UnicodeDecodeError as e:
         raise UserError(f"cannot read {path}: it is not UTF-8 text") from e
     except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
+        raise_if_unreadable(path, e)
+        raise
     if not lines:
         raise UserError(f"{path} has no prompts")
     if path.suffix != ".jsonl":

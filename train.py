@@ -32,6 +32,7 @@ from tqdm import tqdm
 from checkpointing import (
     Log,
     default_name,
+    list_checkpoints,
     load_optimizers,
     load_weights,
     new_run_folder,
@@ -216,7 +217,7 @@ def parse_args():
     if args.resume == "auto":
         args.name = args.name or default_name(args)
         folder = Path(args.out) / args.name
-        if any(folder.glob("ckpt_*.pt")):
+        if list_checkpoints(folder):
             args.resume = str(folder)
     check_restarts(args)
     if args.resume not in (None, "auto"):
@@ -471,13 +472,13 @@ def save(folder, log, state, model, optimizers, keep, final, **about):
             raise UserError(f"{what}, then --resume {folder}") from e
         print0(f"warning: {what}; training goes on, and the next save is the next try")
         return
-    for old in sorted(folder.glob("ckpt_*.pt"))[:-keep]:
-        old.unlink(missing_ok=True)
     print0(f"saved {path}")
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
 
 def not_finite(what, folder, step):
     """The error that ends a run whose numbers are not finite."""
-    kept = sorted(folder.glob("ckpt_*.pt"))
+    kept = list_checkpoints(folder)
     last_good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
     return UserError(f"step {step}: {what}; stopped before anything was saved; {last_good}: "
                      "lower --matrix-lr, --embedding-lr, --head-lr or --scalar-lr")

@@ -1,5 +1,7 @@
 """What all scripts share: errors, the command line, files that are whole or absent, rows, the machine."""
 
+import errno
+import gzip
 import os
 import subprocess
 import sys
@@ -8,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import assert_refused, shell
+from helpers import assert_refused, no_open_files, shell
 
 import common
-from common import UserError, append_row, at_least, lock, read_rows, write_atomic
+from common import Unreadable, UserError, append_row, at_least, lock, read_rows, refusal, write_atomic
 
 # -----------------------------------------------------------------------------
 # Errors and the command line
@@ -48,6 +50,34 @@ def test_at_least_refuses(value):
 @pytest.mark.parametrize("value", [1, 2**63 - 1, 1.0, 1e300, None])
 def test_at_least_passes(value):
     at_least(Namespace(num_shards=value), num_shards=1)
+
+
+# -----------------------------------------------------------------------------
+# What the operating system refuses is not what a file contains
+
+TORCH = "unable to open file <x> in read-only mode: "  # what torch makes of the system's error
+
+@pytest.mark.parametrize("error, words", [
+    (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+    (OSError(errno.ESTALE, "x"), os.strerror(errno.ESTALE)),
+    (MemoryError(), "Cannot allocate memory"),
+    (RuntimeError(TORCH + "Too many open files (24)"), "the limit of this process is"),
+    (RuntimeError("DefaultCPUAllocator: Error code 12 (Cannot allocate memory)"), "Cannot allocate memory"),
+    (gzip.BadGzipFile("CRC check failed"), None),
+    (OSError(errno.EINVAL, "Invalid argument"), None),  # a seek to where damaged content points
+    (RuntimeError("PytorchStreamReader failed reading zip archive"), None),
+    (EOFError(), None),
+    (ValueError("x"), None),
+])
+def test_refusals(error, words):
+    assert refusal(error) is None if words is None else words in refusal(error)
+
+def test_files_that_cannot_be_opened(here):
+    (here / "rows.jsonl").write_text("{}")
+    for read in (read_rows, common.sha256_file):
+        with no_open_files(), pytest.raises(Unreadable, match="rows.jsonl .Too many open files: the limit"):
+            read("rows.jsonl")
 
 
 # -----------------------------------------------------------------------------

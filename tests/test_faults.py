@@ -471,12 +471,11 @@ def test_validation_shards_are_read_at_the_start(data, trained, here, fork):
 def test_validation_shard_that_cannot_be_read(fault, data, here, monkeypatch):
     shutil.copytree(data, "data")
     path = Path("data/val_00000.npy")
-    sha256_file = common.sha256_file
 
-    def failing_sha256(*paths):
-        if path in paths:
+    def failing_open(file, *args):
+        if file == path:
             raise OSError(5, "Input/output error")
-        return sha256_file(*paths)
+        return open(file, *args)
 
     if fault == "truncated":
         os.truncate(path, path.stat().st_size - 2)
@@ -486,7 +485,7 @@ def test_validation_shard_that_cannot_be_read(fault, data, here, monkeypatch):
         path.unlink()
         path.mkdir()
     else:
-        monkeypatch.setattr(dataset, "sha256_file", failing_sha256)
+        monkeypatch.setattr(common, "open", failing_open, raising=False)
     with pytest.raises(UserError, match="val_00000.npy"):
         dataset.open_data("data")
 

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import ROOT, assert_refused, cli, shell
+from helpers import ROOT, assert_refused, cli, no_open_files, shell
 
 import prepare_data
-from common import UserError
+from common import Unreadable, UserError
 from dataset import BOS, open_data
 from prepare_data import segments
 
@@ -361,6 +361,15 @@ def test_damaged_files_are_repaired(prepared, source, copy):
         path.write_bytes(path.read_bytes()[:-10])
     ok(prepare(source, "--out", copy, *SMALL))
     assert contents(copy) == contents(prepared)
+
+def test_what_cannot_be_read_now_is_not_removed(copy, source):
+    before = contents(copy)
+    for use in (prepare_data.finished_data, prepare_data.discard_damaged):
+        with no_open_files(), pytest.raises(Unreadable, match="Too many open files"):
+            use(copy)
+    with no_open_files(), pytest.raises(Unreadable, match="docs.jsonl .Too many open files"):
+        next(prepare_data.read_documents(source))
+    assert contents(copy) == before
 
 @pytest.mark.parametrize("nth", [1, 3, 7, 11, 16])
 def test_killed_run_continues(nth, prepared, source, tmp_path):
