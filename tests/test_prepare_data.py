@@ -151,7 +151,7 @@ def test_round_trip(kind, docs, tmp_path):
     assert [entry["file"] for entry in train][:2] == ["train_00000.npy", "train_00001.npy"]
     assert [entry["file"] for entry in val] == ["val_00000.npy"]
     bos = data.meta["bos_id"]
-    for shard, entry in zip(data.train + data.val, train + val):
+    for shard, entry in zip([*data.train, *data.val], train + val):
         assert shard[0] == bos
         assert shard.dtype == np.uint16 == np.dtype(data.meta["dtype"])
         assert isinstance(shard, np.memmap) and not shard.flags.writeable
@@ -162,7 +162,7 @@ def test_round_trip(kind, docs, tmp_path):
     assert data.meta["totals"] == {
         "documents": 100,
         "bytes": sum(len(doc.encode()) for doc in docs),
-        "tokens": sum(map(len, data.train + data.val)),
+        "tokens": sum(map(len, [*data.train, *data.val])),
     }
     assert data.meta["vocab_size"] == 400 == data.tokenizer.n_vocab
     assert bos == 399
@@ -699,7 +699,7 @@ def test_fineweb(server, tmp_path):
     server.plan = ["drop", "503", "drop"]
     ok(prepare(*args, before=quick))
     data = open_data(out)
-    for shard, number in zip(data.train + data.val, (0, 1, 1822), strict=True):
+    for shard, number in zip([*data.train, *data.val], (0, 1, 1822), strict=True):
         assert decoded(data, [shard]) == server.docs[number]
     assert {p.name for p in (out / "download").iterdir()} == {name[1:] for name in server.files}
 
