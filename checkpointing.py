@@ -284,7 +284,7 @@ def rewind(folder, step):
         path.unlink()
     kept = []
     for row in read_log(folder):
-        # an evaluation at `step` came before the checkpoint, the training step of that number after it
+        # an evaluation at `step` is of the checkpoint's weights, the training step of that number follows it
         if row["step"] < step or (row["step"] == step and row["kind"] == "eval"):
             kept.append(row)
     lines = "".join(json.dumps(row) + "\n" for row in kept)

@@ -40,6 +40,8 @@ from checkpointing import (
     read_log,
     rewind,
     save_checkpoint,
+    set_aside,
+    step_of,
 )
 from common import (
     ArgumentParser,
@@ -419,6 +421,8 @@ def evaluate(model, val_rows, data, plan, args, folder, step):
     bpb, _ = evaluate_bpb(model, val_rows, data.token_bytes, schedule, plan.device_batch,
                           progress="validation")
     if not math.isfinite(bpb["merged"]):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            set_aside([path for path in list_checkpoints(folder) if step_of(path) == step])
         raise not_finite(f"the validation BPB is {bpb['merged']}", folder, step)
     line = f"step {step:05d} | val bpb: " + ", ".join(f"{name} {x:.4f}" for name, x in bpb.items())
     decode_rows = val_rows[:args.decode_tokens // plan.config.sequence_len]
@@ -442,11 +446,10 @@ def evaluate_tasks(model, tokenizer, tasks, folder, step, max_per_task, batch_si
     print0(f"step {step:05d} | {shown} | {describe_core(results)}")
     return dict(core=results["core"], centered=centered)
 
-def save(folder, log, state, model, optimizers, keep, final, **about):
+def save(folder, log, state, model, optimizers, final, **about):
     """
-    Write the checkpoint of this step, its log before it, and remove all but the newest `keep`. about:
-    what else a checkpoint holds. A disk that is full now may have room at the next save: a warning,
-    unless this one is final, which raises UserError.
+    Write the checkpoint of this step, its log before it. about: what else a checkpoint holds. A disk that
+    is full now may have room at the next save: a warning, unless this one is final, which raises UserError.
     """
     if dist.is_initialized():
         for optimizer in optimizers:
@@ -473,14 +476,19 @@ def save(folder, log, state, model, optimizers, keep, final, **about):
         print0(f"warning: {what}; training goes on, and the next save is the next try")
         return
     print0(f"saved {path}")
-    for old in list_checkpoints(folder)[:-keep]:
-        old.unlink(missing_ok=True)
+
+def remove_old_checkpoints(folder, keep, rank):
+    """Remove all but the newest `keep` checkpoints. One that cannot be removed now may be at the next save."""
+    if rank == 0:
+        with suppress(OSError, UserError):
+            for path in list_checkpoints(folder)[:-keep]:
+                path.unlink()
 
 def not_finite(what, folder, step):
     """The error that ends a run whose numbers are not finite."""
     kept = list_checkpoints(folder)
     last_good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
-    return UserError(f"step {step}: {what}; stopped before anything was saved; {last_good}: "
+    return UserError(f"step {step}: {what}; {last_good}: "
                      "lower --matrix-lr, --embedding-lr, --head-lr or --scalar-lr")
 
 def mean_over_ranks(x):
@@ -585,16 +593,19 @@ def main():
     bar = tqdm(total=plan.num_iterations, initial=state.step, unit="step", dynamic_ncols=True,
                disable=None if rank == 0 else True)
     while True:
-        # once in a while: evaluate, save, score CORE (after saving, because it may take long)
+        # once in a while: save, and after it what may take long: evaluate, score CORE
         finished = state.step >= plan.num_iterations
+        save_now = state.step > start and (finished or stopping or due(args.save_every, state.step))
+        if save_now:
+            schedule = dataclasses.asdict(plan.schedule_at(state.step - 1))
+            save(folder, log, state, model, optimizers, final=finished or stopping,
+                 schedule=schedule, **checkpoint_header)
         if state.step > evaluated and (finished or not stopping and due(args.eval_every, state.step)):
             bpb, decoded = evaluate(model, val_rows, data, plan, args, folder, state.step)
             tokens = state.step * plan.total_batch
             log.add(kind="eval", step=state.step, tokens=tokens, bpb=bpb, decode_rows=decoded)
-        if state.step > start and (finished or stopping or due(args.save_every, state.step)):
-            schedule = dataclasses.asdict(plan.schedule_at(state.step - 1))
-            save(folder, log, state, model, optimizers, args.keep, final=finished or stopping,
-                 schedule=schedule, **checkpoint_header)
+        if save_now or state.step == start:  # not before: an evaluation may find that the newest is no good
+            remove_old_checkpoints(folder, args.keep, rank)
         if tasks and state.step > 0 and (finished or not stopping and due(args.core_every, state.step)):
             core = evaluate_tasks(model, data.tokenizer, tasks, folder, state.step, args.core_max_per_task,
                                   plan.device_batch)
@@ -644,6 +655,11 @@ def main():
 
     bar.close()
     if rank == 0:
+        try:
+            log.sync()
+        except OSError as e:
+            raise UserError(f"cannot write {folder / 'log.jsonl'}: {e.strerror}; "
+                            f"make room, then --resume {folder}") from e
         finish(finished, model, data.tokenizer, folder, state)
     end_processes()
 
