@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, compute_dtype, raise_if_unreadable, read_rows, write_atomic
+from common import UserError, compute_dtype, raise_if_unreadable, read_rows, say, write_atomic
 from interleave import Schedule
 from recurrent import build_model, config_from_dict
 
@@ -154,7 +154,7 @@ def newest_checkpoint(path):
             return candidate, load_checkpoint(candidate, verify=True)
         except Damaged as e:
             error = e
-            print(f"warning: {e}", flush=True)
+            say(f"warning: {e}")
     raise error
 
 
@@ -267,7 +267,7 @@ def set_aside(paths):
         folder = path.parent / SET_ASIDE
         folder.mkdir(exist_ok=True)
         os.replace(path, folder / path.name)
-        print(f"{path} was set aside, into {folder}", flush=True)
+        say(f"{path} was set aside, into {folder}")
         # the time of the last change of a file's name
         moved = sorted(list_checkpoints(folder), key=lambda path: path.stat().st_ctime_ns)
         for old in moved[:-MAX_SET_ASIDE]:

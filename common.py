@@ -9,6 +9,7 @@ none of them and starts in a quarter of a second.
 import argparse
 import contextlib
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ import platform
 import resource
 import subprocess
 import sys
+import zlib
 from datetime import date
 from pathlib import Path
 
@@ -61,21 +63,98 @@ def at_least(args, **least):
         if value is not None and not low <= value < high:
             raise UserError(f"{flag(name)} must be a number of at least {low}, not {value}")
 
-def run_main(main):
-    """Call main(). A UserError becomes `error: <message>` on stderr and exit code 2, Ctrl-C exit code 130."""
+
+# -----------------------------------------------------------------------------
+# The streams of a script, and how it ends
+
+def prepare_streams():
+    """
+    Make stdin, stdout and stderr usable, whatever the caller has made of them. Files and pipes get UTF-8 as
+    all files of ours, a terminal its own encoding, and a line is written when it is complete, so that a log
+    can be followed and is not lost with the process.
+    """
+    # the number of a closed stream would be given to the next file that is opened, and errors written into it
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        encoding = stream.encoding if stream.isatty() else "utf-8"
+        if stream is sys.stdin:  # what is not text comes in as it does in arguments: see is_text()
+            stream.reconfigure(encoding=encoding, errors="surrogateescape")
+        else:  # what a terminal cannot show is no reason to end
+            stream.reconfigure(encoding=encoding, errors="replace", line_buffering=True)
+
+def flush_streams():
+    """
+    Write what stdout and stderr still hold. Returns None, or the OSError of what cannot be written, which is
+    dropped: Python would complain about it, and end with exit code 120.
+    """
+    error = None
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # text that the terminal cannot show is no reason to end
-            stream.reconfigure(errors="replace")
+        try:
+            stream.flush()
+        except OSError as e:
+            error = e
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return error
+
+def say(text, file=None):
+    """
+    Print a line that tells how the work goes, to stdout or to the stream `file`, above a progress bar if
+    there is one. A console that has gone or goes to a full disk is no reason to end the work.
+    """
+    from tqdm import tqdm
+    try:
+        tqdm.write(text, file)
+    except BrokenPipeError:
+        flush_streams()  # nobody will read it any more; a full disk may have room later
+    except OSError:
+        pass
+
+def say_error(text):
+    """Print an error of one line to stderr."""
+    with contextlib.suppress(OSError):
+        print("error: " + " ".join(text.split()), file=sys.stderr)
+
+def run_main(main):
+    """
+    Call main() with streams that can be used. A UserError becomes `error: <message>` on stderr and exit code
+    2, and so does output that cannot be written; Ctrl-C is exit code 130; a reader that has read enough, as
+    in `| head`, is exit code 1.
+    """
+    prepare_streams()
+    code = 0
+    output_error = None
     try:
         main()
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except SystemExit as e:  # --help, and errors of the command line
+        code = e.code
     except UserError as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
-        sys.exit(2)
+        say_error(str(e))
+        code = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except OSError as e:
+        # of files with a name, main() says more; all else is a bug, and shows its traceback
+        if not isinstance(e, BrokenPipeError) and e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        output_error = e
+    output_error = flush_streams() or output_error
+    if output_error and not code:
+        code = 1
+        if not isinstance(output_error, BrokenPipeError):
+            say_error(f"cannot write the output: {output_error.strerror}")
+            code = 2
+    if code:
+        sys.exit(code)
 
 
 # -----------------------------------------------------------------------------
@@ -197,12 +276,70 @@ def lock(folder, what):
 
 
 # -----------------------------------------------------------------------------
+# Text from outside
+
+@contextlib.contextmanager
+def open_source(path):
+    """
+    A file of somebody else's, opened for reading bytes. One whose name ends in .gz or .zst is decompressed.
+    Within it, what the operating system refuses is Unreadable, and damaged compression a UserError.
+    """
+    suffix = Path(path).suffix.lower()
+    try:
+        with open(path, "rb") as f:
+            if suffix == ".gz":
+                f = gzip.open(f)
+            elif suffix == ".zst":
+                import pyarrow
+                f = io.BufferedReader(pyarrow.input_stream(f, compression="zstd"))
+            yield f
+    except (OSError, EOFError, zlib.error) as e:
+        raise_if_unreadable(path, e)
+        raise UserError(f"cannot read {path} ({e}): is it damaged?") from e
+
+def read_json_lines(path):
+    """
+    Yield (place, value) for every line of a file of JSON lines that is not blank: place says "FILE line 7",
+    for messages. Byte order marks are left out. Raises UserError for what is not UTF-8 or not JSON.
+    """
+    with open_source(path) as f:
+        for number, line in enumerate(f, 1):
+            place = f"{path} line {number}"
+            try:
+                text = line.decode("utf-8-sig")
+                if not text.strip():
+                    continue
+                value = json.loads(text)
+            except UnicodeError as e:
+                raise UserError(f"{place}: not UTF-8 text ({e.reason} at {e.start}): fix or remove it") from e
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{place}: not valid JSON ({e}): fix or remove it") from e
+            yield place, value
+
+def text_of(place, row, key):
+    """The text that a value from JSON, an object, has under this key. Raises UserError if it has none."""
+    text = row.get(key) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f'{place}: no "{key}" string; expected {{"{key}": "..."}} on each line')
+    if not is_text(text):
+        raise UserError(f"{place}: not UTF-8 text (half of a surrogate pair): fix or remove it")
+    return text
+
+def is_text(value):
+    """Is this a str that UTF-8 can spell? Undecodable arguments and "\\ud800" in JSON are half surrogates."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+# -----------------------------------------------------------------------------
 # Results as JSON lines, one row a line, which several processes may be writing
 
 def read_rows(path):
     """
-    The rows of a file of JSON lines; [] if there is no such file. A line that a crash cut short is left out.
-    Raises UserError if the file cannot be read.
+    The rows of a file of JSON lines that we wrote; [] if there is no such file. A line that a crash cut short
+    is left out, where read_json_lines() refuses it. Raises UserError if the file cannot be read.
     """
     try:
         lines = Path(path).read_text("utf-8", "replace").splitlines()

@@ -41,8 +41,10 @@ from common import (
     UserError,
     from_rank_0,
     lock,
+    open_source,
     raise_if_unreadable,
     rank_and_world_size,
+    refusal,
     sha256_file,
     write_atomic,
     write_json,
@@ -131,16 +133,20 @@ def fetch_bundle(folder=BUNDLE, url=BUNDLE_URL):
         return
 
     def check(path):
-        if not zipfile.is_zipfile(path):
-            raise UserError("it is not a zip archive")
+        with open_source(path) as f:
+            if not zipfile.is_zipfile(f):
+                raise UserError("it is not a zip archive")
 
     with lock(folder.parent, "download of the CORE bundle"):
         archive = download(url, folder.parent / "eval_bundle.zip", check, "a zip archive",
                            "get the bundle elsewhere and give --bundle DIR")
         try:
             unpack(archive, folder)
-        finally:
-            archive.unlink()
+        except UserError as e:
+            if refusal(e.__cause__) is None:  # not such as a full disk, for which the archive cannot help it
+                archive.unlink()
+            raise
+        archive.unlink()
 
 def check_example(example, kind):
     """Raise KeyError or TypeError unless this value, read from JSON, is an example of this kind of task."""

@@ -21,9 +21,11 @@ from common import (
     UserError,
     at_least,
     check_folder,
+    is_text,
     pick_device,
     raise_if_unreadable,
     run_main,
+    say,
     write_atomic,
 )
 from dataset import BOS, load_tokenizer
@@ -50,9 +52,13 @@ def load_run(path, device):
 def encode_prompts(tokenizer, prompts, context):
     """
     The token ids of each text, with BOS in front: a list of lists. All of it is text, also where it spells a
-    special token. Raises UserError if one does not fit into the context (in tokens).
+    special token. Raises UserError if one is not text that UTF-8 can spell, or does not fit into the context
+    (in tokens).
     """
     bos = tokenizer.encode_single_token(BOS)
+    for n, prompt in enumerate(prompts, 1):
+        if not is_text(prompt):
+            raise UserError(f"prompt {n} is not UTF-8 text: {ascii(prompt)}")
     encoded = [[bos] + tokenizer.encode_ordinary(prompt) for prompt in prompts]
     for n, tokens in enumerate(encoded, 1):
         if len(tokens) > context:
@@ -365,7 +371,7 @@ def main():
     path, checkpoint, tokenizer, model = load_run(args.checkpoint, pick_device(args.device))
     encoded = encode_prompts(tokenizer, prompts, model.config.sequence_len)
     memory = "off" if args.no_memory else "on"
-    print(f"{path}, step {checkpoint['step']}, {model.config.label}, memory {memory}", file=sys.stderr)
+    say(f"{path}, step {checkpoint['step']}, {model.config.label}, memory {memory}", sys.stderr)
 
     options = dict(
         max_new_tokens=args.max_new_tokens,

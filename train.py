@@ -55,6 +55,7 @@ from common import (
     lock,
     peak_flops,
     run_main,
+    say,
     write_atomic,
 )
 from core import describe_core, evaluate_core, load_tasks
@@ -292,10 +293,9 @@ class TrainState:
     skipped: int = 0  # steps in a row whose loss or gradient was not finite
 
 def print0(text):
-    """Print on rank 0, above the progress bar. A console that goes to a full disk is no reason to end."""
+    """Say it on rank 0."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        with suppress(OSError):
-            tqdm.write(text)
+        say(text)
 
 def check_same_data(data, checkpoint, path):
     """Raise UserError unless the data is what the checkpoint was trained on."""
@@ -478,7 +478,7 @@ def save(folder, log, state, model, optimizers, final, **about):
     print0(f"saved {path}")
 
 def remove_old_checkpoints(folder, keep, rank):
-    """Remove all but the newest `keep` checkpoints. One that cannot be removed now may be at the next save."""
+    """Remove all but the newest `keep` checkpoints. What cannot be removed now may be at the next save."""
     if rank == 0:
         with suppress(OSError, UserError):
             for path in list_checkpoints(folder)[:-keep]:
@@ -664,5 +664,5 @@ def main():
     end_processes()
 
 if __name__ == "__main__":
-    faulthandler.enable()  # a bus error or a segmentation fault says where
+    faulthandler.enable(2)  # a bus error or a segmentation fault says where
     run_main(main)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,63 @@ def test_how_a_script_ends():
     code, _, err = run("1 / 0")  # a bug shows its traceback
     assert code == 1
     assert err.splitlines()[-1].startswith("ZeroDivisionError")
+
+def with_streams(main, redirections, **env):
+    """
+    run_main() of a main function, given as lines of Python, with redirections of bash: the exit code, what
+    else there is on stdout, and the stderr. `{run}` is where the process goes in the line of bash.
+    """
+    Path("script.py").write_text("import os, sys, time, common\ndef main():\n    " + "\n    ".join(main)
+                                 + "\ncommon.run_main(main)\n")
+    line = redirections.format(run=f"{sys.executable} script.py")
+    done = shell("bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}", **env)
+    return done.returncode, done.stdout, done.stderr
+
+SLOWLY = "time.sleep(0.2)"  # until the other side of the pipe has gone
+
+@pytest.mark.parametrize("main, redirections, code, words", [
+    # a reader that goes away
+    ([SLOWLY, "print('x')", "print('y')"], "{run} | true", 1, ""),
+    ([SLOWLY, "print('x', end='')"], "{run} | true", 1, ""),
+    ([SLOWLY, "print('x', file=sys.stderr)"], "{run} 2>&1 >/dev/null | true", 1, ""),
+    ([SLOWLY, "common.ArgumentParser().parse_args(['--help'])"], "{run} | true", 0, ""),
+    ([SLOWLY, "raise common.UserError('x')"], "{run} 2>&1 | true", 2, ""),
+    ([SLOWLY, "[common.say('x') for _ in range(3)]"], "{run} | true", 0, ""),
+    # a full disk
+    (["print('x')"], "{run} > /dev/full", 2, "error: cannot write the output: No space left on device\n"),
+    (["print('x', end='')"], "{run} > /dev/full", 2, "error: cannot write the output: No space"),
+    (["common.say('x')", "raise common.UserError('z')"], "{run} > /dev/full", 2, "error: z\n"),
+    # closed
+    (["print('x')", "input()"], "{run} <&- >&- 2>&-", 1, ""),
+    (["print('x')"], "{run} <&- >&- 2>&-", 0, ""),
+    (["common.say('x')", "raise common.UserError('z')"], "{run} >&-", 2, "error: z\n"),
+    (["common.say('x')", "raise common.UserError('z')"], "{run} 2>&-", 2, ""),
+])
+def test_streams_that_are_closed_or_full_or_broken(main, redirections, code, words, here):
+    found, _, err = with_streams(main, redirections)
+    assert found == code, err
+    assert err.startswith(words) and err.count("\n") == words.startswith("error"), err
+
+def test_a_closed_stream_is_not_the_next_file_that_is_opened(here):
+    main = ["f = open('file', 'w')", "os.write(1, b'noise')", "os.write(2, b'noise')", "f.write('mine')"]
+    code, _, err = with_streams(main, "{run} >&- 2>&-")
+    assert code == 0, err
+    assert Path("file").read_text() == "mine"
+
+def test_files_and_pipes_are_utf_8(here):
+    main = ["print('caf\u00e9')", "print(*[common.is_text(input()) for _ in range(2)])"]
+    line = "printf 'caf\\xc3\\xa9\\ncaf\\xe9\\n' | {run}; exit"
+    assert with_streams(main, line, PYTHONIOENCODING="ascii") == (0, "caf\u00e9\nTrue False\n", "")
+
+def test_a_log_in_a_file_is_written_line_by_line(here):
+    main = ["print('x')", "common.say('y')", "os.kill(os.getpid(), 9)"]
+    with_streams(main, "{run} > out.txt")
+    assert Path("out.txt").read_text() == "x\ny\n"
+
+def test_half_surrogates_are_not_text():
+    assert common.is_text("caf\u00e9 \U0001f600")
+    for value in ("\ud800", "caf\udce9", b"x", None, 3):
+        assert not common.is_text(value)
 
 def test_help_shows_defaults():
     done = shell("prepare_data.py", "--help")

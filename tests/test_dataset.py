@@ -14,7 +14,16 @@ import torch
 from helpers import SMALL, assert_refused, cli, no_open_files
 
 from common import Unreadable, UserError
-from dataset import BOS, OPEN_SHARDS, Rows, first_rows, load_tokenizer, open_data, token_bytes, tokenizer_sha256
+from dataset import (
+    BOS,
+    OPEN_SHARDS,
+    Rows,
+    first_rows,
+    load_tokenizer,
+    open_data,
+    token_bytes,
+    tokenizer_sha256,
+)
 
 
 @pytest.fixture(scope="module")
