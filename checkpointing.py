@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, compute_dtype, raise_if_unreadable, read_rows, say, write_atomic
+from common import UserError, compute_dtype, fsync, raise_if_unreadable, read_rows, say, write_atomic
 from interleave import Schedule
 from recurrent import build_model, config_from_dict
 
@@ -248,7 +248,7 @@ class Log:
     def sync(self):
         """Make sure that all rows are on the disk. Raises OSError."""
         self.flush()
-        os.fsync(self.file.fileno())
+        fsync(self.file.fileno())
 
 def read_log(folder):
     """The rows of a run's log.jsonl. Lines that a crash or a full disk cut short are left out."""

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import resource
+import stat
 import subprocess
 import sys
 import zlib
@@ -51,6 +52,10 @@ def flag(name):
     How the option behind an attribute of the parsed arguments is typed: num_iterations -> --num-iterations.
     """
     return "--" + name.replace("_", "-")
+
+def is_whole(value, low, high):
+    """Is this value, from a file, a whole number (no bool, no 1.0) from low to high?"""
+    return type(value) is int and low <= value <= high
 
 def at_least(args, **least):
     """
@@ -204,30 +209,71 @@ def raise_if_unreadable(path, error):
 # -----------------------------------------------------------------------------
 # Files that are whole or absent
 
+# what a file system says of what it does not have: locks on Lustre or some NFS, an fsync of folders on CIFS
+NOT_SUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.ENOTTY)
+
+def fsync(descriptor):
+    """Make sure that a file, or a folder's list of names, is on the disk, if the file system can do that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in NOT_SUPPORTED:
+            raise
+
 def publish(tmp, path):
     """Rename the finished, fsynced file tmp to path, and make the rename itself durable."""
     os.replace(tmp, path)
-    fd = os.open(Path(path).parent, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        fd = os.open(Path(path).parent, os.O_RDONLY)
+    except PermissionError:
+        return  # a folder that may be written and not read cannot be synced
+    try:
+        fsync(fd)
     finally:
         os.close(fd)
 
+def open_special(path):
+    """
+    What is neither a file nor missing, such as /dev/null, /dev/stdout or a named pipe, opened for writing in
+    place; None for what can be replaced. A file that is our own stdout or stderr counts as such.
+    """
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return None
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # closed, or no file
+            if os.path.samestat(there, os.fstat(stream.fileno())):
+                stream.flush()
+                return open(os.dup(stream.fileno()), "wb")  # goes on where the stream is
+    if stat.S_ISREG(there.st_mode):
+        return None
+    return open(path, "wb")
+
 def write_atomic(path, write):
     """
-    Create or replace the file `path` with what write(f) puts into the binary file f, all of it or nothing.
-    Whatever write raises is passed on and the temporary file removed; an OSError becomes a UserError.
+    Create or replace the file `path` with what write(f) puts into the binary file f, all of it or nothing;
+    a link is followed, and what is no file is written in place. Whatever write raises is passed on and the
+    temporary file removed; an OSError becomes a UserError.
     """
-    tmp = f"{path}.tmp"
+    tmp = None
     try:
+        special = open_special(path)
+        if special:
+            with special as f:
+                write(f)
+            return
+        target = os.path.realpath(path)
+        tmp = f"{target}.tmp"
         with open(tmp, "wb") as f:
             write(f)
             f.flush()
-            os.fsync(f.fileno())
-        publish(tmp, path)
+            fsync(f.fileno())
+        publish(tmp, target)
     except BaseException as e:
-        with contextlib.suppress(OSError):
-            os.unlink(tmp)
+        if tmp:
+            with contextlib.suppress(OSError):
+                os.unlink(tmp)
         # torch.save hides a full disk behind a RuntimeError of its own
         cause = e.__context__ if isinstance(e, RuntimeError) else e
         if isinstance(cause, OSError):
@@ -239,9 +285,24 @@ def write_json(path, value):
     write_atomic(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
 
 def check_folder(path):
-    """Raise UserError if the folder that the file `path` is to be written to does not exist. None passes."""
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {Path(path).parent}")
+    """
+    Raise UserError if the file `path` cannot be written later: it is a folder, or the one that it belongs in
+    does not exist or may not be written. None passes.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    folder = Path(os.path.realpath(path)).parent
+    try:
+        is_special = path.exists() and not path.is_file() and not path.is_dir()  # /dev/stdout, for one
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder")
+        if not folder.is_dir():
+            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from e
+    if not is_special and not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: the folder {path.parent} may not be written")
 
 def sha256_file(*paths):
     """Hex sha256 of the bytes of these files, one after another. Raises Unreadable."""
@@ -256,22 +317,36 @@ def sha256_file(*paths):
             raise
     return digest.hexdigest()
 
+def flock(f, wait):
+    """
+    Lock an open file, which closing it undoes. Returns False if another process holds the lock and is not to
+    be waited for. A file system without locks gives none, which is said.
+    """
+    import fcntl
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno not in NOT_SUPPORTED:
+            raise
+        say(f"warning: {f.name} cannot be locked ({e.strerror}): let nothing else write there", sys.stderr)
+    return True
+
 def lock(folder, what):
     """
     Create the folder and hold it for as long as the returned file is open. A second process that wants it
     gets a UserError that says `what` is writing there.
     """
-    import fcntl
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         f = open(Path(folder) / ".lock", "w")
+        locked = flock(f, wait=False)
     except OSError as e:
         raise UserError(f"cannot write to the folder {folder} ({e.strerror}): choose another --out") from e
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
+    if not locked:
         f.close()
-        raise UserError(f"another {what} is writing {folder}: wait for it or choose another folder") from e
+        raise UserError(f"another {what} is writing {folder}: wait for it or choose another folder")
     return f
 
 
@@ -356,10 +431,9 @@ def read_rows(path):
 
 def append_row(path, row):
     """Add one line to a file of JSON lines, all of it or nothing. Raises UserError if that cannot be done."""
-    import fcntl
     try:
         with open(path, "a+b", buffering=0) as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
+            flock(f, wait=True)
             end = f.seek(0, os.SEEK_END)
             line = json.dumps(row).encode() + b"\n"
             if end > 0 and os.pread(f.fileno(), 1, end - 1) != b"\n":
@@ -367,7 +441,7 @@ def append_row(path, row):
             if f.write(line) < len(line):
                 f.truncate(end)
                 raise UserError(f"cannot write {path}: the disk is full")
-            os.fsync(f.fileno())
+            fsync(f.fileno())
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}") from e
 

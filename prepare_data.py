@@ -36,6 +36,7 @@ from common import (
     Unreadable,
     UserError,
     at_least,
+    fsync,
     lock,
     open_source,
     publish,
@@ -544,7 +545,7 @@ def fetch(url, part, hint):
                     f.write(chunk)
                     bar.update(len(chunk))
             f.flush()
-            os.fsync(f.fileno())
+            fsync(f.fileno())
 
         # Hugging Face names the file's sha256 in the redirect to its storage
         tags = [r.headers.get("X-Linked-Etag", "").strip('"') for r in (*reply.history, reply)]

@@ -7,6 +7,7 @@ the KV cache.
 """
 
 import codecs
+import io
 import json
 import sys
 from collections import defaultdict
@@ -22,10 +23,12 @@ from common import (
     at_least,
     check_folder,
     is_text,
+    open_source,
     pick_device,
-    raise_if_unreadable,
+    read_json_lines,
     run_main,
     say,
+    text_of,
     write_atomic,
 )
 from dataset import BOS, load_tokenizer
@@ -296,26 +299,19 @@ def parse_args():
     return args
 
 def read_prompts(path):
-    """The prompts of a text file, one a line, or of a .jsonl file with a key `prompt`. Raises UserError."""
-    try:
-        lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
-    except UnicodeDecodeError as e:
-        raise UserError(f"cannot read {path}: it is not UTF-8 text") from e
-    except OSError as e:
-        raise_if_unreadable(path, e)
-        raise
-    if not lines:
+    """The prompts of a text file, one a line, or of JSON lines with a key `prompt`. Raises UserError."""
+    if ".jsonl" in [suffix.lower() for suffix in path.suffixes]:
+        prompts = [text_of(place, row, "prompt") for place, row in read_json_lines(path)]
+    else:
+        with open_source(path) as f:
+            try:
+                text = f.read().decode("utf-8-sig")
+            except UnicodeDecodeError as e:
+                raise UserError(f"cannot read {path}: it is not UTF-8 text (byte {e.start})") from e
+        lines = io.StringIO(text, newline=None)  # any ends of lines
+        prompts = [line.removesuffix("\n") for line in lines if line.strip()]
+    if not prompts:
         raise UserError(f"{path} has no prompts")
-    if path.suffix != ".jsonl":
-        return lines
-    prompts = []
-    for n, line in enumerate(lines, 1):
-        try:
-            prompt = json.loads(line)["prompt"]
-            prompt.encode()  # refuses what is no text: another type, or half of a surrogate pair
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f'{path} line {n}: expected {{"prompt": "text"}}') from e
-        prompts.append(prompt)
     return prompts
 
 def interact(model, tokenizer, options):

@@ -66,7 +66,7 @@ def log(folder, kind="train"):
         return [row for row in map(json.loads, f) if row["kind"] == kind]
 
 def assert_refused(result, *words):
-    """The (exit code, stdout, stderr) of a refusal: exit code 2, and one line on stderr that has these words."""
+    """A refusal, (exit code, stdout, stderr): exit code 2, and one line on stderr that has these words."""
     code, _, err = result
     assert code == 2, err
     assert err.startswith("error: ") and err.count("\n") == 1, err

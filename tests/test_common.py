@@ -1,6 +1,7 @@
 """What all scripts share: errors, the command line, files that are whole or absent, rows, the machine."""
 
 import errno
+import fcntl
 import gzip
 import os
 import subprocess
@@ -85,6 +86,37 @@ def test_a_log_in_a_file_is_written_line_by_line(here):
     with_streams(main, "{run} > out.txt")
     assert Path("out.txt").read_text() == "x\ny\n"
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+def test_json_lines(name, here):
+    """Byte order marks, also where files were joined, blank lines, any ends of lines."""
+    raw = b'\xef\xbb\xbf{"a": "caf\xc3\xa9"}\r\n\n \t\n\xef\xbb\xbf\n\xef\xbb\xbf[null]\n3'
+    Path(name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    assert list(common.read_json_lines(name)) == [
+        (f"{name} line 1", {"a": "caf\u00e9"}), (f"{name} line 5", [None]), (f"{name} line 6", 3)]
+
+@pytest.mark.parametrize("raw, words", [
+    (b'{"a": 1}\n{"a": ', "x.jsonl line 2: not valid JSON"),
+    (b"\n" + b"[" * 100_000, "x.jsonl line 2: not valid JSON"),
+    (b'{"a": "caf\xe9"}', "x.jsonl line 1: not UTF-8 text .*at 10"),
+    (b"\xff\xfe{\x00}\x00", "x.jsonl line 1: not UTF-8 text"),
+    (b"\0" * 9, "x.jsonl line 1: not valid JSON"),
+])
+def test_bad_json_lines(raw, words, here):
+    Path("x.jsonl").write_bytes(raw)
+    with pytest.raises(UserError, match=words):
+        list(common.read_json_lines("x.jsonl"))
+
+@pytest.mark.parametrize("row, words", [
+    ({"b": "x"}, 'here: no "a" string; expected {"a": "..."} on each line'),
+    ({"a": None}, 'here: no "a" string'),
+    (["a"], 'here: no "a" string'),
+    ({"a": "\ud800"}, "here: not UTF-8 text .half of a surrogate pair"),
+])
+def test_rows_without_text(row, words):
+    assert common.text_of("here", {"a": "x"}, "a") == "x"
+    with pytest.raises(UserError, match=words):
+        common.text_of("here", row, "a")
+
 def test_half_surrogates_are_not_text():
     assert common.is_text("caf\u00e9 \U0001f600")
     for value in ("\ud800", "caf\udce9", b"x", None, 3):
@@ -155,6 +187,65 @@ def test_write_atomic(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     with pytest.raises(UserError, match="cannot write"):
         write_atomic(tmp_path / "no" / "file", fail)
+
+def test_links_are_followed_and_what_is_no_file_is_written_in_place(here):
+    """/dev/stdout and the like are stood for by nodes of our own: a mistake would replace the real ones."""
+    (here / "real").write_text("old")
+    (here / "link").symlink_to("real")
+    (here / "dangling").symlink_to("new")
+    (here / "stdout").symlink_to("/proc/self/fd/1")
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("link", "dangling", "pipe"):
+        common.check_folder(name)
+        write_atomic(name, lambda f: f.write(b"x"))
+    assert Path("real").read_text() == Path("new").read_text() == "x"
+    assert os.read(reader, 9) == b"x"
+    assert Path("link").is_symlink() and Path("dangling").is_symlink() and Path("pipe").is_fifo()
+
+    # our own stdout goes on after it, whether it is a file or a pipe
+    main = ["print('before', end='')", "common.check_folder('stdout')",
+            "common.write_atomic('stdout', lambda f: f.write(b' x '))", "print('after')"]
+    assert with_streams(main, "{run}") == (0, "before x after\n", "")
+    with_streams(main, "{run} > out.txt")
+    assert Path("out.txt").read_text() == "before x after\n"
+    assert Path("stdout").is_symlink()
+    names = ["dangling", "link", "new", "out.txt", "pipe", "real", "script.py", "stdout"]
+    assert sorted(os.listdir()) == names
+
+    os.mkdir("folder")
+    with pytest.raises(UserError, match="cannot write folder: it is a folder"):
+        common.check_folder("folder")
+    with pytest.raises(UserError, match="cannot write folder: Is a directory"):
+        write_atomic("folder", lambda f: f.write(b"x"))
+
+def test_a_folder_that_may_not_be_written_is_refused_before_the_work(here, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(UserError, match="cannot write x: the folder . may not be written"):
+        common.check_folder("x")
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK])
+def test_a_file_system_without_locks_and_without_fsync_of_folders(code, here, monkeypatch, capsys):
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
+
+    fsync = os.fsync
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(os, "fsync", lambda n: refuse() if os.path.isdir(f"/proc/self/fd/{n}") else fsync(n))
+    lock("folder", "training").close()
+    write_atomic("file", lambda f: f.write(b"x"))
+    append_row("rows.jsonl", {"i": 1})
+    assert Path("file").read_text() == "x"
+    assert read_rows("rows.jsonl") == [{"i": 1}]
+    assert f"warning: folder/.lock cannot be locked ({os.strerror(code)})" in capsys.readouterr().err
+
+def test_a_disk_that_fails_is_an_error_all_the_same(here, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match="cannot write file: Input/output error"):
+        write_atomic("file", lambda f: f.write(b"x"))
 
 def test_lock(tmp_path):
     folder = tmp_path / "new" / "folder"
