@@ -77,6 +77,9 @@ def load_checkpoint(path, verify=False):
         for key, kind in CHECKPOINT.items():
             if not isinstance(checkpoint[key], kind):
                 raise TypeError(f"{key} is no {kind.__name__}")
+        for key in ("step", "rows_seen", "seconds"):
+            if not 0 <= checkpoint[key] < 2**63:
+                raise ValueError(f"{key} is {checkpoint[key]}")
         if checkpoint["version"] <= VERSION:
             config_from_dict(checkpoint["config"])
             Schedule(**checkpoint["schedule"])

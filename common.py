@@ -59,14 +59,24 @@ def is_whole(value, low, high):
 
 def at_least(args, **least):
     """
-    Check numbers from the command line: at_least(args, depth=1) raises UserError if args.depth is below 1,
-    infinite, nan, or too large for 64 bits. None, a flag that was not given, passes.
+    Check numbers from the command line, or from a checkpoint: at_least(args, depth=1) raises UserError if
+    args.depth is no number, below 1, infinite, nan, or too large for 64 bits. None, a flag that was not
+    given, passes.
     """
     for name, low in least.items():
         value = getattr(args, name)
         high = 2**63 if isinstance(value, int) else float("inf")
-        if value is not None and not low <= value < high:
+        if value is None:
+            continue
+        if not isinstance(value, (int, float)) or not low <= value < high:
             raise UserError(f"{flag(name)} must be a number of at least {low}, not {value}")
+
+def at_most(args, **most):
+    """The same for upper bounds, after at_least(): at_most(args, depth=1000)."""
+    for name, high in most.items():
+        value = getattr(args, name)
+        if value is not None and not value <= high:
+            raise UserError(f"{flag(name)} must be at most {high}, not {value}")
 
 
 # -----------------------------------------------------------------------------
@@ -304,6 +314,19 @@ def check_folder(path):
     if not is_special and not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {path}: the folder {path.parent} may not be written")
 
+def check_new_folder(folder):
+    """Raise UserError unless files can be written to this folder later, which may have to be made first."""
+    there = Path(folder).absolute()
+    try:
+        while not there.exists():
+            there = there.parent
+        usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except OSError as e:
+        raise UserError(f"cannot write to the folder {folder} ({e.strerror}): choose another --out") from e
+    if not usable:
+        reason = "may not be written" if there.is_dir() else "is no folder"
+        raise UserError(f"cannot write to the folder {folder} ({there} {reason}): choose another --out")
+
 def sha256_file(*paths):
     """Hex sha256 of the bytes of these files, one after another. Raises Unreadable."""
     digest = hashlib.sha256()
@@ -530,28 +553,37 @@ def from_rank_0(value, device=None):
 # -----------------------------------------------------------------------------
 # The machine
 
-# peak dense bf16 FLOP/s, for the model FLOPs utilization, from the vendors' data sheets
+# Peak dense bf16 FLOP/s, for the model FLOPs utilization, by the whole name that torch gives a GPU: other
+# cards have that name and more words, such as PCIe, NVL, Laptop GPU, Ti, D, or MIG for a slice. From NVIDIA's
+# data sheets (H100, H200, GH200, A100, L40S, HGX B200) and white papers (Ada, GA102: bf16 with fp32
+# accumulation). Where a data sheet has a figure "with sparsity", this is half of it.
 PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "4090": 165e12,
-    "3090": 71e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H800": 989e12,  # SXM
+    "NVIDIA H800 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A800-SXM4-80GB": 312e12,
+    "NVIDIA A800 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
 }
 
 def peak_flops(device):
     """Peak FLOP/s of a device, None if it is not known."""
     import torch
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for gpu, flops in PEAK_FLOPS.items():
-            if gpu in name:
-                return flops
-    return None
+    if device.type != "cuda":
+        return None
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
 
 def cpu_name():
     """The CPU's name, from /proc/cpuinfo where there is one."""

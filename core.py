@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from common import (
     UserError,
+    check_folder,
     from_rank_0,
     is_text,
     is_whole,
@@ -607,6 +608,8 @@ def evaluate_core(model, tokenizer, tasks, folder, step, max_per_task=None, use_
         memory=use_memory and model.config.lrt != "none",
         max_per_task=max_per_task,
     )
+    if rank == 0:
+        check_folder(path)
     finished = from_rank_0(read_finished(path, header, tasks) if rank == 0 else None, device)
 
     # how much is left to do, of all ranks and of this one

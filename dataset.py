@@ -16,6 +16,7 @@ rows of one context's length, in an order that only the seed decides.
 import base64
 import json
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from common import UserError, raise_if_unreadable, sha256_file, write_atomic, write_json
+from common import UserError, is_whole, raise_if_unreadable, sha256_file, write_atomic, write_json
 
 BOS = "<|bos|>"
 OPEN_SHARDS = 8  # memory maps open at a time: each holds one of the files that a process may open, often 1024
@@ -171,6 +172,23 @@ class Data:
     train: Shards  # of token ids, uint16 or uint32
     val: Shards
 
+def check_meta(meta):
+    """Raise ValueError, KeyError or TypeError unless the numbers and names in meta.json can be true."""
+    totals = [meta["totals"][key] for key in ("documents", "tokens", "bytes")]
+    numbers = [meta["vocab_size"], *totals]
+    names = []
+    for entry in meta["train"] + meta["val"]:
+        numbers += [entry[key] for key in ("documents", "tokens", "bytes")]
+        names.append(entry["file"])
+    for number in numbers:
+        if not is_whole(number, 0, 2**63 - 1):
+            raise ValueError(f"{number!r} is no number of anything")
+    for name in names:
+        if not re.fullmatch(r"(train|val)_\d+\.npy", name):
+            raise ValueError(f"{name!r} is no name of a shard")
+    if meta["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"dtype {meta['dtype']!r}")
+
 def open_data(folder, verify=True):
     """
     The prepared data in folder as a Data. verify: read every shard once to compare its checksum. Raises
@@ -186,6 +204,7 @@ def open_data(folder, verify=True):
         vocab_size = meta["vocab_size"]
         bos = meta["bos_id"]
         tokenizer_digest = meta["tokenizer_sha256"]
+        check_meta(meta)
     except (FileNotFoundError, NotADirectoryError) as e:
         state = "unfinished data" if (folder / "settings.json").is_file() else "no prepared data"
         raise UserError(f"{state} in {folder}: run `python prepare_data.py --out {folder}` first") from e

@@ -36,6 +36,8 @@ from common import (
     Unreadable,
     UserError,
     at_least,
+    at_most,
+    check_new_folder,
     fsync,
     lock,
     open_source,
@@ -66,6 +68,7 @@ SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", 
 VOCAB_LARGE = 32768  # the default vocabulary
 VOCAB_SMALL = 4096  # the default where the source files are smaller than SMALL_SOURCE
 SMALL_SOURCE = 100_000_000  # bytes
+MAX_VOCAB = 2**24  # no text needs more
 TOKENIZER_CHARS = 1_000_000_000  # the tokenizer is trained on at most this much text
 VAL_EVERY = 20  # every 20th document is for validation
 SEGMENT = 50_000  # characters that are handed to tiktoken at once, see segments()
@@ -106,11 +109,8 @@ def train_tokenizer(docs, vocab_size):
 def named_tokenizer(name):
     """
     tiktoken's encoding `name` (gpt2, cl100k_base, ..) with <|bos|> added as its last id. Raises UserError
-    if there is none of this name or tiktoken cannot fetch it.
+    if tiktoken cannot fetch it.
     """
-    names = tiktoken.list_encoding_names()
-    if name not in names:
-        raise UserError(f"no tokenizer {name!r}: choose bpe or one of {', '.join(names)}")
     try:
         enc = tiktoken.get_encoding(name)
     except (OSError, ValueError) as e:  # requests' exceptions are OSErrors; ValueError is a wrong checksum
@@ -720,6 +720,9 @@ def parse_args():
     args = parser.parse_args()
 
     # the tokenizer
+    names = ["bpe", *tiktoken.list_encoding_names()]
+    if args.tokenizer not in names:
+        raise UserError(f"no tokenizer {args.tokenizer!r}: choose one of {', '.join(names)}")
     if args.vocab_size is not None and args.tokenizer != "bpe":
         raise UserError(f"--vocab-size is for a trained tokenizer, {args.tokenizer} has its own: "
                         "leave one of the two out")
@@ -729,6 +732,7 @@ def parse_args():
 
     # sources and shards
     at_least(args, shard_tokens=1)
+    at_most(args, vocab_size=MAX_VOCAB)
     if "fineweb-edu" in args.source and len(args.source) > 1:
         raise UserError("fineweb-edu cannot be mixed with other sources: prepare it into its own --out")
     if "fineweb-edu" not in args.source and args.num_shards is not None:
@@ -776,7 +780,7 @@ def summary(data, state):
     """Print what a data folder holds and what to do with it next."""
     totals = data.meta["totals"]
     val_tokens = sum(map(len, data.val))
-    text_tokens = totals["tokens"] - totals["documents"]  # without <|bos|>
+    text_tokens = max(totals["tokens"] - totals["documents"], 1)  # without <|bos|>
     say(f"{data.folder}: {state}. {totals['documents']:,} documents, {totals['tokens']:,} tokens "
         f"({val_tokens:,} for validation), vocabulary {data.meta['vocab_size']:,}, "
         f"{totals['bytes'] / text_tokens:.2f} bytes per token")
@@ -785,6 +789,7 @@ def summary(data, state):
 def main():
     args = parse_args()
     out = Path(args.out)
+    check_new_folder(out)
 
     # sources and settings
     fineweb = args.source == ["fineweb-edu"]

@@ -21,6 +21,7 @@ from common import (
     ArgumentParser,
     UserError,
     at_least,
+    at_most,
     check_folder,
     is_text,
     open_source,
@@ -33,6 +34,8 @@ from common import (
 )
 from dataset import BOS, load_tokenizer
 from interleave import prefill
+
+MAX_SAMPLES = 10**6  # of a prompt; all of them are one batch
 
 # -----------------------------------------------------------------------------
 # From a run to a model, from text to tokens and back
@@ -291,6 +294,7 @@ def parse_args():
     parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
     args = parser.parse_args()
     at_least(args, num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
+    at_most(args, num_samples=MAX_SAMPLES)
     check_folder(args.out)
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, not {args.top_p}")

@@ -47,6 +47,8 @@ from common import (
     ArgumentParser,
     UserError,
     at_least,
+    at_most,
+    check_new_folder,
     compute_dtype,
     end_processes,
     flag,
@@ -192,7 +194,7 @@ def make_parser():
 
 # the least value of every flag that is a number
 LEAST = dict(
-    seed=0, depth=1, aspect_ratio=1, head_dim=1,
+    seed=0, depth=1, aspect_ratio=1, head_dim=1, max_seq_len=1, memory_init=0,
     subsets=1, refinements=1, chunk=1, forward_passes=0, deepen=0,
     num_iterations=1, target_flops=1, target_param_data_ratio=0,
     total_batch_size=1, device_batch_size=1, grad_clip=0,
@@ -200,6 +202,13 @@ LEAST = dict(
     warmup_steps=0, warmdown_ratio=0, final_lr_frac=0,
     eval_every=0, eval_tokens=1, decode_tokens=0, core_every=0, core_max_per_task=1,
     save_every=0, keep=1, log_every=1,
+)
+
+# the largest value of those with which nothing can be right above it
+MOST = dict(
+    depth=1000, head_dim=10**5, max_seq_len=2**24,
+    refinements=1000, deepen=1, num_iterations=10**9, target_flops=1e30, target_param_data_ratio=10**6,
+    total_batch_size=2**40, device_batch_size=2**20, warmdown_ratio=1,
 )
 
 # flags that may change when a run is resumed; a change of any other would make it another run
@@ -228,11 +237,11 @@ def parse_args():
     if args.lrt is None:
         args.lrt = "none" if args.arch == "recurrent" else "shared"
     at_least(args, **LEAST)
+    at_most(args, **MOST)
     if args.core_every is None and (args.core_bundle or args.core_max_per_task):
         raise UserError("--core-bundle and --core-max-per-task go with --core-every")
-    for name in ("warmdown_ratio", "deepen"):
-        if getattr(args, name) > 1:
-            raise UserError(f"{flag(name)} must be at most 1, not {getattr(args, name)}")
+    if args.core_every is not None and args.max_seq_len < 2:
+        raise UserError("CORE needs a context of 2 tokens or more: raise --max-seq-len")
     return args, checkpoint
 
 def check_restarts(args):
@@ -553,6 +562,7 @@ def main():
     if args.dry_run:
         dry_run(args)
         return
+    check_new_folder(args.out)
 
     # device, process group, data
     device, rank, world_size = init_processes(args.device, TIMEOUT)

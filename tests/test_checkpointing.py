@@ -159,6 +159,9 @@ def test_a_file_of_another_program(run):
 @pytest.mark.parametrize("changes", [
     dict(args=[]),
     dict(step="4"),
+    dict(step=-1),
+    dict(rows_seen=2**70),
+    dict(seconds=float("nan")),
     dict(optimizers={}),
     dict(schedule={"kind": "x"}),
     dict(config={"n_embd": 5}),

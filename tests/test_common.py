@@ -15,7 +15,17 @@ import torch
 from helpers import assert_refused, no_open_files, shell
 
 import common
-from common import Unreadable, UserError, append_row, at_least, lock, read_rows, refusal, write_atomic
+from common import (
+    Unreadable,
+    UserError,
+    append_row,
+    at_least,
+    at_most,
+    lock,
+    read_rows,
+    refusal,
+    write_atomic,
+)
 
 # -----------------------------------------------------------------------------
 # Errors and the command line
@@ -140,6 +150,18 @@ def test_at_least_refuses(value):
 @pytest.mark.parametrize("value", [1, 2**63 - 1, 1.0, 1e300, None])
 def test_at_least_passes(value):
     at_least(Namespace(num_shards=value), num_shards=1)
+
+
+@pytest.mark.parametrize("value", ["3", [], {}])
+def test_flags_of_another_type(value):
+    """As a checkpoint may hold them."""
+    with pytest.raises(UserError, match="--num-shards must be a number"):
+        at_least(Namespace(num_shards=value), num_shards=1)
+
+def test_at_most():
+    at_most(Namespace(depth=1000, chunk=None), depth=1000, chunk=1)
+    with pytest.raises(UserError, match="--depth must be at most 1000, not 1001"):
+        at_most(Namespace(depth=1001), depth=1000)
 
 
 # -----------------------------------------------------------------------------
@@ -277,6 +299,27 @@ def test_rows_of_several_writers_and_after_a_crash(here):
 
 # -----------------------------------------------------------------------------
 # The machine
+
+@pytest.mark.parametrize("name, tflops", [
+    ("NVIDIA H100 80GB HBM3", 989),
+    ("NVIDIA H100 PCIe", 756),
+    ("NVIDIA H100 NVL", 835),
+    ("NVIDIA H200", 989),
+    ("NVIDIA H200 NVL", 835),
+    ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA GeForce RTX 4090", 165),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA GeForce RTX 4090 D", None),
+    ("NVIDIA GeForce RTX 3090 Ti", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ("NVIDIA L40", None),
+    ("NVIDIA H20", None),
+    ("", None),
+])
+def test_a_card_has_its_own_peak_or_none(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert common.peak_flops(torch.device("cuda")) == (tflops and tflops * 1e12)
+    assert common.peak_flops(torch.device("cpu")) is None
 
 def test_rows_leave_a_commit_clean_and_code_does_not(here, monkeypatch):
     """In a repository of its own, which machine() finds beside common.py."""

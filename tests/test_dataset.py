@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -149,6 +150,11 @@ def swap_two_tokens(content):
     ("meta.json", lambda content: b"[]", ["meta.json", "delete it and re-run"]),
     ("meta.json", lambda content: b"{}", ["meta.json", "delete it and re-run"]),
     ("meta.json", lambda content: content.replace(b'"bos_id": 399', b'"bos_id": 398'), ["tokenizer"]),
+    ("meta.json", lambda content: content.replace(b': 400,', b': 400.0,'), ["meta.json", "400.0"]),
+    ("meta.json", lambda content: content.replace(b'"uint16"', b'"float32"'), ["meta.json", "float32"]),
+    ("meta.json", lambda content: content.replace(b'"val_', b'"../val_'), ["meta.json", "../val_00000.npy"]),
+    ("meta.json", lambda content: content.replace(b'"totals"', b'"sums"'), ["meta.json", "totals"]),
+    ("meta.json", lambda content: re.sub(b'"documents": ', b'"documents": -', content), ["meta.json", "-"]),
     ("tokenizer.tiktoken", swap_two_tokens, ["tokenizer", "re-run"]),
 ])
 def test_changed_files_are_not_opened(name, change, words, copy):

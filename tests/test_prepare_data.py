@@ -591,6 +591,9 @@ def test_damaged_parquet_pages(tmp_path):
     ("SOURCE --vocab-size 257", ["--vocab-size 257", "too small"]),
     ("SOURCE --vocab-size many", ["--vocab-size", "--help"]),
     ("SOURCE --vocab-size 50000", ["vocabulary of only", "lower --vocab-size"]),
+    ("SOURCE --vocab-size 99999999999", ["--vocab-size must be at most 16777216"]),
+    ("nowhere.txt --tokenizer gpt5", ["no tokenizer 'gpt5'", "gpt2"]),  # before any file is read
+    ("nowhere.txt --out SOURCE/x", ["cannot write to the folder", "is no folder", "--out"]),
     ("SOURCE --shard-tokens 0", ["--shard-tokens"]),
     ("SOURCE --num-shards 3", ["--num-shards"]),
     ("fineweb-edu --num-shards 1823", ["1822"]),
