@@ -6,21 +6,26 @@ checkpoint.
     log.jsonl                             JSON lines: training steps, evaluations, CORE, skipped steps
     tokenizer.tiktoken, tokenizer.json    those of the data it was trained on
     core_0001000.json, .csv               CORE, if it was scored (core.py)
+    set_aside/                            checkpoints that were newer when the run went back to an older one
 """
 
 import json
 import os
+import re
 import zipfile
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from common import UserError, compute_dtype, write_atomic
+from common import UserError, compute_dtype, fsync, raise_if_unreadable, read_rows, say, write_atomic
 from interleave import Schedule
 from recurrent import build_model, config_from_dict
 
 VERSION = 1  # of the checkpoint's format; checkpoints from before it was counted have none and are version 0
+
+SET_ASIDE = "set_aside"  # the folder, within that of the run, for checkpoints that nothing looks for any more
+MAX_SET_ASIDE = 2  # how many of them stay
 
 # the keys of a checkpoint and their types; save_checkpoint() and load_checkpoint() both go by it
 CHECKPOINT = dict(
@@ -42,6 +47,9 @@ CHECKPOINT = dict(
 # -----------------------------------------------------------------------------
 # Checkpoints
 
+class Damaged(UserError):
+    """The content of a checkpoint is bad: only an older one can help."""
+
 def save_checkpoint(path, **state):
     """
     Write a checkpoint with exactly the keys of CHECKPOINT, whole or not at all. Raises UserError (disk
@@ -55,11 +63,13 @@ def load_checkpoint(path, verify=False):
     """
     The checkpoint at `path`, a dict with the keys of CHECKPOINT, its tensors on the CPU. verify: read all
     of it to compare its checksums, which torch.load does not do. Nothing in the file is executed. Raises
-    UserError if the file is damaged, of another program, or of a newer version.
+    Damaged if its content is damaged or of another program, Unreadable if it cannot be read now, and
+    UserError if it is of a newer version.
     """
     try:
         if verify:
-            damaged = zipfile.ZipFile(path).testzip()
+            with zipfile.ZipFile(path) as z:
+                damaged = z.testzip()
             if damaged:
                 raise ValueError(f"{damaged} does not match its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -67,17 +77,43 @@ def load_checkpoint(path, verify=False):
         for key, kind in CHECKPOINT.items():
             if not isinstance(checkpoint[key], kind):
                 raise TypeError(f"{key} is no {kind.__name__}")
+        for key in ("step", "rows_seen", "seconds"):
+            if not 0 <= checkpoint[key] < 2**63:
+                raise ValueError(f"{key} is {checkpoint[key]}")
         if checkpoint["version"] <= VERSION:
             config_from_dict(checkpoint["config"])
             Schedule(**checkpoint["schedule"])
     except Exception as e:  # torch.load has no exception of its own for a damaged file
+        raise_if_unreadable(path, e)
         reason = str(e).strip().split("\n")[0]
-        raise UserError(f"{path} is damaged or no checkpoint of nanolrt ({reason}): "
-                        "use an older one, or train again") from e
+        raise Damaged(f"{path} is damaged or no checkpoint of nanolrt ({reason}): "
+                      "use an older one, or train again") from e
     if checkpoint["version"] > VERSION:
         raise UserError(f"{path} has version {checkpoint['version']} of the checkpoint format, "
                         f"this program reads versions up to {VERSION}: update it")
     return checkpoint
+
+def step_of(path):
+    """The step in the name of a checkpoint, an int; None if it is not the name of one."""
+    name = re.fullmatch(r"ckpt_(\d+)\.pt", Path(path).name)
+    return int(name[1]) if name else None
+
+def list_folder(folder):
+    """
+    The paths in a folder; [] if there is no such folder. Raises Unreadable, where Path.glob would find
+    nothing.
+    """
+    try:
+        return list(Path(folder).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as e:
+        raise_if_unreadable(folder, e)
+        raise
+
+def list_checkpoints(folder):
+    """The checkpoints in a run folder, the newest last; not those that were set aside. Raises Unreadable."""
+    return sorted((path for path in list_folder(folder) if step_of(path) is not None), key=step_of)
 
 def find_checkpoint(path=None):
     """
@@ -85,7 +121,8 @@ def find_checkpoint(path=None):
     None the newest of all runs/. Raises UserError if there is none.
     """
     if path is None:
-        found = sorted(Path("runs").glob("*/ckpt_*.pt"), key=lambda f: f.stat().st_mtime)
+        found = [file for folder in list_folder("runs") for file in list_checkpoints(folder)]
+        found.sort(key=os.path.getmtime)
         if not found:
             raise UserError("no run in runs/: train one first, "
                             "for example with `python train.py --depth 4 --lrt shared`")
@@ -94,9 +131,10 @@ def find_checkpoint(path=None):
     try:
         if path.is_file():
             return path
-        found = sorted(path.glob("ckpt_*.pt"))
     except OSError as e:
-        raise UserError(f"cannot look for a checkpoint in {path}: {e.strerror}") from e
+        raise_if_unreadable(path, e)
+        raise
+    found = list_checkpoints(path)
     if not found:
         raise UserError(f"no checkpoint in {path}" if path.is_dir() else f"no such run or checkpoint: {path}")
     return found[-1]
@@ -104,18 +142,22 @@ def find_checkpoint(path=None):
 def newest_checkpoint(path):
     """
     (path, checkpoint) of the file `path`, or of the newest checkpoint in the run folder `path` that is
-    whole: damaged ones are passed over with a warning. Raises UserError if there is none.
+    whole: damaged ones are passed over with a warning. Raises UserError if there is none, and for one that
+    cannot be read now or is of a newer version: it may be whole, and an older one would take its place.
     """
     newest = find_checkpoint(path)
+    folder = newest.absolute().parent
+    if folder.name == SET_ASIDE:
+        raise UserError(f"{newest} was set aside: move it to {folder.parent} to go on with it")
     if Path(path).is_file():
         return newest, load_checkpoint(newest, verify=True)
     error = None
-    for candidate in sorted(newest.parent.glob("ckpt_*.pt"), reverse=True):
+    for candidate in reversed(list_checkpoints(newest.parent)):
         try:
             return candidate, load_checkpoint(candidate, verify=True)
-        except UserError as e:
+        except Damaged as e:
             error = e
-            print(f"warning: {e}", flush=True)
+            say(f"warning: {e}")
     raise error
 
 
@@ -209,34 +251,45 @@ class Log:
     def sync(self):
         """Make sure that all rows are on the disk. Raises OSError."""
         self.flush()
-        os.fsync(self.file.fileno())
+        fsync(self.file.fileno())
 
 def read_log(folder):
     """The rows of a run's log.jsonl. Lines that a crash or a full disk cut short are left out."""
-    path = Path(folder) / "log.jsonl"
-    if not path.exists():
-        return []
     rows = []
-    for line in path.read_text("utf-8", "replace").splitlines():
-        with suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and "step" in row and "kind" in row:
-                rows.append(row)
+    for row in read_rows(Path(folder) / "log.jsonl"):
+        if isinstance(row, dict) and "step" in row and "kind" in row:
+            rows.append(row)
     return rows
+
+def set_aside(paths):
+    """
+    Move checkpoints, oldest first, into the folder set_aside/ beside them, of which only the last
+    MAX_SET_ASIDE stay. Raises OSError.
+    """
+    for path in paths:
+        folder = path.parent / SET_ASIDE
+        folder.mkdir(exist_ok=True)
+        os.replace(path, folder / path.name)
+        say(f"{path} was set aside, into {folder}")
+        # the time of the last change of a file's name
+        moved = sorted(list_checkpoints(folder), key=lambda path: path.stat().st_ctime_ns)
+        for old in moved[:-MAX_SET_ASIDE]:
+            old.unlink()
 
 def rewind(folder, step):
     """
     Take the run back to `step`: what came later, in the log and as checkpoints, is about to be done
-    again. Returns the last step that was evaluated, -1 if none was.
+    again. Newer checkpoints are set aside. Returns the last step that was evaluated, -1 if none was.
     """
+    # the checkpoints first: a log that is ahead of them is taken back by the next start, one behind is not
+    set_aside([path for path in list_checkpoints(folder) if step_of(path) > step])
+    for path in folder.glob("ckpt_*.pt.tmp"):
+        path.unlink()
     kept = []
     for row in read_log(folder):
-        # an evaluation at `step` came before the checkpoint, the training step of that number after it
+        # an evaluation at `step` is of the checkpoint's weights, the training step of that number follows it
         if row["step"] < step or (row["step"] == step and row["kind"] == "eval"):
             kept.append(row)
     lines = "".join(json.dumps(row) + "\n" for row in kept)
     write_atomic(folder / "log.jsonl", lambda f: f.write(lines.encode()))
-    for path in folder.glob("ckpt_*.pt*"):
-        if path.suffix == ".tmp" or int(path.stem.split("_")[1]) > step:
-            path.unlink()
     return max((row["step"] for row in kept if row["kind"] == "eval"), default=-1)

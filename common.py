@@ -8,13 +8,18 @@ none of them and starts in a quarter of a second.
 
 import argparse
 import contextlib
+import errno
+import gzip
 import hashlib
 import io
 import json
 import os
 import platform
+import resource
+import stat
 import subprocess
 import sys
+import zlib
 from datetime import date
 from pathlib import Path
 
@@ -23,6 +28,9 @@ from pathlib import Path
 
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong and what to do about it."""
+
+class Unreadable(UserError):
+    """The operating system does not let us read a file now. That says nothing about what it contains."""
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults in --help, but not "(default: None)", which tells nobody anything."""
@@ -45,61 +53,237 @@ def flag(name):
     """
     return "--" + name.replace("_", "-")
 
+def is_whole(value, low, high):
+    """Is this value, from a file, a whole number (no bool, no 1.0) from low to high?"""
+    return type(value) is int and low <= value <= high
+
 def at_least(args, **least):
     """
-    Check numbers from the command line: at_least(args, depth=1) raises UserError if args.depth is below 1,
-    infinite, nan, or too large for 64 bits. None, a flag that was not given, passes.
+    Check numbers from the command line, or from a checkpoint: at_least(args, depth=1) raises UserError if
+    args.depth is no number, below 1, infinite, nan, or too large for 64 bits. None, a flag that was not
+    given, passes.
     """
     for name, low in least.items():
         value = getattr(args, name)
         high = 2**63 if isinstance(value, int) else float("inf")
-        if value is not None and not low <= value < high:
+        if value is None:
+            continue
+        if not isinstance(value, (int, float)) or not low <= value < high:
             raise UserError(f"{flag(name)} must be a number of at least {low}, not {value}")
 
-def run_main(main):
-    """Call main(). A UserError becomes `error: <message>` on stderr and exit code 2, Ctrl-C exit code 130."""
+def at_most(args, **most):
+    """The same for upper bounds, after at_least(): at_most(args, depth=1000)."""
+    for name, high in most.items():
+        value = getattr(args, name)
+        if value is not None and not value <= high:
+            raise UserError(f"{flag(name)} must be at most {high}, not {value}")
+
+
+# -----------------------------------------------------------------------------
+# The streams of a script, and how it ends
+
+def prepare_streams():
+    """
+    Make stdin, stdout and stderr usable, whatever the caller has made of them. Files and pipes get UTF-8 as
+    all files of ours, a terminal its own encoding, and a line is written when it is complete, so that a log
+    can be followed and is not lost with the process.
+    """
+    # the number of a closed stream would be given to the next file that is opened, and errors written into it
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        encoding = stream.encoding if stream.isatty() else "utf-8"
+        if stream is sys.stdin:  # what is not text comes in as it does in arguments: see is_text()
+            stream.reconfigure(encoding=encoding, errors="surrogateescape")
+        else:  # what a terminal cannot show is no reason to end
+            stream.reconfigure(encoding=encoding, errors="replace", line_buffering=True)
+
+def flush_streams():
+    """
+    Write what stdout and stderr still hold. Returns None, or the OSError of what cannot be written, which is
+    dropped: Python would complain about it, and end with exit code 120.
+    """
+    error = None
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # text that the terminal cannot show is no reason to end
-            stream.reconfigure(errors="replace")
+        try:
+            stream.flush()
+        except OSError as e:
+            error = e
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return error
+
+def say(text, file=None):
+    """
+    Print a line that tells how the work goes, to stdout or to the stream `file`, above a progress bar if
+    there is one. A console that has gone or goes to a full disk is no reason to end the work.
+    """
+    from tqdm import tqdm
+    try:
+        tqdm.write(text, file)
+    except BrokenPipeError:
+        flush_streams()  # nobody will read it any more; a full disk may have room later
+    except OSError:
+        pass
+
+def say_error(text):
+    """Print an error of one line to stderr."""
+    with contextlib.suppress(OSError):
+        print("error: " + " ".join(text.split()), file=sys.stderr)
+
+def run_main(main):
+    """
+    Call main() with streams that can be used. A UserError becomes `error: <message>` on stderr and exit code
+    2, and so does output that cannot be written; Ctrl-C is exit code 130; a reader that has read enough, as
+    in `| head`, is exit code 1.
+    """
+    prepare_streams()
+    code = 0
+    output_error = None
     try:
         main()
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except SystemExit as e:  # --help, and errors of the command line
+        code = e.code
     except UserError as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
-        sys.exit(2)
+        say_error(str(e))
+        code = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except OSError as e:
+        # of files with a name, main() says more; all else is a bug, and shows its traceback
+        if not isinstance(e, BrokenPipeError) and e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        output_error = e
+    output_error = flush_streams() or output_error
+    if output_error and not code:
+        code = 1
+        if not isinstance(output_error, BrokenPipeError):
+            say_error(f"cannot write the output: {output_error.strerror}")
+            code = 2
+    if code:
+        sys.exit(code)
+
+
+# -----------------------------------------------------------------------------
+# What the operating system refuses is not what a file contains
+
+# what keeps a file from being opened or read, however whole it is
+REFUSALS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EIO,
+    errno.ESTALE,  # a file handle that an NFS server no longer knows
+    errno.ETIMEDOUT,
+)
+
+def refusal(error):
+    """
+    What the operating system said when it refused to open or to read a file; None if the error is of
+    another kind, so that the content of the file is bad.
+    """
+    code = None
+    if isinstance(error, MemoryError):
+        code = errno.ENOMEM
+    elif isinstance(error, OSError):
+        # gzip's and pyarrow's errors have no number; a seek to where a damaged file points is EINVAL
+        code = error.errno if error.errno != errno.EINVAL else None
+    elif isinstance(error, RuntimeError):
+        # torch has it in its text: "unable to open file <x.pt> in read-only mode: Too many open files (24)"
+        code = next((code for code in REFUSALS if os.strerror(code) in str(error)), None)
+    if code is None:
+        return None
+    if code == errno.EMFILE:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"{os.strerror(code)}: the limit of this process is {limit}, raise it with `ulimit -n`"
+    return os.strerror(code)
+
+def raise_if_unreadable(path, error):
+    """Raise Unreadable if this error, met while reading `path`, is a refusal of the operating system."""
+    reason = refusal(error)
+    if reason is not None:
+        raise Unreadable(f"cannot read {path} ({reason}): it may be whole, "
+                         "so make it readable and run the same command again") from error
 
 
 # -----------------------------------------------------------------------------
 # Files that are whole or absent
 
+# what a file system says of what it does not have: locks on Lustre or some NFS, an fsync of folders on CIFS
+NOT_SUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.ENOTTY)
+
+def fsync(descriptor):
+    """Make sure that a file, or a folder's list of names, is on the disk, if the file system can do that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in NOT_SUPPORTED:
+            raise
+
 def publish(tmp, path):
     """Rename the finished, fsynced file tmp to path, and make the rename itself durable."""
     os.replace(tmp, path)
-    fd = os.open(Path(path).parent, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        fd = os.open(Path(path).parent, os.O_RDONLY)
+    except PermissionError:
+        return  # a folder that may be written and not read cannot be synced
+    try:
+        fsync(fd)
     finally:
         os.close(fd)
 
+def open_special(path):
+    """
+    What is neither a file nor missing, such as /dev/null, /dev/stdout or a named pipe, opened for writing in
+    place; None for what can be replaced. A file that is our own stdout or stderr counts as such.
+    """
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return None
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # closed, or no file
+            if os.path.samestat(there, os.fstat(stream.fileno())):
+                stream.flush()
+                return open(os.dup(stream.fileno()), "wb")  # goes on where the stream is
+    if stat.S_ISREG(there.st_mode):
+        return None
+    return open(path, "wb")
+
 def write_atomic(path, write):
     """
-    Create or replace the file `path` with what write(f) puts into the binary file f, all of it or nothing.
-    Whatever write raises is passed on and the temporary file removed; an OSError becomes a UserError.
+    Create or replace the file `path` with what write(f) puts into the binary file f, all of it or nothing;
+    a link is followed, and what is no file is written in place. Whatever write raises is passed on and the
+    temporary file removed; an OSError becomes a UserError.
     """
-    tmp = f"{path}.tmp"
+    tmp = None
     try:
+        special = open_special(path)
+        if special:
+            with special as f:
+                write(f)
+            return
+        target = os.path.realpath(path)
+        tmp = f"{target}.tmp"
         with open(tmp, "wb") as f:
             write(f)
             f.flush()
-            os.fsync(f.fileno())
-        publish(tmp, path)
+            fsync(f.fileno())
+        publish(tmp, target)
     except BaseException as e:
-        with contextlib.suppress(OSError):
-            os.unlink(tmp)
+        if tmp:
+            with contextlib.suppress(OSError):
+                os.unlink(tmp)
         # torch.save hides a full disk behind a RuntimeError of its own
         cause = e.__context__ if isinstance(e, RuntimeError) else e
         if isinstance(cause, OSError):
@@ -111,36 +295,140 @@ def write_json(path, value):
     write_atomic(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
 
 def check_folder(path):
-    """Raise UserError if the folder that the file `path` is to be written to does not exist. None passes."""
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {Path(path).parent}")
+    """
+    Raise UserError if the file `path` cannot be written later: it is a folder, or the one that it belongs in
+    does not exist or may not be written. None passes.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    folder = Path(os.path.realpath(path)).parent
+    try:
+        is_special = path.exists() and not path.is_file() and not path.is_dir()  # /dev/stdout, for one
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder")
+        if not folder.is_dir():
+            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from e
+    if not is_special and not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: the folder {path.parent} may not be written")
+
+def check_new_folder(folder):
+    """Raise UserError unless files can be written to this folder later, which may have to be made first."""
+    there = Path(folder).absolute()
+    try:
+        while not there.exists():
+            there = there.parent
+        usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except OSError as e:
+        raise UserError(f"cannot write to the folder {folder} ({e.strerror}): choose another --out") from e
+    if not usable:
+        reason = "may not be written" if there.is_dir() else "is no folder"
+        raise UserError(f"cannot write to the folder {folder} ({there} {reason}): choose another --out")
 
 def sha256_file(*paths):
-    """Hex sha256 of the bytes of these files, one after another."""
+    """Hex sha256 of the bytes of these files, one after another. Raises Unreadable."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as f:
-            while chunk := f.read(1 << 20):
-                digest.update(chunk)
+        try:
+            with open(path, "rb") as f:
+                while chunk := f.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as e:
+            raise_if_unreadable(path, e)
+            raise
     return digest.hexdigest()
+
+def flock(f, wait):
+    """
+    Lock an open file, which closing it undoes. Returns False if another process holds the lock and is not to
+    be waited for. A file system without locks gives none, which is said.
+    """
+    import fcntl
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno not in NOT_SUPPORTED:
+            raise
+        say(f"warning: {f.name} cannot be locked ({e.strerror}): let nothing else write there", sys.stderr)
+    return True
 
 def lock(folder, what):
     """
     Create the folder and hold it for as long as the returned file is open. A second process that wants it
     gets a UserError that says `what` is writing there.
     """
-    import fcntl
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         f = open(Path(folder) / ".lock", "w")
+        locked = flock(f, wait=False)
     except OSError as e:
         raise UserError(f"cannot write to the folder {folder} ({e.strerror}): choose another --out") from e
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
+    if not locked:
         f.close()
-        raise UserError(f"another {what} is writing {folder}: wait for it or choose another folder") from e
+        raise UserError(f"another {what} is writing {folder}: wait for it or choose another folder")
     return f
+
+
+# -----------------------------------------------------------------------------
+# Text from outside
+
+@contextlib.contextmanager
+def open_source(path):
+    """
+    A file of somebody else's, opened for reading bytes. One whose name ends in .gz or .zst is decompressed.
+    Within it, what the operating system refuses is Unreadable, and damaged compression a UserError.
+    """
+    suffix = Path(path).suffix.lower()
+    try:
+        with open(path, "rb") as f:
+            if suffix == ".gz":
+                f = gzip.open(f)
+            elif suffix == ".zst":
+                import pyarrow
+                f = io.BufferedReader(pyarrow.input_stream(f, compression="zstd"))
+            yield f
+    except (OSError, EOFError, zlib.error) as e:
+        raise_if_unreadable(path, e)
+        raise UserError(f"cannot read {path} ({e}): is it damaged?") from e
+
+def read_json_lines(path):
+    """
+    Yield (place, value) for every line of a file of JSON lines that is not blank: place says "FILE line 7",
+    for messages. Byte order marks are left out. Raises UserError for what is not UTF-8 or not JSON.
+    """
+    with open_source(path) as f:
+        for number, line in enumerate(f, 1):
+            place = f"{path} line {number}"
+            try:
+                text = line.decode("utf-8-sig")
+                if not text.strip():
+                    continue
+                value = json.loads(text)
+            except UnicodeError as e:
+                raise UserError(f"{place}: not UTF-8 text ({e.reason} at {e.start}): fix or remove it") from e
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{place}: not valid JSON ({e}): fix or remove it") from e
+            yield place, value
+
+def text_of(place, row, key):
+    """The text that a value from JSON, an object, has under this key. Raises UserError if it has none."""
+    text = row.get(key) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f'{place}: no "{key}" string; expected {{"{key}": "..."}} on each line')
+    if not is_text(text):
+        raise UserError(f"{place}: not UTF-8 text (half of a surrogate pair): fix or remove it")
+    return text
+
+def is_text(value):
+    """Is this a str that UTF-8 can spell? Undecodable arguments and "\\ud800" in JSON are half surrogates."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 # -----------------------------------------------------------------------------
@@ -148,15 +436,16 @@ def lock(folder, what):
 
 def read_rows(path):
     """
-    The rows of a file of JSON lines; [] if there is no such file. A line that a crash cut short is left out.
-    Raises UserError if the file cannot be read.
+    The rows of a file of JSON lines that we wrote; [] if there is no such file. A line that a crash cut short
+    is left out, where read_json_lines() refuses it. Raises UserError if the file cannot be read.
     """
     try:
         lines = Path(path).read_text("utf-8", "replace").splitlines()
     except FileNotFoundError:
         return []
     except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
+        raise_if_unreadable(path, e)
+        raise
     rows = []
     for line in lines:
         with contextlib.suppress(ValueError):
@@ -165,10 +454,9 @@ def read_rows(path):
 
 def append_row(path, row):
     """Add one line to a file of JSON lines, all of it or nothing. Raises UserError if that cannot be done."""
-    import fcntl
     try:
         with open(path, "a+b", buffering=0) as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
+            flock(f, wait=True)
             end = f.seek(0, os.SEEK_END)
             line = json.dumps(row).encode() + b"\n"
             if end > 0 and os.pread(f.fileno(), 1, end - 1) != b"\n":
@@ -176,7 +464,7 @@ def append_row(path, row):
             if f.write(line) < len(line):
                 f.truncate(end)
                 raise UserError(f"cannot write {path}: the disk is full")
-            os.fsync(f.fileno())
+            fsync(f.fileno())
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}") from e
 
@@ -265,28 +553,37 @@ def from_rank_0(value, device=None):
 # -----------------------------------------------------------------------------
 # The machine
 
-# peak dense bf16 FLOP/s, for the model FLOPs utilization, from the vendors' data sheets
+# Peak dense bf16 FLOP/s, for the model FLOPs utilization, by the whole name that torch gives a GPU: other
+# cards have that name and more words, such as PCIe, NVL, Laptop GPU, Ti, D, or MIG for a slice. From NVIDIA's
+# data sheets (H100, H200, GH200, A100, L40S, HGX B200) and white papers (Ada, GA102: bf16 with fp32
+# accumulation). Where a data sheet has a figure "with sparsity", this is half of it.
 PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "4090": 165e12,
-    "3090": 71e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H800": 989e12,  # SXM
+    "NVIDIA H800 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A800-SXM4-80GB": 312e12,
+    "NVIDIA A800 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
 }
 
 def peak_flops(device):
     """Peak FLOP/s of a device, None if it is not known."""
     import torch
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for gpu, flops in PEAK_FLOPS.items():
-            if gpu in name:
-                return flops
-    return None
+    if device.type != "cuda":
+        return None
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
 
 def cpu_name():
     """The CPU's name, from /proc/cpuinfo where there is one."""

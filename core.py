@@ -37,7 +37,22 @@ import yaml
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from common import UserError, from_rank_0, lock, rank_and_world_size, sha256_file, write_atomic, write_json
+from common import (
+    UserError,
+    check_folder,
+    from_rank_0,
+    is_text,
+    is_whole,
+    lock,
+    open_source,
+    raise_if_unreadable,
+    rank_and_world_size,
+    read_json_lines,
+    refusal,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 from dataset import BOS
 from interleave import prefill
 from prepare_data import download
@@ -55,6 +70,7 @@ CORE = (
 )
 BUNDLE = Path("data_core/eval_bundle")
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+MAX_SHOTS = 1000  # of a task: more is a mistake
 BUNDLE_BYTES = 2**30  # an archive that claims to unpack to more is not the bundle
 
 # the kinds of tasks, and what their examples have: two texts for language modeling; otherwise a text, a list
@@ -122,26 +138,30 @@ def fetch_bundle(folder=BUNDLE, url=BUNDLE_URL):
         return
 
     def check(path):
-        if not zipfile.is_zipfile(path):
-            raise UserError("it is not a zip archive")
+        with open_source(path) as f:
+            if not zipfile.is_zipfile(f):
+                raise UserError("it is not a zip archive")
 
     with lock(folder.parent, "download of the CORE bundle"):
         archive = download(url, folder.parent / "eval_bundle.zip", check, "a zip archive",
                            "get the bundle elsewhere and give --bundle DIR")
         try:
             unpack(archive, folder)
-        finally:
-            archive.unlink()
+        except UserError as e:
+            if refusal(e.__cause__) is None:  # not such as a full disk, for which the archive cannot help it
+                archive.unlink()
+            raise
+        archive.unlink()
 
 def check_example(example, kind):
     """Raise KeyError or TypeError unless this value, read from JSON, is an example of this kind of task."""
     texts = [example[key] for key in KINDS[kind]]
     if kind != "language_modeling":
         options = texts.pop()
-        if not isinstance(options, list) or not 0 <= example["gold"] < len(options):
+        if not isinstance(options, list) or not is_whole(example["gold"], 0, len(options) - 1):
             raise TypeError
         texts += options
-    if not all(isinstance(text, str) for text in texts):
+    if not all(map(is_text, texts)):
         raise TypeError
 
 def read_examples(path, kind, shots):
@@ -150,22 +170,16 @@ def read_examples(path, kind, shots):
     bad one.
     """
     examples = []
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                example = json.loads(line)
-                check_example(example, kind)
-            except (KeyError, TypeError) as e:
-                keys = " and ".join(KINDS[kind])
-                has = f"{path} line {n}: a {kind} example has {keys}"
-                if kind == "language_modeling":
-                    raise UserError(f"{has} as text") from e
-                raise UserError(f"{has} as texts, and gold, the number of the right one") from e
-            except (ValueError, RecursionError) as e:
-                raise UserError(f"{path} line {n}: not valid JSON ({e})") from e
-            examples.append(example)
+    for place, example in read_json_lines(path):
+        try:
+            check_example(example, kind)
+        except (KeyError, TypeError) as e:
+            keys = " and ".join(KINDS[kind])
+            has = f"{place}: a {kind} example has {keys}"
+            if kind == "language_modeling":
+                raise UserError(f"{has} as text") from e
+            raise UserError(f"{has} as texts, and gold, the number of the right one") from e
+        examples.append(example)
     if len(examples) <= shots:
         raise UserError(f"{path} has {len(examples)} examples: "
                         f"{shots}-shot prompts need at least {shots + 1}")
@@ -192,7 +206,7 @@ def load_tasks(bundle=None, names=None):
         bundle = BUNDLE
     bundle = Path(bundle)
     data = bundle / "eval_data"
-    tasks, available = [], []
+    tasks, available, listed_names = [], [], set()
     try:
         listed = yaml.safe_load((bundle / "core.yaml").read_text("utf-8"))["icl_tasks"]
         baselines = read_baselines(bundle / "eval_meta_data.csv")
@@ -202,8 +216,17 @@ def load_tasks(bundle=None, names=None):
                 raise ValueError(f"{entry['dataset_uri']} is outside the bundle")
             name = entry["label"]
             kind = entry["icl_task_type"]
-            shots = int(entry["num_fewshot"][0])
+            shots = entry["num_fewshot"][0]
             delimiter = entry.get("continuation_delimiter", " ")
+            if not (is_text(name) and is_text(delimiter)):
+                raise ValueError(f"label {name!r} or delimiter {delimiter!r} is no text")
+            if name in listed_names:
+                raise ValueError(f"{name} is listed twice")
+            listed_names.add(name)
+            if not is_whole(shots, 0, MAX_SHOTS):
+                raise ValueError(f"{name} has num_fewshot {shots!r}")
+            if not 0 <= baselines[name] < 1:
+                raise ValueError(f"{name} has a random baseline of {100 * baselines[name]} percent")
             if kind not in KINDS:
                 raise ValueError(f"{name} is a {kind}, which is none of {', '.join(KINDS)}")
             if not path.is_file():
@@ -216,7 +239,9 @@ def load_tasks(bundle=None, names=None):
                 tasks.append(Task(name, kind, shots, delimiter, baselines[name], sha256, examples))
     except FileNotFoundError as e:
         raise UserError(f"no CORE bundle in {bundle}: {e.filename} is missing") from e
-    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+    except (OSError, yaml.YAMLError, csv.Error, ValueError, LookupError, TypeError, AttributeError,
+            RecursionError) as e:
+        raise_if_unreadable(getattr(e, "filename", None) or bundle, e)
         raise UserError(f"the CORE bundle in {bundle} is damaged: {e!r}") from e
     unknown = [name for name in names or () if name not in available]
     if unknown or not tasks:
@@ -511,7 +536,7 @@ def read_finished(path, header, tasks):
     """
     The results of finished tasks, a dict by name, that an earlier call left in the file `path`; {} if there
     are none or they are of another model or other flags than the header's. Tasks whose data have changed are
-    left out.
+    left out. Raises Unreadable: results that cannot be read now would be written over.
     """
     try:
         kept = json.loads(path.read_text("utf-8"))
@@ -522,8 +547,11 @@ def read_finished(path, header, tasks):
             if finished.get(task.name, {}).get("sha256") != task.sha256:
                 finished.pop(task.name, None)
         return finished
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no file, or a damaged one
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise_if_unreadable(path, e)
+        return {}  # a damaged file
 
 def work_per_example(task, context):
     """About how much work an example is: the characters of its prompt, at most those of a full context."""
@@ -578,6 +606,8 @@ def evaluate_core(model, tokenizer, tasks, folder, step, max_per_task=None, use_
         memory=use_memory and model.config.recurrent_memory,
         max_per_task=max_per_task,
     )
+    if rank == 0:
+        check_folder(path)
     finished = from_rank_0(read_finished(path, header, tasks) if rank == 0 else None, device)
 
     # how much is left to do, of all ranks and of this one

@@ -16,16 +16,20 @@ rows of one context's length, in an order that only the seed decides.
 import base64
 import json
 import os
+import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from common import UserError, sha256_file, write_atomic, write_json
+from common import UserError, is_whole, raise_if_unreadable, sha256_file, write_atomic, write_json
 
 BOS = "<|bos|>"
+OPEN_SHARDS = 8  # memory maps open at a time: each holds one of the files that a process may open, often 1024
 
 
 # -----------------------------------------------------------------------------
@@ -71,6 +75,7 @@ def load_tokenizer(folder):
     except FileNotFoundError as e:
         raise UserError(f"no tokenizer in {folder}: run `python prepare_data.py --out {folder}` first") from e
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise_if_unreadable(f"the tokenizer files in {folder}", e)
         raise UserError(f"the tokenizer files in {folder} are damaged ({e}): re-run prepare_data.py") from e
 
 def check_ranks(ranks, n_lines, spec):
@@ -91,7 +96,7 @@ def check_ranks(ranks, n_lines, spec):
         raise ValueError("tokens are missing or appear twice")
 
 def tokenizer_sha256(folder):
-    """Hex sha256 over the two tokenizer files. Raises OSError if one cannot be read."""
+    """Hex sha256 over the two tokenizer files. Raises Unreadable."""
     return sha256_file(Path(folder) / "tokenizer.tiktoken", Path(folder) / "tokenizer.json")
 
 def token_bytes(enc):
@@ -117,10 +122,45 @@ def load_shard(path):
     except FileNotFoundError as e:
         raise UserError(f"{path} is missing: re-run prepare_data.py") from e
     except (OSError, ValueError, EOFError, AttributeError) as e:
+        raise_if_unreadable(path, e)
         raise UserError(f"{path} is damaged ({e}): delete it and re-run prepare_data.py") from e
     if not whole:
         raise UserError(f"{path} is damaged (wrong size): delete it and re-run prepare_data.py")
     return shard
+
+def size_and_mtime(path):
+    """Size and time of change of a file, None if it is gone. Raises Unreadable."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise_if_unreadable(path, e)
+        raise
+    return stat.st_size, stat.st_mtime_ns
+
+class Shards(Sequence):
+    """
+    The shards of a split as read-only memory maps of token ids. A shard is opened when it is used, and only
+    the OPEN_SHARDS that were used last stay open. Using one raises UserError if it is damaged, or if its file
+    is no longer what it was at the beginning: reading behind the end of a truncated memory map would kill the
+    process.
+    """
+
+    def __init__(self, paths):
+        self.paths = paths
+        self.states = [size_and_mtime(path) for path in paths]
+        self.load = lru_cache(OPEN_SHARDS)(load_shard)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        path = self.paths[i]
+        if size_and_mtime(path) != self.states[i]:
+            raise UserError(f"{path} was changed or removed while it was in use: "
+                            "re-run prepare_data.py, then --resume")
+        return self.load(path)
 
 @dataclass
 class Data:
@@ -129,8 +169,25 @@ class Data:
     meta: dict  # meta.json
     tokenizer: tiktoken.Encoding
     token_bytes: np.ndarray  # int32 (vocab,)
-    train: list  # read-only memory maps of token ids, uint16 or uint32
-    val: list
+    train: Shards  # of token ids, uint16 or uint32
+    val: Shards
+
+def check_meta(meta):
+    """Raise ValueError, KeyError or TypeError unless the numbers and names in meta.json can be true."""
+    totals = [meta["totals"][key] for key in ("documents", "tokens", "bytes")]
+    numbers = [meta["vocab_size"], *totals]
+    names = []
+    for entry in meta["train"] + meta["val"]:
+        numbers += [entry[key] for key in ("documents", "tokens", "bytes")]
+        names.append(entry["file"])
+    for number in numbers:
+        if not is_whole(number, 0, 2**63 - 1):
+            raise ValueError(f"{number!r} is no number of anything")
+    for name in names:
+        if not re.fullmatch(r"(train|val)_\d+\.npy", name):
+            raise ValueError(f"{name!r} is no name of a shard")
+    if meta["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"dtype {meta['dtype']!r}")
 
 def open_data(folder, verify=True):
     """
@@ -138,20 +195,21 @@ def open_data(folder, verify=True):
     UserError if anything is missing, damaged, or does not belong together.
     """
     folder = Path(folder)
-    if not (folder / "meta.json").is_file():
-        state = "unfinished data" if (folder / "settings.json").is_file() else "no prepared data"
-        raise UserError(f"{state} in {folder}: run `python prepare_data.py --out {folder}` first")
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
-        entries = []
+        entries = {}
         for split in ("train", "val"):
-            for entry in meta[split]:
-                entries.append((split, folder / entry["file"], entry["tokens"], entry["sha256"]))
+            entries[split] = [(folder / x["file"], x["tokens"], x["sha256"]) for x in meta[split]]
         dtype = np.dtype(meta["dtype"])
         vocab_size = meta["vocab_size"]
         bos = meta["bos_id"]
         tokenizer_digest = meta["tokenizer_sha256"]
+        check_meta(meta)
+    except (FileNotFoundError, NotADirectoryError) as e:
+        state = "unfinished data" if (folder / "settings.json").is_file() else "no prepared data"
+        raise UserError(f"{state} in {folder}: run `python prepare_data.py --out {folder}` first") from e
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise_if_unreadable(folder / "meta.json", e)
         raise UserError(f"{folder / 'meta.json'} is damaged ({e!r}): "
                         "delete it and re-run prepare_data.py") from e
 
@@ -167,33 +225,26 @@ def open_data(folder, verify=True):
                         "delete it and re-run prepare_data.py")
 
     # the shards are those of meta.json
-    data = Data(folder, meta, enc, sizes, train=[], val=[])
-    for split, path, n_tokens, _ in entries:
-        shard = load_shard(path)
-        if shard.dtype != dtype or len(shard) != n_tokens:
-            found = f"{len(shard)} {shard.dtype} tokens"
-            raise UserError(f"{path} is damaged ({found}, meta.json says {n_tokens} {dtype}): "
-                            "delete it and re-run prepare_data.py")
-        shards_of_split = data.train if split == "train" else data.val
-        shards_of_split.append(shard)
+    shards = {}
+    for split in ("train", "val"):
+        shards[split] = Shards([path for path, _, _ in entries[split]])
+        for shard, (path, n_tokens, _) in zip(shards[split], entries[split]):
+            if shard.dtype != dtype or len(shard) != n_tokens:
+                found = f"{len(shard)} {shard.dtype} tokens"
+                raise UserError(f"{path} is damaged ({found}, meta.json says {n_tokens} {dtype}): "
+                                "delete it and re-run prepare_data.py")
     if verify:
-        verify_checksums([(path, digest) for _, path, _, digest in entries])
-    return data
+        verify_checksums([(path, digest) for path, _, digest in entries["train"] + entries["val"]])
+    return Data(folder, meta, enc, sizes, **shards)
 
 def verify_checksums(files):
     """
     Compare the sha256 of files, several at a time. files: pairs of a path and the hex digest that it should
     have. Raises UserError if one differs or cannot be read.
     """
-    def digest_of(file):
-        path, _ = file
-        try:
-            return sha256_file(path)
-        except OSError as e:
-            raise UserError(f"cannot read {path} ({e.strerror}): is the disk failing?") from e
-
+    paths = [path for path, _ in files]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (path, expected), found in zip(files, pool.map(digest_of, files)):
+        for (path, expected), found in zip(files, pool.map(sha256_file, paths)):
             if found != expected:
                 raise UserError(f"{path} is damaged (sha256 differs from meta.json): "
                                 "delete it and re-run prepare_data.py")
@@ -204,28 +255,20 @@ def verify_checksums(files):
 
 def first_rows(shards, T, n):
     """
-    The first n rows of a list of token arrays, in their order: a tensor (rows, T+1) int64. There are fewer
-    than n if the shards do not hold as many.
+    The first n rows of a sequence of token arrays, in their order: a tensor (rows, T+1) int64. There are
+    fewer than n if the shards do not hold as many.
     """
     import torch
     rows = []
     for shard in shards:
+        if len(rows) >= n:
+            break
         count = min((len(shard) - 1) // T, n - len(rows))
         for i in range(count):
             rows.append(np.asarray(shard[i * T:i * T + T + 1]).astype(np.int64))
     if not rows:
         return torch.zeros(0, T + 1, dtype=torch.int64)
     return torch.from_numpy(np.stack(rows))
-
-def size_and_mtime(shard):
-    """Size and time of change of a memory-mapped shard's file; None if it is gone, or if there is no file."""
-    if not isinstance(shard, np.memmap):
-        return None
-    try:
-        stat = os.stat(shard.filename)
-    except FileNotFoundError:
-        return None
-    return stat.st_size, stat.st_mtime_ns
 
 class Rows:
     """
@@ -235,10 +278,9 @@ class Rows:
     """
 
     def __init__(self, shards, T, seed):
-        self.shards = shards  # arrays of token ids, usually memory maps
+        self.shards = shards  # a sequence of arrays of token ids, usually Shards
         self.T = T
         self.seed = seed
-        self.states = [size_and_mtime(shard) for shard in shards]  # to see whether a file was changed
         self.counts = np.array([max(len(shard) - 1, 0) // T for shard in shards])  # rows of each shard
         self.per_epoch = int(self.counts.sum())
         self.shard_orders = {}  # epoch -> a permutation of the shards
@@ -260,19 +302,13 @@ class Rows:
         return self.row_orders[epoch, shard]
 
     def __getitem__(self, n):
-        """
-        Row n: (T+1,) int64. Raises UserError if its shard has changed since it was opened, because reading
-        behind the end of a truncated memory map would kill the process.
-        """
+        """Row n: (T+1,) int64. Raises UserError if its shard has changed since training began."""
         epoch, n = divmod(n, self.per_epoch)
         for shard in self.shard_order(epoch):
             if n >= self.counts[shard]:
                 n -= self.counts[shard]
                 continue
             tokens = self.shards[shard]
-            if size_and_mtime(tokens) != self.states[shard]:
-                raise UserError(f"{tokens.filename} was changed or removed while it was in use: "
-                                "re-run prepare_data.py, then --resume")
             start = self.row_order(epoch, shard)[n] * self.T
             return tokens[start:start + self.T + 1].astype(np.int64)
 

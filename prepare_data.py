@@ -3,7 +3,7 @@ Turn text into token shards that train.py can memory-map.
 
     python prepare_data.py                                    the Python standard library's source, no network
     python prepare_data.py fineweb-edu --num-shards 8         downloads parquet shards of FineWeb-Edu
-    python prepare_data.py corpus.txt more.jsonl.gz folder    your own .txt, .jsonl, .jsonl.gz, .parquet
+    python prepare_data.py corpus.txt more.jsonl.gz folder    your own .txt, .jsonl, .parquet, .gz, .zst
 
 The files that end up in --out (default `data`) are described in dataset.py, which reads them. The same
 command again continues after the shards that are finished, repairs what is damaged, and otherwise changes
@@ -13,14 +13,14 @@ In this file, in this order: making a tokenizer, sources and readers of their fo
 downloads, what an earlier run left in the folder, and the command.
 """
 
-import gzip
+import hashlib
 import itertools
 import json
 import os
 import re
+import stat
 import sysconfig
 import time
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,12 +33,21 @@ from tqdm import tqdm
 
 from common import (
     ArgumentParser,
+    Unreadable,
     UserError,
     at_least,
+    at_most,
+    check_new_folder,
+    fsync,
     lock,
+    open_source,
     publish,
+    raise_if_unreadable,
+    read_json_lines,
     run_main,
+    say,
     sha256_file,
+    text_of,
     write_atomic,
     write_json,
 )
@@ -53,10 +62,13 @@ from dataset import (
     tokenizer_sha256,
 )
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+# of the files that are read, in any case; .json.gz and .json.zst are JSON lines
+SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst",
+            ".parquet")
 VOCAB_LARGE = 32768  # the default vocabulary
 VOCAB_SMALL = 4096  # the default where the source files are smaller than SMALL_SOURCE
 SMALL_SOURCE = 100_000_000  # bytes
+MAX_VOCAB = 2**24  # no text needs more
 TOKENIZER_CHARS = 1_000_000_000  # the tokenizer is trained on at most this much text
 VAL_EVERY = 20  # every 20th document is for validation
 SEGMENT = 50_000  # characters that are handed to tiktoken at once, see segments()
@@ -97,11 +109,8 @@ def train_tokenizer(docs, vocab_size):
 def named_tokenizer(name):
     """
     tiktoken's encoding `name` (gpt2, cl100k_base, ..) with <|bos|> added as its last id. Raises UserError
-    if there is none of this name or tiktoken cannot fetch it.
+    if tiktoken cannot fetch it.
     """
-    names = tiktoken.list_encoding_names()
-    if name not in names:
-        raise UserError(f"no tokenizer {name!r}: choose bpe or one of {', '.join(names)}")
     try:
         enc = tiktoken.get_encoding(name)
     except (OSError, ValueError) as e:  # requests' exceptions are OSErrors; ValueError is a wrong checksum
@@ -122,35 +131,92 @@ def stdlib_files():
     installed = {"site-packages", "dist-packages"}
     return sorted(path for path in root.rglob("*.py") if not installed & set(path.relative_to(root).parts))
 
+def file_mode(path):
+    """The mode of what a path leads to, 0 if there is nothing. Raises Unreadable if that cannot be known."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as e:
+        raise_if_unreadable(path, e)
+        raise
+
+def is_source(path):
+    """Does the name of this file end as those that are read do?"""
+    return path.name.lower().endswith(SUFFIXES)
+
+def folder_files(folder):
+    """
+    The files of a folder that are read, sorted, links followed. Other files are left out, which is said.
+    Raises UserError for what should be read and cannot be.
+    """
+    def fail(e):
+        raise_if_unreadable(e.filename, e)
+
+    found, others = [], []
+    seen = set()  # a link may lead back
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        for path in (Path(root, name) for name in names):
+            if not is_source(path):
+                others.append(path)
+            elif not stat.S_ISREG(file_mode(path)):
+                raise UserError(f"{path} is a broken link or no regular file: remove it")
+            else:
+                found.append(path)
+    if not found:
+        raise UserError(f"{folder} has no text: expected files ending in {', '.join(SUFFIXES)}")
+    if others:
+        say(f"{folder}: {len(others)} files skipped that do not end in {', '.join(SUFFIXES)}: "
+            f"{', '.join(map(str, sorted(others)[:3]))}{', ..' if len(others) > 3 else ''}")
+    return sorted(found)
+
 def find_files(sources):
     """
-    The files behind `stdlib` and local paths, in the order given, the files of a folder sorted. Raises
-    UserError for a path that cannot be used.
+    The files behind `stdlib` and local paths, in the order given, the files of a folder sorted, each once.
+    Raises UserError for a path that cannot be used.
     """
     files = []
     for source in sources:
         path = Path(source)
+        mode = file_mode(path)
         if source == "stdlib":
             files += stdlib_files()
-        elif path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-            if not found:
-                raise UserError(f"{path} has no text: expected files ending in {', '.join(SUFFIXES)}")
-            files += found
-        elif not path.is_file():
+        elif stat.S_ISDIR(mode):
+            files += folder_files(path)
+        elif not stat.S_ISREG(mode):
             raise UserError(f"no file or folder {path}: name one, or use stdlib or fineweb-edu")
-        elif not path.name.endswith(SUFFIXES):
+        elif not is_source(path):
             raise UserError(f"cannot read {path}: expected a file ending in {', '.join(SUFFIXES)}")
         elif path.stat().st_size == 0:
             raise UserError(f"{path} is empty: remove it from the command")
         else:
             files.append(path)
-    return files
+
+    once = {}
+    for path in files:
+        first = once.setdefault(os.path.realpath(path), path)
+        if first is not path:
+            say(f"{path} is {first}, which is read already: skipped")
+    return list(once.values())
+
+def fingerprint(files):
+    """Hex sha256 of the names and contents of files, one after another. Raises Unreadable."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{sha256_file(path)} ".encode() + os.fsencode(path.name) + b"\n")
+    return digest.hexdigest()
 
 def read_txt(path):
     """Yield the whole file, which is one document."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with open_source(path) as f:
+            text = f.read().decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (byte {e.start}): convert it first") from e
     if "\0" in text:
@@ -163,66 +229,55 @@ def read_py(path):
     with suppress(UserError):
         yield from read_txt(path)
 
-def read_jsonl(path):
-    """Yield the string "text" of each line's JSON object; blank lines are skipped."""
-    open_file = gzip.open if path.suffix == ".gz" else open
-    with open_file(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            place = f"{path} line {number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-                text = row.get("text") if isinstance(row, dict) else None
-                if isinstance(text, str):
-                    text.encode()  # JSON can spell half a surrogate pair, UTF-8 cannot
-            except UnicodeError as e:
-                raise UserError(f"{place}: not UTF-8 text ({e.reason} at {e.start}): fix or remove it") from e
-            except (ValueError, RecursionError) as e:
-                raise UserError(f"{place}: not valid JSON ({e}): fix or remove it") from e
-            if not isinstance(text, str):
-                raise UserError(f'{place}: no "text" string; expected {{"text": "..."}} on each line')
-            yield text
+def read_jsonl(path, text_key):
+    """Yield the text under text_key of each line's JSON object, None where it is null."""
+    for place, row in read_json_lines(path):
+        is_null = isinstance(row, dict) and row.get(text_key, "") is None
+        yield None if is_null else text_of(place, row, text_key)
 
-def open_parquet(path):
-    """pyarrow's ParquetFile at path. Raises UserError if it does not open or has no column `text`."""
+def open_parquet(path, text_key):
+    """pyarrow's ParquetFile at path. Raises UserError if it does not open or has no column text_key."""
     import pyarrow.parquet
     try:
         parquet = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as e:
+        raise_if_unreadable(path, e)
         raise UserError(f"{path} does not open as parquet ({e}): delete it, then get it again") from e
-    if "text" not in parquet.schema_arrow.names:
-        raise UserError(f"{path} has no column `text`, only {', '.join(parquet.schema_arrow.names)}")
+    names = parquet.schema_arrow.names
+    if text_key not in names:
+        raise UserError(f"{path} has no column `{text_key}`, only {', '.join(names)}: see --text-key")
     return parquet
 
-def read_parquet(path):
-    """Yield the rows of the column `text`: a str, or None where the row is null."""
+def read_parquet(path, text_key):
+    """Yield the rows of the column text_key: a str, or None where the row is null."""
     import pyarrow
     try:
-        for batch in open_parquet(path).iter_batches(batch_size=1024, columns=["text"]):
+        for batch in open_parquet(path, text_key).iter_batches(batch_size=1024, columns=[text_key]):
             for text in batch.column(0).to_pylist():
                 if text is not None and not isinstance(text, str):
-                    raise UserError(f"{path}: column `text` does not hold strings")
+                    raise UserError(f"{path}: column `{text_key}` does not hold strings")
                 yield text
-    except (pyarrow.ArrowException, UnicodeDecodeError) as e:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise_if_unreadable(path, e)
         raise UserError(f"{path} is damaged ({e}): delete it, then get it again") from e
 
-def read_documents(path):
-    """Yield the documents (str) of one file, without blank ones. A UserError names the file and the place."""
-    if path.suffix == ".py":
-        read = read_py
-    elif path.suffix == ".txt":
-        read = read_txt
-    elif path.suffix == ".parquet":
-        read = read_parquet
+def read_documents(path, text_key):
+    """
+    Yield the documents (str) of one file, without null and blank ones: of JSON lines and parquet the text
+    under text_key. A UserError names the file and the place.
+    """
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    if name.endswith(".py"):
+        texts = read_py(path)
+    elif name.endswith(".txt"):
+        texts = read_txt(path)
+    elif name.endswith(".parquet"):
+        texts = read_parquet(path, text_key)
     else:
-        read = read_jsonl
-    try:
-        for text in read(path):
-            if text and not text.isspace():
-                yield text
-    except (OSError, EOFError, zlib.error) as e:  # gzip's and some of pyarrow's errors
-        raise UserError(f"cannot read {path} ({e}): is it damaged?") from e
+        texts = read_jsonl(path, text_key)
+    for text in texts:
+        if text and not text.isspace():
+            yield text
 
 def cut_tail(docs):
     """
@@ -246,9 +301,9 @@ def cut_tail(docs):
         raise UserError("the corpus is too small to give a training and a validation shard: add text")
     return train, val
 
-def split_documents(files, n_docs, split):
+def split_documents(files, text_key, n_docs, split):
     """Yield those of the n_docs documents in files that belong to split, "train" or "val", in their order."""
-    docs = itertools.chain.from_iterable(map(read_documents, files))
+    docs = itertools.chain.from_iterable(read_documents(path, text_key) for path in files)
     if n_docs < VAL_EVERY:
         train, val = cut_tail(list(docs))
         yield from train if split == "train" else val
@@ -270,27 +325,27 @@ class Stream:
     documents: Callable  # documents() is an iterator over the documents (str), from the first one on
     shard_tokens: int | None  # a shard ends with the document that brings it to so many tokens; None: never
 
-def fineweb_documents(base_url, folder, number):
+def fineweb_documents(base_url, text_key, folder, number):
     """Yield the documents of one parquet file of FineWeb-Edu, downloaded to the folder if it is not there."""
     name = f"shard_{number:05d}.parquet"
     path = download(
         f"{base_url}/{name}",
         folder / name,
-        check=open_parquet,
-        what="a parquet file with a column `text`",
+        check=partial(open_parquet, text_key=text_key),
+        what=f"a parquet file with a column `{text_key}`",
         hint="check --base-url and --num-shards",
     )
-    yield from read_documents(path)
+    yield from read_documents(path, text_key)
 
-def fineweb_streams(base_url, num_shards, folder):
+def fineweb_streams(base_url, text_key, num_shards, folder):
     """The streams of FineWeb-Edu: each of its files becomes one shard. Nothing is downloaded yet."""
-    documents = partial(fineweb_documents, base_url, folder)
+    documents = partial(fineweb_documents, base_url, text_key, folder)
     streams = [Stream("val", 0, partial(documents, FINEWEB_LAST), shard_tokens=None)]
     for number in range(num_shards):
         streams.append(Stream("train", number, partial(documents, number), shard_tokens=None))
     return streams
 
-def local_streams(files, shard_tokens, source):
+def local_streams(files, text_key, shard_tokens, source):
     """
     The streams of local files, and how many characters they have together. All of the files are read once,
     so that bad input is found (UserError) before anything is written.
@@ -298,13 +353,13 @@ def local_streams(files, shard_tokens, source):
     n_docs = 0
     n_chars = 0
     for path in tqdm(files, "reading", disable=None):
-        for doc in read_documents(path):
+        for doc in read_documents(path, text_key):
             n_docs += 1
             n_chars += len(doc)
     if n_docs == 0:
         raise UserError(f"no text in {source}: every document is blank")
 
-    documents = partial(split_documents, files, n_docs)
+    documents = partial(split_documents, files, text_key, n_docs)
     train = Stream("train", 0, partial(documents, "train"), shard_tokens)
     val = Stream("val", 0, partial(documents, "val"), shard_tokens)
     next(train.documents())  # raises UserError if there is too little text for two splits
@@ -375,6 +430,8 @@ def write_shards(out, stream, enc, bar):
     while shard_path(number).exists():
         try:
             shard = load_shard(shard_path(number))
+        except Unreadable:
+            raise
         except UserError:
             break  # it is damaged, and written again
         skip += np.count_nonzero(shard == bos)
@@ -488,7 +545,7 @@ def fetch(url, part, hint):
                     f.write(chunk)
                     bar.update(len(chunk))
             f.flush()
-            os.fsync(f.fileno())
+            fsync(f.fileno())
 
         # Hugging Face names the file's sha256 in the redirect to its storage
         tags = [r.headers.get("X-Linked-Etag", "").strip('"') for r in (*reply.history, reply)]
@@ -535,7 +592,7 @@ def fetch_with_retries(url, part, hint, name):
                 raise UserError(f"cannot download {url} ({e}): {hint}, "
                                 "or re-run the same command to continue") from e
             seconds = retry_pause(e, failures)
-            print(f"{name}: {e}; trying again in {seconds:.0f} s", flush=True)
+            say(f"{name}: {e}; trying again in {seconds:.0f} s")
             time.sleep(seconds)
 
 def download(url, path, check, what, hint):
@@ -553,6 +610,8 @@ def download(url, path, check, what, hint):
         fetch_with_retries(url, part, hint, path.name)
         try:
             check(part)
+        except Unreadable:
+            raise
         except UserError as e:
             part.unlink()
             raise UserError(f"what {url} served is not {what}: {hint}") from e
@@ -581,29 +640,38 @@ def check_settings(out, settings):
             if there.get(key) != settings.get(key):
                 differences.append(f"{key} {there.get(key)} there, {settings.get(key)} now")
     except (OSError, ValueError, AttributeError, TypeError) as e:
+        raise_if_unreadable(path, e)
         raise UserError(f"{path} is damaged ({e}): delete {out} and re-run prepare_data.py") from e
     if differences:
         raise UserError(f"{out} holds other data ({'; '.join(differences)}): "
                         f"choose another --out or delete {out}")
 
 def finished_data(out):
-    """The Data in the folder, or None if it is unfinished or damaged."""
+    """
+    The Data in the folder, or None if it is unfinished or damaged, and so is to be made again. Raises
+    Unreadable.
+    """
     try:
         return open_data(out, verify=False)
+    except Unreadable:
+        raise
     except UserError:
         return None
 
 def discard_damaged(out):
     """
     Prepare a folder for being completed: remove meta.json and every file that differs from what it recorded.
-    Without a tokenizer that can be used, remove all shards, too.
+    Without a tokenizer that can be used, remove all shards, too. What cannot be read now is not damaged: it
+    raises Unreadable.
     """
     # what meta.json recorded, if it can be read
     try:
         meta = json.loads((out / "meta.json").read_text("utf-8"))
         recorded = {shard["file"]: shard["sha256"] for split in ("train", "val") for shard in meta[split]}
         recorded_tokenizer = meta["tokenizer_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        if not isinstance(e, FileNotFoundError):
+            raise_if_unreadable(out / "meta.json", e)
         recorded = None
         recorded_tokenizer = None
 
@@ -611,6 +679,8 @@ def discard_damaged(out):
     try:
         load_tokenizer(out)
         usable = recorded_tokenizer in (None, tokenizer_sha256(out))
+    except Unreadable:
+        raise
     except UserError:
         usable = False
     if not usable:
@@ -633,6 +703,8 @@ def parse_args():
     parser = ArgumentParser(description="Turn text into tokens for train.py.")
     parser.add_argument("source", nargs="*", default=["stdlib"],
                         help=f"stdlib, fineweb-edu, or files and folders: {' '.join(SUFFIXES)}")
+    parser.add_argument("--text-key", metavar="NAME", default="text",
+                        help="what the text is called: key of JSON lines, column of parquet")
     parser.add_argument("--out", default="data", help="folder to write")
     parser.add_argument("--tokenizer", default="bpe",
                         help="bpe: train one on this text; or a tiktoken encoding such as gpt2")
@@ -648,6 +720,9 @@ def parse_args():
     args = parser.parse_args()
 
     # the tokenizer
+    names = ["bpe", *tiktoken.list_encoding_names()]
+    if args.tokenizer not in names:
+        raise UserError(f"no tokenizer {args.tokenizer!r}: choose one of {', '.join(names)}")
     if args.vocab_size is not None and args.tokenizer != "bpe":
         raise UserError(f"--vocab-size is for a trained tokenizer, {args.tokenizer} has its own: "
                         "leave one of the two out")
@@ -657,6 +732,7 @@ def parse_args():
 
     # sources and shards
     at_least(args, shard_tokens=1)
+    at_most(args, vocab_size=MAX_VOCAB)
     if "fineweb-edu" in args.source and len(args.source) > 1:
         raise UserError("fineweb-edu cannot be mixed with other sources: prepare it into its own --out")
     if "fineweb-edu" not in args.source and args.num_shards is not None:
@@ -672,14 +748,13 @@ def make_settings(args, files, vocab_size):
     settings = {"source": " ".join(args.source), "tokenizer": args.tokenizer}
     if args.tokenizer == "bpe":
         settings["vocab_size"] = vocab_size
+    if args.text_key != "text":  # settings from before there was this flag do not have it
+        settings["text_key"] = args.text_key
     if files is None:
         settings["base_url"] = args.base_url  # --num-shards is left out: more can be added later
         return settings
     settings["shard_tokens"] = args.shard_tokens
-    try:
-        settings["source_sha256"] = sha256_file(*files)
-    except OSError as e:
-        raise UserError(f"cannot read {e.filename}: {e.strerror}") from e
+    settings["source_sha256"] = fingerprint(files)
     return settings
 
 def make_tokenizer(args, vocab_size, streams):
@@ -687,7 +762,7 @@ def make_tokenizer(args, vocab_size, streams):
     if args.tokenizer != "bpe":
         return named_tokenizer(args.tokenizer)
     note = " (the default; see --vocab-size)" if args.vocab_size is None else ""
-    print(f"training a tokenizer of {vocab_size} tokens{note}")
+    say(f"training a tokenizer of {vocab_size} tokens{note}")
     train_streams = (stream for stream in streams if stream.split == "train")
     docs = itertools.chain.from_iterable(stream.documents() for stream in train_streams)
     enc = train_tokenizer(docs, vocab_size)
@@ -698,22 +773,23 @@ def make_tokenizer(args, vocab_size, streams):
         raise UserError(f"this text gives a vocabulary of only {enc.n_vocab} tokens: "
                         "add text or lower --vocab-size")
     if enc.n_vocab < vocab_size:
-        print(f"the text gives only {enc.n_vocab} tokens: the vocabulary is {enc.n_vocab}, not {vocab_size}")
+        say(f"the text gives only {enc.n_vocab} tokens: the vocabulary is {enc.n_vocab}, not {vocab_size}")
     return enc
 
 def summary(data, state):
     """Print what a data folder holds and what to do with it next."""
     totals = data.meta["totals"]
     val_tokens = sum(map(len, data.val))
-    text_tokens = totals["tokens"] - totals["documents"]  # without <|bos|>
-    print(f"{data.folder}: {state}. {totals['documents']:,} documents, {totals['tokens']:,} tokens "
-          f"({val_tokens:,} for validation), vocabulary {data.meta['vocab_size']:,}, "
-          f"{totals['bytes'] / text_tokens:.2f} bytes per token")
-    print(f"next: python train.py --data {data.folder}")
+    text_tokens = max(totals["tokens"] - totals["documents"], 1)  # without <|bos|>
+    say(f"{data.folder}: {state}. {totals['documents']:,} documents, {totals['tokens']:,} tokens "
+        f"({val_tokens:,} for validation), vocabulary {data.meta['vocab_size']:,}, "
+        f"{totals['bytes'] / text_tokens:.2f} bytes per token")
+    say(f"next: python train.py --data {data.folder}")
 
 def main():
     args = parse_args()
     out = Path(args.out)
+    check_new_folder(out)
 
     # sources and settings
     fineweb = args.source == ["fineweb-edu"]
@@ -735,10 +811,10 @@ def main():
 
         # sources to streams of documents
         if fineweb:
-            streams = fineweb_streams(args.base_url, args.num_shards, out / "download")
+            streams = fineweb_streams(args.base_url, args.text_key, args.num_shards, out / "download")
             n_chars = None  # unknown until everything is downloaded
         else:
-            streams, n_chars = local_streams(files, args.shard_tokens, settings["source"])
+            streams, n_chars = local_streams(files, args.text_key, args.shard_tokens, settings["source"])
 
         # the tokenizer
         if (out / "tokenizer.json").exists():

@@ -7,6 +7,7 @@ the KV cache.
 """
 
 import codecs
+import io
 import json
 import sys
 from collections import defaultdict
@@ -16,9 +17,25 @@ import torch
 
 from attention import KVCache
 from checkpointing import find_checkpoint, load_checkpoint, load_model
-from common import ArgumentParser, UserError, at_least, check_folder, pick_device, run_main, write_atomic
+from common import (
+    ArgumentParser,
+    UserError,
+    at_least,
+    at_most,
+    check_folder,
+    is_text,
+    open_source,
+    pick_device,
+    read_json_lines,
+    run_main,
+    say,
+    text_of,
+    write_atomic,
+)
 from dataset import BOS, load_tokenizer
 from interleave import prefill
+
+MAX_SAMPLES = 10**6  # of a prompt; all of them are one batch
 
 # -----------------------------------------------------------------------------
 # From a run to a model, from text to tokens and back
@@ -41,9 +58,13 @@ def load_run(path, device):
 def encode_prompts(tokenizer, prompts, context):
     """
     The token ids of each text, with BOS in front: a list of lists. All of it is text, also where it spells a
-    special token. Raises UserError if one does not fit into the context (in tokens).
+    special token. Raises UserError if one is not text that UTF-8 can spell, or does not fit into the context
+    (in tokens).
     """
     bos = tokenizer.encode_single_token(BOS)
+    for n, prompt in enumerate(prompts, 1):
+        if not is_text(prompt):
+            raise UserError(f"prompt {n} is not UTF-8 text: {ascii(prompt)}")
     encoded = [[bos] + tokenizer.encode_ordinary(prompt) for prompt in prompts]
     for n, tokens in enumerate(encoded, 1):
         if len(tokens) > context:
@@ -268,6 +289,7 @@ def parse_args():
     parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
     args = parser.parse_args()
     at_least(args, num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
+    at_most(args, num_samples=MAX_SAMPLES)
     check_folder(args.out)
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, not {args.top_p}")
@@ -276,25 +298,19 @@ def parse_args():
     return args
 
 def read_prompts(path):
-    """The prompts of a text file, one a line, or of a .jsonl file with a key `prompt`. Raises UserError."""
-    try:
-        lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
-    except UnicodeDecodeError as e:
-        raise UserError(f"cannot read {path}: it is not UTF-8 text") from e
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
-    if not lines:
+    """The prompts of a text file, one a line, or of JSON lines with a key `prompt`. Raises UserError."""
+    if ".jsonl" in [suffix.lower() for suffix in path.suffixes]:
+        prompts = [text_of(place, row, "prompt") for place, row in read_json_lines(path)]
+    else:
+        with open_source(path) as f:
+            try:
+                text = f.read().decode("utf-8-sig")
+            except UnicodeDecodeError as e:
+                raise UserError(f"cannot read {path}: it is not UTF-8 text (byte {e.start})") from e
+        lines = io.StringIO(text, newline=None)  # any ends of lines
+        prompts = [line.removesuffix("\n") for line in lines if line.strip()]
+    if not prompts:
         raise UserError(f"{path} has no prompts")
-    if path.suffix != ".jsonl":
-        return lines
-    prompts = []
-    for n, line in enumerate(lines, 1):
-        try:
-            prompt = json.loads(line)["prompt"]
-            prompt.encode()  # refuses what is no text: another type, or half of a surrogate pair
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f'{path} line {n}: expected {{"prompt": "text"}}') from e
-        prompts.append(prompt)
     return prompts
 
 def interact(model, tokenizer, options):
@@ -350,7 +366,7 @@ def main():
     path, checkpoint, tokenizer, model = load_run(args.checkpoint, pick_device(args.device))
     encoded = encode_prompts(tokenizer, prompts, model.config.sequence_len)
     memory = "off" if args.no_memory else "on"
-    print(f"{path}, step {checkpoint['step']}, {model.config.label}, memory {memory}", file=sys.stderr)
+    say(f"{path}, step {checkpoint['step']}, {model.config.label}, memory {memory}", sys.stderr)
 
     options = dict(
         max_new_tokens=args.max_new_tokens,

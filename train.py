@@ -32,6 +32,7 @@ from tqdm import tqdm
 from checkpointing import (
     Log,
     default_name,
+    list_checkpoints,
     load_optimizers,
     load_weights,
     new_run_folder,
@@ -39,11 +40,15 @@ from checkpointing import (
     read_log,
     rewind,
     save_checkpoint,
+    set_aside,
+    step_of,
 )
 from common import (
     ArgumentParser,
     UserError,
     at_least,
+    at_most,
+    check_new_folder,
     compute_dtype,
     end_processes,
     flag,
@@ -52,6 +57,7 @@ from common import (
     lock,
     peak_flops,
     run_main,
+    say,
     write_atomic,
 )
 from core import describe_core, evaluate_core, load_tasks
@@ -193,7 +199,7 @@ def make_parser():
 
 # the least value of every flag that is a number
 LEAST = dict(
-    seed=0, depth=1, aspect_ratio=1, head_dim=1,
+    seed=0, depth=1, aspect_ratio=1, head_dim=1, max_seq_len=1, memory_init=0,
     subsets=1, refinements=1, chunk=1, forward_passes=0, deepen=0,
     num_iterations=1, target_flops=1, target_param_data_ratio=0,
     total_batch_size=1, device_batch_size=1, grad_clip=0,
@@ -201,6 +207,13 @@ LEAST = dict(
     warmup_steps=0, warmdown_ratio=0, final_lr_frac=0,
     eval_every=0, eval_tokens=1, decode_tokens=0, core_every=0, core_max_per_task=1,
     save_every=0, keep=1, log_every=1,
+)
+
+# the largest value of those with which nothing can be right above it
+MOST = dict(
+    depth=1000, head_dim=10**5, max_seq_len=2**24,
+    refinements=1000, deepen=1, num_iterations=10**9, target_flops=1e30, target_param_data_ratio=10**6,
+    total_batch_size=2**40, device_batch_size=2**20, warmdown_ratio=1,
 )
 
 # flags that may change when a run is resumed; a change of any other would make it another run
@@ -221,7 +234,7 @@ def parse_args():
     if args.resume == "auto":
         args.name = args.name or default_name(args)
         folder = Path(args.out) / args.name
-        if any(folder.glob("ckpt_*.pt")):
+        if list_checkpoints(folder):
             args.resume = str(folder)
     check_restarts(args)
     if args.resume not in (None, "auto"):
@@ -229,11 +242,11 @@ def parse_args():
     if args.lrt is None:
         args.lrt = "none" if args.arch == "recurrent" else "shared"
     at_least(args, **LEAST)
+    at_most(args, **MOST)
     if args.core_every is None and (args.core_bundle or args.core_max_per_task):
         raise UserError("--core-bundle and --core-max-per-task go with --core-every")
-    for name in ("warmdown_ratio", "deepen"):
-        if getattr(args, name) > 1:
-            raise UserError(f"{flag(name)} must be at most 1, not {getattr(args, name)}")
+    if args.core_every is not None and args.max_seq_len < 2:
+        raise UserError("CORE needs a context of 2 tokens or more: raise --max-seq-len")
     return args, checkpoint
 
 def check_restarts(args):
@@ -294,10 +307,9 @@ class TrainState:
     skipped: int = 0  # steps in a row whose loss or gradient was not finite
 
 def print0(text):
-    """Print on rank 0, above the progress bar. A console that goes to a full disk is no reason to end."""
+    """Say it on rank 0."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        with suppress(OSError):
-            tqdm.write(text)
+        say(text)
 
 def check_same_data(data, checkpoint, path):
     """Raise UserError unless the data is what the checkpoint was trained on."""
@@ -423,6 +435,8 @@ def evaluate(model, val_rows, data, plan, args, folder, step):
     bpb, _ = evaluate_bpb(model, val_rows, data.token_bytes, schedule, plan.device_batch,
                           progress="validation")
     if not math.isfinite(bpb["merged"]):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            set_aside([path for path in list_checkpoints(folder) if step_of(path) == step])
         raise not_finite(f"the validation BPB is {bpb['merged']}", folder, step)
     line = f"step {step:05d} | val bpb: " + ", ".join(f"{name} {x:.4f}" for name, x in bpb.items())
     decode_rows = val_rows[:args.decode_tokens // plan.config.sequence_len]
@@ -446,11 +460,10 @@ def evaluate_tasks(model, tokenizer, tasks, folder, step, max_per_task, batch_si
     print0(f"step {step:05d} | {shown} | {describe_core(results)}")
     return dict(core=results["core"], centered=centered)
 
-def save(folder, log, state, model, optimizers, keep, final, **about):
+def save(folder, log, state, model, optimizers, final, **about):
     """
-    Write the checkpoint of this step, its log before it, and remove all but the newest `keep`. about:
-    what else a checkpoint holds. A disk that is full now may have room at the next save: a warning,
-    unless this one is final, which raises UserError.
+    Write the checkpoint of this step, its log before it. about: what else a checkpoint holds. A disk that
+    is full now may have room at the next save: a warning, unless this one is final, which raises UserError.
     """
     if dist.is_initialized():
         for optimizer in optimizers:
@@ -476,15 +489,20 @@ def save(folder, log, state, model, optimizers, keep, final, **about):
             raise UserError(f"{what}, then --resume {folder}") from e
         print0(f"warning: {what}; training goes on, and the next save is the next try")
         return
-    for old in sorted(folder.glob("ckpt_*.pt"))[:-keep]:
-        old.unlink(missing_ok=True)
     print0(f"saved {path}")
+
+def remove_old_checkpoints(folder, keep, rank):
+    """Remove all but the newest `keep` checkpoints. What cannot be removed now may be at the next save."""
+    if rank == 0:
+        with suppress(OSError, UserError):
+            for path in list_checkpoints(folder)[:-keep]:
+                path.unlink()
 
 def not_finite(what, folder, step):
     """The error that ends a run whose numbers are not finite."""
-    kept = sorted(folder.glob("ckpt_*.pt"))
+    kept = list_checkpoints(folder)
     last_good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
-    return UserError(f"step {step}: {what}; stopped before anything was saved; {last_good}: "
+    return UserError(f"step {step}: {what}; {last_good}: "
                      "lower --matrix-lr, --embedding-lr, --head-lr or --scalar-lr")
 
 def mean_over_ranks(x):
@@ -549,6 +567,7 @@ def main():
     if args.dry_run:
         dry_run(args)
         return
+    check_new_folder(args.out)
 
     # device, process group, data
     device, rank, world_size = init_processes(args.device, TIMEOUT)
@@ -589,16 +608,19 @@ def main():
     bar = tqdm(total=plan.num_iterations, initial=state.step, unit="step", dynamic_ncols=True,
                disable=None if rank == 0 else True)
     while True:
-        # once in a while: evaluate, save, score CORE (after saving, because it may take long)
+        # once in a while: save, and after it what may take long: evaluate, score CORE
         finished = state.step >= plan.num_iterations
+        save_now = state.step > start and (finished or stopping or due(args.save_every, state.step))
+        if save_now:
+            schedule = dataclasses.asdict(plan.schedule_at(state.step - 1))
+            save(folder, log, state, model, optimizers, final=finished or stopping,
+                 schedule=schedule, **checkpoint_header)
         if state.step > evaluated and (finished or not stopping and due(args.eval_every, state.step)):
             bpb, decoded = evaluate(model, val_rows, data, plan, args, folder, state.step)
             tokens = state.step * plan.total_batch
             log.add(kind="eval", step=state.step, tokens=tokens, bpb=bpb, decode_rows=decoded)
-        if state.step > start and (finished or stopping or due(args.save_every, state.step)):
-            schedule = dataclasses.asdict(plan.schedule_at(state.step - 1))
-            save(folder, log, state, model, optimizers, args.keep, final=finished or stopping,
-                 schedule=schedule, **checkpoint_header)
+        if save_now or state.step == start:  # not before: an evaluation may find that the newest is no good
+            remove_old_checkpoints(folder, args.keep, rank)
         if tasks and state.step > 0 and (finished or not stopping and due(args.core_every, state.step)):
             core = evaluate_tasks(model, data.tokenizer, tasks, folder, state.step, args.core_max_per_task,
                                   plan.device_batch)
@@ -648,9 +670,14 @@ def main():
 
     bar.close()
     if rank == 0:
+        try:
+            log.sync()
+        except OSError as e:
+            raise UserError(f"cannot write {folder / 'log.jsonl'}: {e.strerror}; "
+                            f"make room, then --resume {folder}") from e
         finish(finished, model, data.tokenizer, folder, state)
     end_processes()
 
 if __name__ == "__main__":
-    faulthandler.enable()  # a bus error or a segmentation fault says where
+    faulthandler.enable(2)  # a bus error or a segmentation fault says where
     run_main(main)

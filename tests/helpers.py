@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -48,6 +49,16 @@ def cli(script, *args):
         for s, handler in handlers.items():
             signal.signal(s, handler)
     return code, out.getvalue(), err.getvalue()
+
+@contextlib.contextmanager
+def no_open_files():
+    """Within it, no file can be opened: "Too many open files". Holds for root, unlike permissions."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 def log(folder, kind="train"):
     """The rows of one kind in a run's log.jsonl."""

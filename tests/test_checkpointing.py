@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, assert_refused, cli, log
+from helpers import ROOT, SMALL, assert_refused, cli, log, no_open_files
 
 import train
 from checkpointing import (
     CHECKPOINT,
+    MAX_SET_ASIDE,
     VERSION,
     Log,
     default_name,
@@ -23,10 +24,11 @@ from checkpointing import (
     load_model,
     load_optimizers,
     new_run_folder,
+    newest_checkpoint,
     read_log,
     rewind,
 )
-from common import UserError
+from common import Unreadable, UserError
 from eval_core import recurrent_losses
 from optim import OptimizerConfig, make_optimizers
 
@@ -103,6 +105,43 @@ def test_a_checkpoint_of_a_newer_version_is_refused(run):
         assert_refused(result, f"{run} has version {VERSION + 1}", f"reads versions up to {VERSION}")
 
 
+def test_a_newer_version_is_not_passed_over(run):
+    """It is whole: an older checkpoint must not take its place."""
+    torch.save(torch.load(run, weights_only=True), "run/ckpt_0000100.pt")
+    edit(run, version=VERSION + 1)
+    with pytest.raises(UserError, match="reads versions up to"):
+        newest_checkpoint("run")
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints that cannot be read now
+
+def test_what_cannot_be_read_now_is_not_damaged(run):
+    """No older checkpoint takes its place, the folder is not taken for an empty one, and nothing changes."""
+    torch.save(torch.load(run, weights_only=True), "run/ckpt_0000100.pt")
+    before = {path.name: path.stat() for path in Path("run").iterdir()}
+    for read in (find_checkpoint, newest_checkpoint, read_log, lambda folder: rewind(Path(folder), -1)):
+        with no_open_files(), pytest.raises(Unreadable, match="cannot read run.*Too many open files"):
+            read("run")
+    for verify in (False, True):
+        with no_open_files(), pytest.raises(Unreadable, match="cannot read .*150.pt .Too many open files"):
+            load_checkpoint(run, verify)
+    assert {path.name: path.stat() for path in Path("run").iterdir()} == before
+
+def test_resuming_stops_at_a_checkpoint_that_cannot_be_read_now(run, monkeypatch):
+    torch.save(torch.load(run, weights_only=True), "run/ckpt_0000100.pt")
+    load = torch.load
+
+    def failing_load(path, **options):
+        if path == run:
+            raise RuntimeError(f"unable to mmap 99 bytes from file <{path}>: Cannot allocate memory (12)")
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", failing_load)
+    assert_refused(cli("train.py", "--resume", "run"), f"cannot read {run} (Cannot allocate memory)")
+    assert sorted(path.name for path in Path("run").glob("ckpt_*")) == ["ckpt_0000100.pt", "ckpt_0000150.pt"]
+
+
 # -----------------------------------------------------------------------------
 # Damaged and hostile checkpoints
 
@@ -120,6 +159,9 @@ def test_a_file_of_another_program(run):
 @pytest.mark.parametrize("changes", [
     dict(args=[]),
     dict(step="4"),
+    dict(step=-1),
+    dict(rows_seen=2**70),
+    dict(seconds=float("nan")),
     dict(optimizers={}),
     dict(schedule={"kind": "x"}),
     dict(config={"n_embd": 5}),
@@ -278,6 +320,26 @@ def test_rewind(here):
 
     assert rewind(here, -1) == -1  # a run that ended before its first checkpoint
     assert read_log(here) == [] and not list(here.glob("ckpt*"))
+
+def test_newer_checkpoints_are_set_aside(here):
+    """Not deleted; a bounded number of them, the last that were; and nothing finds them there."""
+    for step in (1, 2, 3, 4, 12345678):
+        (here / f"ckpt_{step:07d}.pt").write_text(str(step))
+    (here / "ckpt_best.pt").write_text("the user's own")
+    assert find_checkpoint(here).name == "ckpt_12345678.pt"
+    rewind(here, 3)
+    assert find_checkpoint(here).name == "ckpt_0000003.pt"
+    rewind(here, 2)
+    aside = here / "set_aside"
+    names = ["ckpt_0000003.pt", "ckpt_12345678.pt"]
+    assert sorted(path.name for path in aside.iterdir()) == names
+    assert len(names) == MAX_SET_ASIDE
+    assert (aside / "ckpt_0000003.pt").read_text() == "3"
+    assert sorted(path.name for path in here.glob("*.pt")) == [
+        "ckpt_0000001.pt", "ckpt_0000002.pt", "ckpt_best.pt"]
+    for path in (aside, aside / "ckpt_0000003.pt"):
+        with pytest.raises(UserError, match="was set aside: move it to"):
+            newest_checkpoint(path)
 
 def test_going_back_to_an_older_checkpoint(data, here):
     """What came after it is done again, not mixed with the new; a log that was cut short is no obstacle."""

@@ -1,17 +1,31 @@
 """What all scripts share: errors, the command line, files that are whole or absent, rows, the machine."""
 
+import errno
+import fcntl
+import gzip
 import os
 import subprocess
 import sys
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_refused, shell
+from helpers import assert_refused, no_open_files, shell
 
 import common
-from common import UserError, append_row, at_least, lock, read_rows, write_atomic
+from common import (
+    Unreadable,
+    UserError,
+    append_row,
+    at_least,
+    at_most,
+    lock,
+    read_rows,
+    refusal,
+    write_atomic,
+)
 
 # -----------------------------------------------------------------------------
 # Errors and the command line
@@ -29,6 +43,94 @@ def test_how_a_script_ends():
     code, _, err = run("1 / 0")  # a bug shows its traceback
     assert code == 1
     assert err.splitlines()[-1].startswith("ZeroDivisionError")
+
+def with_streams(main, redirections, **env):
+    """
+    run_main() of a main function, given as lines of Python, with redirections of bash: the exit code, what
+    else there is on stdout, and the stderr. `{run}` is where the process goes in the line of bash.
+    """
+    Path("script.py").write_text("import os, sys, time, common\ndef main():\n    " + "\n    ".join(main)
+                                 + "\ncommon.run_main(main)\n")
+    line = redirections.format(run=f"{sys.executable} script.py")
+    done = shell("bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}", **env)
+    return done.returncode, done.stdout, done.stderr
+
+SLOWLY = "time.sleep(0.2)"  # until the other side of the pipe has gone
+
+@pytest.mark.parametrize("main, redirections, code, words", [
+    # a reader that goes away
+    ([SLOWLY, "print('x')", "print('y')"], "{run} | true", 1, ""),
+    ([SLOWLY, "print('x', end='')"], "{run} | true", 1, ""),
+    ([SLOWLY, "print('x', file=sys.stderr)"], "{run} 2>&1 >/dev/null | true", 1, ""),
+    ([SLOWLY, "common.ArgumentParser().parse_args(['--help'])"], "{run} | true", 0, ""),
+    ([SLOWLY, "raise common.UserError('x')"], "{run} 2>&1 | true", 2, ""),
+    ([SLOWLY, "[common.say('x') for _ in range(3)]"], "{run} | true", 0, ""),
+    # a full disk
+    (["print('x')"], "{run} > /dev/full", 2, "error: cannot write the output: No space left on device\n"),
+    (["print('x', end='')"], "{run} > /dev/full", 2, "error: cannot write the output: No space"),
+    (["common.say('x')", "raise common.UserError('z')"], "{run} > /dev/full", 2, "error: z\n"),
+    # closed
+    (["print('x')", "input()"], "{run} <&- >&- 2>&-", 1, ""),
+    (["print('x')"], "{run} <&- >&- 2>&-", 0, ""),
+    (["common.say('x')", "raise common.UserError('z')"], "{run} >&-", 2, "error: z\n"),
+    (["common.say('x')", "raise common.UserError('z')"], "{run} 2>&-", 2, ""),
+])
+def test_streams_that_are_closed_or_full_or_broken(main, redirections, code, words, here):
+    found, _, err = with_streams(main, redirections)
+    assert found == code, err
+    assert err.startswith(words) and err.count("\n") == words.startswith("error"), err
+
+def test_a_closed_stream_is_not_the_next_file_that_is_opened(here):
+    main = ["f = open('file', 'w')", "os.write(1, b'noise')", "os.write(2, b'noise')", "f.write('mine')"]
+    code, _, err = with_streams(main, "{run} >&- 2>&-")
+    assert code == 0, err
+    assert Path("file").read_text() == "mine"
+
+def test_files_and_pipes_are_utf_8(here):
+    main = ["print('caf\u00e9')", "print(*[common.is_text(input()) for _ in range(2)])"]
+    line = "printf 'caf\\xc3\\xa9\\ncaf\\xe9\\n' | {run}; exit"
+    assert with_streams(main, line, PYTHONIOENCODING="ascii") == (0, "caf\u00e9\nTrue False\n", "")
+
+def test_a_log_in_a_file_is_written_line_by_line(here):
+    main = ["print('x')", "common.say('y')", "os.kill(os.getpid(), 9)"]
+    with_streams(main, "{run} > out.txt")
+    assert Path("out.txt").read_text() == "x\ny\n"
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+def test_json_lines(name, here):
+    """Byte order marks, also where files were joined, blank lines, any ends of lines."""
+    raw = b'\xef\xbb\xbf{"a": "caf\xc3\xa9"}\r\n\n \t\n\xef\xbb\xbf\n\xef\xbb\xbf[null]\n3'
+    Path(name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    assert list(common.read_json_lines(name)) == [
+        (f"{name} line 1", {"a": "caf\u00e9"}), (f"{name} line 5", [None]), (f"{name} line 6", 3)]
+
+@pytest.mark.parametrize("raw, words", [
+    (b'{"a": 1}\n{"a": ', "x.jsonl line 2: not valid JSON"),
+    (b"\n" + b"[" * 100_000, "x.jsonl line 2: not valid JSON"),
+    (b'{"a": "caf\xe9"}', "x.jsonl line 1: not UTF-8 text .*at 10"),
+    (b"\xff\xfe{\x00}\x00", "x.jsonl line 1: not UTF-8 text"),
+    (b"\0" * 9, "x.jsonl line 1: not valid JSON"),
+])
+def test_bad_json_lines(raw, words, here):
+    Path("x.jsonl").write_bytes(raw)
+    with pytest.raises(UserError, match=words):
+        list(common.read_json_lines("x.jsonl"))
+
+@pytest.mark.parametrize("row, words", [
+    ({"b": "x"}, 'here: no "a" string; expected {"a": "..."} on each line'),
+    ({"a": None}, 'here: no "a" string'),
+    (["a"], 'here: no "a" string'),
+    ({"a": "\ud800"}, "here: not UTF-8 text .half of a surrogate pair"),
+])
+def test_rows_without_text(row, words):
+    assert common.text_of("here", {"a": "x"}, "a") == "x"
+    with pytest.raises(UserError, match=words):
+        common.text_of("here", row, "a")
+
+def test_half_surrogates_are_not_text():
+    assert common.is_text("caf\u00e9 \U0001f600")
+    for value in ("\ud800", "caf\udce9", b"x", None, 3):
+        assert not common.is_text(value)
 
 def test_help_shows_defaults():
     done = shell("prepare_data.py", "--help")
@@ -50,6 +152,46 @@ def test_at_least_passes(value):
     at_least(Namespace(num_shards=value), num_shards=1)
 
 
+@pytest.mark.parametrize("value", ["3", [], {}])
+def test_flags_of_another_type(value):
+    """As a checkpoint may hold them."""
+    with pytest.raises(UserError, match="--num-shards must be a number"):
+        at_least(Namespace(num_shards=value), num_shards=1)
+
+def test_at_most():
+    at_most(Namespace(depth=1000, chunk=None), depth=1000, chunk=1)
+    with pytest.raises(UserError, match="--depth must be at most 1000, not 1001"):
+        at_most(Namespace(depth=1001), depth=1000)
+
+
+# -----------------------------------------------------------------------------
+# What the operating system refuses is not what a file contains
+
+TORCH = "unable to open file <x> in read-only mode: "  # what torch makes of the system's error
+
+@pytest.mark.parametrize("error, words", [
+    (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+    (OSError(errno.ESTALE, "x"), os.strerror(errno.ESTALE)),
+    (MemoryError(), "Cannot allocate memory"),
+    (RuntimeError(TORCH + "Too many open files (24)"), "the limit of this process is"),
+    (RuntimeError("DefaultCPUAllocator: Error code 12 (Cannot allocate memory)"), "Cannot allocate memory"),
+    (gzip.BadGzipFile("CRC check failed"), None),
+    (OSError(errno.EINVAL, "Invalid argument"), None),  # a seek to where damaged content points
+    (RuntimeError("PytorchStreamReader failed reading zip archive"), None),
+    (EOFError(), None),
+    (ValueError("x"), None),
+])
+def test_refusals(error, words):
+    assert refusal(error) is None if words is None else words in refusal(error)
+
+def test_files_that_cannot_be_opened(here):
+    (here / "rows.jsonl").write_text("{}")
+    for read in (read_rows, common.sha256_file):
+        with no_open_files(), pytest.raises(Unreadable, match="rows.jsonl .Too many open files: the limit"):
+            read("rows.jsonl")
+
+
 # -----------------------------------------------------------------------------
 # Files
 
@@ -67,6 +209,65 @@ def test_write_atomic(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     with pytest.raises(UserError, match="cannot write"):
         write_atomic(tmp_path / "no" / "file", fail)
+
+def test_links_are_followed_and_what_is_no_file_is_written_in_place(here):
+    """/dev/stdout and the like are stood for by nodes of our own: a mistake would replace the real ones."""
+    (here / "real").write_text("old")
+    (here / "link").symlink_to("real")
+    (here / "dangling").symlink_to("new")
+    (here / "stdout").symlink_to("/proc/self/fd/1")
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("link", "dangling", "pipe"):
+        common.check_folder(name)
+        write_atomic(name, lambda f: f.write(b"x"))
+    assert Path("real").read_text() == Path("new").read_text() == "x"
+    assert os.read(reader, 9) == b"x"
+    assert Path("link").is_symlink() and Path("dangling").is_symlink() and Path("pipe").is_fifo()
+
+    # our own stdout goes on after it, whether it is a file or a pipe
+    main = ["print('before', end='')", "common.check_folder('stdout')",
+            "common.write_atomic('stdout', lambda f: f.write(b' x '))", "print('after')"]
+    assert with_streams(main, "{run}") == (0, "before x after\n", "")
+    with_streams(main, "{run} > out.txt")
+    assert Path("out.txt").read_text() == "before x after\n"
+    assert Path("stdout").is_symlink()
+    names = ["dangling", "link", "new", "out.txt", "pipe", "real", "script.py", "stdout"]
+    assert sorted(os.listdir()) == names
+
+    os.mkdir("folder")
+    with pytest.raises(UserError, match="cannot write folder: it is a folder"):
+        common.check_folder("folder")
+    with pytest.raises(UserError, match="cannot write folder: Is a directory"):
+        write_atomic("folder", lambda f: f.write(b"x"))
+
+def test_a_folder_that_may_not_be_written_is_refused_before_the_work(here, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(UserError, match="cannot write x: the folder . may not be written"):
+        common.check_folder("x")
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK])
+def test_a_file_system_without_locks_and_without_fsync_of_folders(code, here, monkeypatch, capsys):
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
+
+    fsync = os.fsync
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(os, "fsync", lambda n: refuse() if os.path.isdir(f"/proc/self/fd/{n}") else fsync(n))
+    lock("folder", "training").close()
+    write_atomic("file", lambda f: f.write(b"x"))
+    append_row("rows.jsonl", {"i": 1})
+    assert Path("file").read_text() == "x"
+    assert read_rows("rows.jsonl") == [{"i": 1}]
+    assert f"warning: folder/.lock cannot be locked ({os.strerror(code)})" in capsys.readouterr().err
+
+def test_a_disk_that_fails_is_an_error_all_the_same(here, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match="cannot write file: Input/output error"):
+        write_atomic("file", lambda f: f.write(b"x"))
 
 def test_lock(tmp_path):
     folder = tmp_path / "new" / "folder"
@@ -98,6 +299,27 @@ def test_rows_of_several_writers_and_after_a_crash(here):
 
 # -----------------------------------------------------------------------------
 # The machine
+
+@pytest.mark.parametrize("name, tflops", [
+    ("NVIDIA H100 80GB HBM3", 989),
+    ("NVIDIA H100 PCIe", 756),
+    ("NVIDIA H100 NVL", 835),
+    ("NVIDIA H200", 989),
+    ("NVIDIA H200 NVL", 835),
+    ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA GeForce RTX 4090", 165),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA GeForce RTX 4090 D", None),
+    ("NVIDIA GeForce RTX 3090 Ti", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ("NVIDIA L40", None),
+    ("NVIDIA H20", None),
+    ("", None),
+])
+def test_a_card_has_its_own_peak_or_none(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert common.peak_flops(torch.device("cuda")) == (tflops and tflops * 1e12)
+    assert common.peak_flops(torch.device("cpu")) is None
 
 def test_rows_leave_a_commit_clean_and_code_does_not(here, monkeypatch):
     """In a repository of its own, which machine() finds beside common.py."""

@@ -422,6 +422,13 @@ def test_an_archive_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
     ('{"query": "q", "choices": [], "gold": 0}', "line 2"),
     ('{"query": "q", "choices": ["a"], "gold": true}', "line 2"),
     ('{"query": "q", "choices": null, "gold": 0}', "line 2"),
+    ('{"query": "q", "choices": ["a", "b"], "gold": 1.0}', "line 2"),
+    ('{"query": "q", "choices": ["a", "b"], "gold": 0.5}', "line 2"),
+    ('{"query": "q", "choices": ["a", "b"], "gold": true}', "line 2"),
+    ('{"query": "q", "choices": ["a", "b"], "gold": NaN}', "line 2"),
+    ('{"query": "q", "choices": ["a", "b"], "gold": "1"}', "line 2"),
+    ('{"query": "q", "choices": ["a", "b"], "gold": -1}', "line 2"),
+    ('{"query": "q", "choices": ["a", "\\ud800"], "gold": 0}', "line 2"),
 ])
 def test_bad_examples(bad, words, tmp_path):
     name = CORE[0]  # multiple choice
@@ -445,11 +452,37 @@ def test_no_bundle(tmp_path):
     ("core.yaml", "icl_tasks: 3"),
     ("core.yaml", "icl_tasks: [{dataset_uri: ../x, label: x}]"),
     ("core.yaml", "icl_tasks: [{label: x, dataset_uri: x, num_fewshot: [0], icl_task_type: essay}]"),
+    ("core.yaml", "[" * 10_000),
     ("eval_meta_data.csv", "x\n1\n"),
+    ("eval_meta_data.csv", f"Eval Task,Random baseline\n{CORE[0]},100\n"),
+    ("eval_meta_data.csv", f"Eval Task,Random baseline\n{CORE[0]},-1\n"),
+    ("eval_meta_data.csv", f"Eval Task,Random baseline\n{CORE[0]},nan\n"),
+    ("eval_meta_data.csv", f"Eval Task,Random baseline\n{CORE[0]},\0\n"),
 ])
 def test_damaged_bundles(file, text, tmp_path):
     bundle = write_bundle(tmp_path / "b")
     (bundle / file).write_text(text)
+    with pytest.raises(UserError, match="is damaged"):
+        load_tasks(bundle)
+
+@pytest.mark.parametrize("changes", [
+    dict(num_fewshot=[-1]),
+    dict(num_fewshot=[1.5]),
+    dict(num_fewshot=["1"]),
+    dict(num_fewshot=[True]),
+    dict(num_fewshot=[10**9]),
+    dict(num_fewshot=[]),
+    dict(continuation_delimiter=3),
+    dict(continuation_delimiter=None),
+    dict(label=3),
+    dict(label=CORE[1]),
+    dict(dataset_uri=3),
+])
+def test_odd_values_in_a_bundle(changes, tmp_path):
+    bundle = write_bundle(tmp_path / "b")
+    listed = json.loads((bundle / "core.yaml").read_text())
+    listed["icl_tasks"][0] |= changes
+    (bundle / "core.yaml").write_text(json.dumps(listed))
     with pytest.raises(UserError, match="is damaged"):
         load_tasks(bundle)
 

@@ -3,17 +3,28 @@
 import base64
 import hashlib
 import json
+import os
 import random
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, assert_refused, cli
+from helpers import SMALL, assert_refused, cli, no_open_files
 
-from common import UserError
-from dataset import BOS, Rows, first_rows, load_tokenizer, open_data, token_bytes, tokenizer_sha256
+from common import Unreadable, UserError
+from dataset import (
+    BOS,
+    OPEN_SHARDS,
+    Rows,
+    first_rows,
+    load_tokenizer,
+    open_data,
+    token_bytes,
+    tokenizer_sha256,
+)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +150,11 @@ def swap_two_tokens(content):
     ("meta.json", lambda content: b"[]", ["meta.json", "delete it and re-run"]),
     ("meta.json", lambda content: b"{}", ["meta.json", "delete it and re-run"]),
     ("meta.json", lambda content: content.replace(b'"bos_id": 399', b'"bos_id": 398'), ["tokenizer"]),
+    ("meta.json", lambda content: content.replace(b': 400,', b': 400.0,'), ["meta.json", "400.0"]),
+    ("meta.json", lambda content: content.replace(b'"uint16"', b'"float32"'), ["meta.json", "float32"]),
+    ("meta.json", lambda content: content.replace(b'"val_', b'"../val_'), ["meta.json", "../val_00000.npy"]),
+    ("meta.json", lambda content: content.replace(b'"totals"', b'"sums"'), ["meta.json", "totals"]),
+    ("meta.json", lambda content: re.sub(b'"documents": ', b'"documents": -', content), ["meta.json", "-"]),
     ("tokenizer.tiktoken", swap_two_tokens, ["tokenizer", "re-run"]),
 ])
 def test_changed_files_are_not_opened(name, change, words, copy):
@@ -194,6 +210,42 @@ def test_damaged_data(data, here):
     assert_refused(damaged(lambda folder: (folder / "val_00000.npy").unlink()), "val_00000.npy")
     assert_refused(damaged(lambda folder: (folder / "meta.json").write_text("{")), "meta.json")
     assert not (here / "runs").exists()
+
+
+# -----------------------------------------------------------------------------
+# Shards
+
+@pytest.fixture(scope="module")
+def many(data, tmp_path_factory):
+    """The corpus of the fixture `data` in several times as many shards as may be open."""
+    out = tmp_path_factory.mktemp("many") / "data"
+    flags = ["--vocab-size", 400, "--shard-tokens", 1000, "--out", out]
+    code, _, err = cli("prepare_data.py", data.parent / "text.jsonl", *flags)
+    assert code == 0, err
+    return out
+
+def open_shards(folder):
+    """How many shards of this folder this process has mapped."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return len({line.split()[-1] for line in lines if str(folder) in line})
+
+def test_few_shards_are_open_at_a_time(many):
+    """A set may have more files than a process may open. Rows are read all the same, in any order."""
+    data = open_data(many)
+    assert len(data.train) > 2 * OPEN_SHARDS
+    whole = Rows([np.load(path) for path in data.train.paths], 8, seed=1)
+    rows = Rows(data.train, 8, seed=1)
+    assert rows.per_epoch == whole.per_epoch
+    for n in random.Random(1).sample(range(2 * rows.per_epoch), 300):
+        assert (rows[n] == whole[n]).all()
+        assert open_shards(many) <= 2 * OPEN_SHARDS  # those of train and those of val
+    assert len(os.listdir("/proc/self/fd")) < 100
+
+def test_shards_that_cannot_be_opened_now(many):
+    data = open_data(many)
+    with no_open_files(), pytest.raises(Unreadable, match="npy .Too many open files: the limit"):
+        for shard in data.train:
+            assert len(shard)
 
 
 # -----------------------------------------------------------------------------

@@ -471,12 +471,11 @@ def test_validation_shards_are_read_at_the_start(data, trained, here, fork):
 def test_validation_shard_that_cannot_be_read(fault, data, here, monkeypatch):
     shutil.copytree(data, "data")
     path = Path("data/val_00000.npy")
-    sha256_file = common.sha256_file
 
-    def failing_sha256(*paths):
-        if path in paths:
+    def failing_open(file, *args):
+        if file == path:
             raise OSError(5, "Input/output error")
-        return sha256_file(*paths)
+        return open(file, *args)
 
     if fault == "truncated":
         os.truncate(path, path.stat().st_size - 2)
@@ -486,7 +485,7 @@ def test_validation_shard_that_cannot_be_read(fault, data, here, monkeypatch):
         path.unlink()
         path.mkdir()
     else:
-        monkeypatch.setattr(dataset, "sha256_file", failing_sha256)
+        monkeypatch.setattr(common, "open", failing_open, raising=False)
     with pytest.raises(UserError, match="val_00000.npy"):
         dataset.open_data("data")
 
@@ -520,6 +519,45 @@ def test_a_disk_that_stays_full(data, trained, here, fork):
     codes, said = run(fork, "out.txt", "--resume", "runs/x")
     assert codes == [0], said
     assert_as_trained("runs/x", trained)
+
+
+def die_in_evaluation(step):
+    """SIGKILL at the beginning of the evaluation of this step."""
+    def die(*args, **options):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    at_step({step - 1: lambda: setattr(train, "evaluate_bpb", die)})
+
+def diverge_in_evaluation(step):
+    """The evaluation of this step gives nan."""
+    evaluate_bpb = train.evaluate_bpb
+
+    def nan(*args, **options):
+        bpb, by_position = evaluate_bpb(*args, **options)
+        return bpb | {"merged": float("nan")}, by_position
+
+    at_step({step - 1: lambda: setattr(train, "evaluate_bpb", nan)})
+
+@pytest.mark.parametrize("step", [6, 12])
+def test_a_run_is_saved_before_it_is_evaluated(step, data, trained, here, fork):
+    """What dies in an evaluation goes on from that step, and evaluates it once."""
+    codes, said = run(fork, "out.txt", "--data", data, *TWELVE, prelude=die_in_evaluation, args=(step,))
+    assert codes == [-signal.SIGKILL], said
+    assert checkpoints("runs/x")[-1] == f"ckpt_{step:07d}.pt"
+    codes, said = run(fork, "out.txt", "--resume", "runs/x")
+    assert codes == [0], said
+    assert_as_trained("runs/x", trained)
+    assert [row["step"] for row in log("runs/x", "eval")] == [0, 3, 6, 9, 12]
+    assert checkpoints("runs/x") == ["ckpt_0000010.pt", "ckpt_0000012.pt"]
+
+def test_a_checkpoint_whose_evaluation_is_not_finite_is_not_the_newest(data, here, fork):
+    """And the one before it is still there, whatever --keep is."""
+    codes, said = run(fork, "out.txt", "--data", data, *TWELVE, "--keep", 1,
+                      prelude=diverge_in_evaluation, args=(6,))
+    assert codes == [2], said
+    assert "error: step 6: the validation BPB is nan; the last good checkpoint is runs/x/ckpt_0000004" in said
+    assert checkpoints("runs/x") == ["ckpt_0000004.pt"]
+    assert checkpoints("runs/x/set_aside") == ["ckpt_0000006.pt"]
 
 
 # -----------------------------------------------------------------------------

@@ -11,16 +11,17 @@ import shutil
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import ROOT, assert_refused, cli, shell
+from helpers import ROOT, assert_refused, cli, no_open_files, shell
 
 import prepare_data
-from common import UserError
+from common import Unreadable, UserError
 from dataset import BOS, open_data
 from prepare_data import segments
 
@@ -40,9 +41,13 @@ def make_docs(count, seed=0, words=60):
     docs[0] = f"a document that spells {BOS} and <|endoftext|> is text"
     return docs
 
-def write_jsonl(path, docs):
-    data = "".join(json.dumps({"text": doc}) + "\n" for doc in docs).encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+def write_jsonl(path, docs, key="text"):
+    data = "".join(json.dumps({key: doc}) + "\n" for doc in docs).encode()
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    elif path.suffix == ".zst":
+        data = pa.compress(data, codec="zstd", asbytes=True)
+    path.write_bytes(data)
     return path
 
 def write_parquet(path, docs):
@@ -127,7 +132,8 @@ def copy(prepared, tmp_path):
 # -----------------------------------------------------------------------------
 # What comes out is what went in
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "folder"])
+@pytest.mark.parametrize("kind", [
+    "jsonl", "jsonl.gz", "parquet", "folder", "JSONL", "json.gz", "jsonl.zst", "json.zst"])
 def test_round_trip(kind, docs, tmp_path):
     if kind == "folder":  # sorted, other files ignored, blank documents skipped, one .txt is one document
         path = tmp_path / "in"
@@ -140,7 +146,7 @@ def test_round_trip(kind, docs, tmp_path):
     elif kind == "parquet":  # null rows are skipped
         path = write_parquet(tmp_path / "in.parquet", docs[:50] + [None, ""] + docs[50:])
     else:
-        path = write_jsonl(tmp_path / f"in.{kind}", docs[:50] + ["", "\n "] + docs[50:])
+        path = write_jsonl(tmp_path / f"in.{kind}", docs[:50] + ["", None, "\n "] + docs[50:])
     ok(cli("prepare_data.py", path, "--out", tmp_path / "out", *SMALL))
     data = open_data(tmp_path / "out")
     assert_holds(data, docs)
@@ -151,7 +157,7 @@ def test_round_trip(kind, docs, tmp_path):
     assert [entry["file"] for entry in train][:2] == ["train_00000.npy", "train_00001.npy"]
     assert [entry["file"] for entry in val] == ["val_00000.npy"]
     bos = data.meta["bos_id"]
-    for shard, entry in zip(data.train + data.val, train + val):
+    for shard, entry in zip([*data.train, *data.val], train + val):
         assert shard[0] == bos
         assert shard.dtype == np.uint16 == np.dtype(data.meta["dtype"])
         assert isinstance(shard, np.memmap) and not shard.flags.writeable
@@ -162,7 +168,7 @@ def test_round_trip(kind, docs, tmp_path):
     assert data.meta["totals"] == {
         "documents": 100,
         "bytes": sum(len(doc.encode()) for doc in docs),
-        "tokens": sum(map(len, data.train + data.val)),
+        "tokens": sum(map(len, [*data.train, *data.val])),
     }
     assert data.meta["vocab_size"] == 400 == data.tokenizer.n_vocab
     assert bos == 399
@@ -171,6 +177,59 @@ def test_several_sources_keep_their_order(docs, tmp_path):
     paths = [write_jsonl(tmp_path / "z.jsonl", docs[:30]), write_parquet(tmp_path / "a.parquet", docs[30:])]
     ok(cli("prepare_data.py", *paths, "--out", tmp_path / "out", *SMALL))
     assert_holds(open_data(tmp_path / "out"), docs)
+
+def test_compressed_txt_is_one_document(docs, tmp_path):
+    text = "".join(docs)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "b.TXT.zst").write_bytes(pa.compress(text.encode(), codec="zstd", asbytes=True))
+    for path in tmp_path.iterdir():
+        assert list(prepare_data.read_documents(path, "text")) == [text]
+
+def test_another_key_or_column(docs, tmp_path):
+    pq.write_table(pa.table({"content": docs[:50], "text": docs[50:]}), tmp_path / "a.parquet")
+    write_jsonl(tmp_path / "b.jsonl", docs[50:], key="content")
+    ok(cli("prepare_data.py", tmp_path, "--out", tmp_path / "out", "--text-key", "content", *SMALL))
+    assert_holds(open_data(tmp_path / "out"), docs)
+    again = cli("prepare_data.py", tmp_path / "a.parquet", "--out", tmp_path / "out", *SMALL)
+    assert_refused(again, "text_key content there, None now")
+
+def folder_with_links(tmp_path, docs):
+    """A folder of four files, one of which is reached by a link; a link back; and other files."""
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    write_jsonl(folder / "a.jsonl", docs[:25])
+    write_jsonl(folder / "b.JSONL", docs[25:50])
+    write_jsonl(tmp_path / "elsewhere/x.jsonl", docs[50:75])
+    write_jsonl(folder / "sub/z.jsonl", docs[75:])
+    (folder / "link").symlink_to("../elsewhere")
+    (folder / "sub/back").symlink_to("..")
+    (folder / "sub/again.jsonl").symlink_to("../a.jsonl")
+    for name in ("README.md", "sub/x.json", "sub/y", "sub/z"):
+        (folder / name).write_text("not a source")
+    return folder
+
+def test_a_folder_is_read_whole(docs, tmp_path):
+    """Every file once, those behind links too; what is left out is said."""
+    folder = folder_with_links(tmp_path, docs)
+    said = ok(cli("prepare_data.py", folder, folder / "b.JSONL", "--out", tmp_path / "out", *SMALL))
+    assert_holds(open_data(tmp_path / "out"), docs)
+    assert f"{folder}: 4 files skipped that do not end in .txt, " in said
+    assert f"{folder}/README.md, {folder}/sub/x.json, {folder}/sub/y, ..\n" in said
+    assert f"{folder}/sub/again.jsonl is {folder}/a.jsonl, which is read already: skipped" in said
+    assert f"{folder}/b.JSONL is {folder}/b.JSONL, which" in said
+
+def test_a_folder_that_cannot_be_read_whole_is_refused(docs, tmp_path):
+    folder = folder_with_links(tmp_path, docs)
+    with no_open_files(), pytest.raises(Unreadable, match="cannot read .*/in .Too many open files"):
+        prepare_data.find_files([folder])
+    (folder / "gone.jsonl").symlink_to("nowhere")
+    broken = cli("prepare_data.py", folder, "--out", tmp_path / "out")
+    assert_refused(broken, "in/gone.jsonl is a broken link or no regular file")
+    (folder / "gone.jsonl").unlink()
+    os.mkfifo(folder / "pipe.txt")
+    pipe = cli("prepare_data.py", folder, "--out", tmp_path / "out")
+    assert_refused(pipe, "pipe.txt is a broken link or no regular file")
 
 def test_single_txt_gives_its_tail_to_validation(tmp_path):
     text = "\r\n".join(make_docs(60)) + "\n"  # line ends are kept as they are
@@ -362,6 +421,15 @@ def test_damaged_files_are_repaired(prepared, source, copy):
     ok(prepare(source, "--out", copy, *SMALL))
     assert contents(copy) == contents(prepared)
 
+def test_what_cannot_be_read_now_is_not_removed(copy, source):
+    before = contents(copy)
+    for use in (prepare_data.finished_data, prepare_data.discard_damaged):
+        with no_open_files(), pytest.raises(Unreadable, match="Too many open files"):
+            use(copy)
+    with no_open_files(), pytest.raises(Unreadable, match="docs.jsonl .Too many open files"):
+        next(prepare_data.read_documents(source, "text"))
+    assert contents(copy) == before
+
 @pytest.mark.parametrize("nth", [1, 3, 7, 11, 16])
 def test_killed_run_continues(nth, prepared, source, tmp_path):
     """SIGKILL just before the nth file or folder would be flushed: the next run makes the same folder."""
@@ -402,6 +470,24 @@ def test_other_settings_are_refused(source, docs, copy, tmp_path):
     (copy / "settings.json").unlink()
     assert_refused(again(source, copy, *SMALL), "settings.json", "choose another --out")
 
+def test_the_same_bytes_in_other_files_are_other_data(docs, tmp_path):
+    """The name says how a file is read, and its end is the end of a document."""
+    def again():
+        return cli("prepare_data.py", folder, "--out", tmp_path / "out", "--vocab-size", "300")
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    whole = write_jsonl(folder / "a.txt", docs)
+    ok(again())
+    whole.rename(folder / "a.jsonl")
+    assert_refused(again(), "source_sha256")
+    (folder / "a.jsonl").rename(whole)
+    assert "already complete" in ok(again())
+    raw = whole.read_bytes()
+    whole.write_bytes(raw[:500])
+    (folder / "b.txt").write_bytes(raw[500:])
+    assert_refused(again(), "source_sha256")
+
 def test_a_folder_is_written_by_one_at_a_time(source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -424,6 +510,10 @@ def damaged_gzip(path):
     data = path.read_bytes()
     path.write_bytes(data[:len(data) // 2])
 
+def damaged_zst(path):
+    write_jsonl(path, make_docs(200))
+    os.truncate(path, path.stat().st_size // 2)
+
 def latin_table(path):
     texts = pa.array([b"caf\xe9"], pa.binary()).cast(pa.string(), safe=False)
     pq.write_table(pa.table({"text": texts}), path)
@@ -433,6 +523,17 @@ def table_without_text(path):
 
 def table_of_numbers(path):
     pq.write_table(pa.table({"text": [1, 2, 3]}), path)
+
+def test_a_download_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
+    def refuse(path):
+        raise Unreadable("too many open files")
+
+    monkeypatch.setattr(prepare_data, "fetch", lambda url, part, hint: part.write_bytes(b"x"))
+    path = tmp_path / "x.parquet"
+    with pytest.raises(Unreadable):
+        prepare_data.download("http://x", path, refuse, "a file", "check the URL")
+    prepare_data.download("http://x", path, lambda part: None, "a file", "check the URL")
+    assert path.read_bytes() == b"x"
 
 BAD = {  # file name: (its contents or how to make it, words the message must have)
     "missing.txt": (None, ["missing.txt", "no file"]),
@@ -444,7 +545,9 @@ BAD = {  # file name: (its contents or how to make it, words the message must ha
     "broken.jsonl": ('{"text": "a b"}\n\n{"text": \n', ["broken.jsonl line 3", "JSON"]),
     "deep.jsonl": ("[" * 100_000, ["deep.jsonl line 1", "JSON"]),
     "notext.jsonl": ('{"text": "a b"}\n{"txt": "c"}\n', ["notext.jsonl line 2", '"text"']),
-    "null.jsonl": ('{"text": null}\n', ["null.jsonl line 1", '"text"']),
+    "null.jsonl": ('{"text": null}\n', ["null.jsonl", "every document is blank"]),
+    "half.jsonl.zst": (damaged_zst, ["half.jsonl.zst", "damaged"]),
+    "not.txt.zst": (b"not zst at all", ["not.txt.zst", "damaged"]),
     "list.jsonl": ('["text"]\n', ["list.jsonl line 1", '"text"']),
     "latin.jsonl": (b'{"text": "a b"}\n{"text": "\xe9"}\n', ["latin.jsonl line 2", "UTF-8"]),
     "half.jsonl": ('{"text": "a \\ud800 b"}\n', ["half.jsonl line 1", "UTF-8"]),
@@ -488,6 +591,9 @@ def test_damaged_parquet_pages(tmp_path):
     ("SOURCE --vocab-size 257", ["--vocab-size 257", "too small"]),
     ("SOURCE --vocab-size many", ["--vocab-size", "--help"]),
     ("SOURCE --vocab-size 50000", ["vocabulary of only", "lower --vocab-size"]),
+    ("SOURCE --vocab-size 99999999999", ["--vocab-size must be at most 16777216"]),
+    ("nowhere.txt --tokenizer gpt5", ["no tokenizer 'gpt5'", "gpt2"]),  # before any file is read
+    ("nowhere.txt --out SOURCE/x", ["cannot write to the folder", "is no folder", "--out"]),
     ("SOURCE --shard-tokens 0", ["--shard-tokens"]),
     ("SOURCE --num-shards 3", ["--num-shards"]),
     ("fineweb-edu --num-shards 1823", ["1822"]),
@@ -617,7 +723,8 @@ def get(server, tmp_path):
     """Download a file of the server and compare it. The Range headers of the requests that this took."""
     path = tmp_path / "download" / "shard_00000.parquet"
     url = f"{server.url}/{path.name}"
-    prepare_data.download(url, path, prepare_data.open_parquet, "a parquet file", "check --base-url")
+    check = partial(prepare_data.open_parquet, text_key="text")
+    prepare_data.download(url, path, check, "a parquet file", "check --base-url")
     assert path.read_bytes() == server.files[f"/{path.name}"]
     assert not list(path.parent.glob("*.part"))
     return [wanted for _, wanted in server.log]
@@ -690,7 +797,7 @@ def test_fineweb(server, tmp_path):
     server.plan = ["drop", "503", "drop"]
     ok(prepare(*args, before=quick))
     data = open_data(out)
-    for shard, number in zip(data.train + data.val, (0, 1, 1822), strict=True):
+    for shard, number in zip([*data.train, *data.val], (0, 1, 1822), strict=True):
         assert decoded(data, [shard]) == server.docs[number]
     assert {p.name for p in (out / "download").iterdir()} == {name[1:] for name in server.files}
 

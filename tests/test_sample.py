@@ -3,6 +3,7 @@ Generation equals decoding token by token, whatever the batch and the lengths of
 detokenizing, and the command.
 """
 
+import gzip
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +21,7 @@ from helpers import ROOT, assert_refused, cli, shell
 from attention import KVCache
 from checkpointing import load_model
 from interleave import plain, prefill, run
-from sample import IncrementalDetokenizer, complete, generate, sample_next_token
+from sample import IncrementalDetokenizer, complete, generate, read_prompts, sample_next_token
 from test_model import decode, make, tokens
 
 BOS = 36
@@ -262,6 +264,16 @@ def test_many_prompts(trained, here):
     # the same alone and in a batch
     assert out == f"import os{rows[2]['text']}\n{'-' * 80}\nimport os{rows[3]['text']}\n"
 
+@pytest.mark.parametrize("name, raw", [
+    ("x.txt", b"\xef\xbb\xbfdef \r\n\r\nimport os\r\n"),
+    ("x.jsonl", b'\xef\xbb\xbf{"prompt": "def "}\r\n\n{"prompt": "import os"}'),
+    ("X.JSONL", b'{"prompt": "def "}\n{"prompt": "import os"}\n'),
+    ("x.jsonl.gz", gzip.compress(b'{"prompt": "def "}\n{"prompt": "import os"}\n')),
+])
+def test_prompts_are_what_the_file_says(name, raw, here):
+    Path(name).write_bytes(raw)
+    assert read_prompts(Path(name)) == ["def ", "import os"]
+
 def test_bad_prompt_files(trained, here):
     folder, _ = trained
 
@@ -269,9 +281,15 @@ def test_bad_prompt_files(trained, here):
         return cli("sample.py", "--prompt-file", name, "--checkpoint", folder / "runs/d2_shared", *flags)
 
     (here / "bad.jsonl").write_text('{"prompt": "x"}\n{"text": "x"}\n')
+    (here / "null.jsonl").write_text('{"prompt": "x"}\n{"prompt": null}\n')
+    (here / "half.jsonl").write_text('{"prompt": "\\ud800"}\n')
+    (here / "latin.txt").write_bytes(b"caf\xe9\n")
     (here / "empty.txt").write_text("\n")
     (here / "long.txt").write_text("short\n" + "word " * 100 + "\n")
     assert_refused(refused("bad.jsonl"), "bad.jsonl line 2")
+    assert_refused(refused("null.jsonl"), "null.jsonl line 2", '"prompt"')
+    assert_refused(refused("half.jsonl"), "half.jsonl line 1", "surrogate")
+    assert_refused(refused("latin.txt"), "latin.txt", "not UTF-8 text (byte 3)")
     assert_refused(refused("empty.txt"), "empty.txt has no prompts")
     assert_refused(refused("none.txt"), "cannot read none.txt")
     assert_refused(refused("long.txt", "--out", "long.out"), "prompt 2 has", "the context 32")
@@ -310,6 +328,7 @@ def test_interactive(trained):
     (["--max-new-tokens", "0"], ["--max-new-tokens must be a number of at least 1"]),
     (["--num-samples", "0"], ["--num-samples must be a number of at least 1"]),
     (["--prompt", "word " * 100], ["prompt 1 has", "the context 32"]),
+    (["--prompt", "caf\udce9"], ["prompt 1 is not UTF-8 text: 'caf\\udce9'"]),
 ])
 def test_bad_flags(flags, words, trained, monkeypatch):
     folder, _ = trained

@@ -236,6 +236,12 @@ def test_a_run_sees_every_row_once(data, here, monkeypatch):
     ("--target-flops inf", ["--target-flops must be a number"]),
     ("--seed 99999999999999999999999", ["--seed must be a number"]),
     ("--warmdown-ratio 2", ["--warmdown-ratio must be at most 1"]),
+    ("--depth 1000000000", ["--depth must be at most 1000"]),
+    ("--head-dim 1000000000000", ["--head-dim must be at most 100000"]),
+    ("--refinements 1000000000 --schedule refine", ["--refinements must be at most 1000"]),
+    ("--target-flops 1e300", ["--target-flops must be at most 1e+30"]),
+    ("--max-seq-len 0", ["--max-seq-len must be a number of at least 1"]),
+    ("--memory-init nan", ["--memory-init must be a number of at least 0, not nan"]),
     # the model
     ("--lrt both", ["invalid choice: 'both'"]),
     ("--source-layer 2", ["source_layer 2 is out of range", "0 to 1"]),
@@ -262,6 +268,7 @@ def test_a_run_sees_every_row_once(data, here, monkeypatch):
     ("--max-seq-len 131072 --total-batch-size 131072",
      ["no validation shard of more than 131072 tokens", "one row"]),
     ("--data nowhere", ["no prepared data in nowhere", "prepare_data.py"]),
+    ("--data nowhere --out /dev/null/x", ["/dev/null is no folder"]),  # before any data is read
     # the rest
     ("--unknown", ["unrecognized arguments"]),
     ("--device tpu", ["device 'tpu' cannot be used here"]),
