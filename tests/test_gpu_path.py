@@ -1,0 +1,77 @@
+"""
+What differs on GPUs, as far as a CPU can show it: DDP around the compiled step, over gloo; and everything
+that runs on CUDA, traced and lowered on fake tensors by a CPU build of torch that takes itself for one with
+an H100 (fakecuda.py). Nothing is computed there: it shows shapes, dtypes, devices, layouts and graphs.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._dynamo.backends.common import aot_autograd
+
+import train
+from plan import make_plan
+
+# -----------------------------------------------------------------------------
+# DDP
+
+@pytest.fixture
+def process_group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+def graph_counter(counts):
+    """A backend that counts forward graphs and backward graphs in the two numbers of `counts`."""
+    def compiler(i):
+        def compile(graph, inputs):
+            counts[i] += 1
+            return graph
+        return compile
+
+    return aot_autograd(fw_compiler=compiler(0), bw_compiler=compiler(1))
+
+def setup_ddp(flags):
+    args = train.make_parser().parse_args(flags.split())
+    plan = make_plan(args, 512, 1, torch.float32)
+    return train.setup_training(args, plan, torch.device("cpu"), torch.float32)
+
+DDP_FLAGS = "--depth 2 --aspect-ratio 64 --head-dim 32 --max-seq-len 32 --lrt shared --num-iterations 1 " \
+    "--total-batch-size 64"
+
+def test_the_compiled_step_is_one_graph_under_ddp(process_group, monkeypatch):
+    """Its parameters, some of them used in every pass, are many of DDP's first bucket of 1 MiB."""
+    counts = [0, 0]
+    torch._dynamo.reset()
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile(f, backend=graph_counter(counts), **kw))
+    model, _, _, step = setup_ddp(f"{DDP_FLAGS} --compile")
+    assert isinstance(step, torch.nn.parallel.DistributedDataParallel)
+    assert 4 * sum(p.numel() for p in model.parameters()) > 2 * 2**20
+    idx = torch.randint(512, (2, 32))
+    for _ in range(2):
+        with step.no_sync():
+            step(idx, idx)[0].backward()
+        step(idx, idx)[0].backward()
+    assert counts == [1, 1]
+
+def test_gradients_live_in_the_buckets_of_ddp(process_group):
+    """From before the first micro-batch: there is never a second copy of all of them."""
+    model, optimizers, _, step = setup_ddp(f"{DDP_FLAGS} --no-compile")
+
+    def bytes_of_gradients():
+        storages = {p.grad.untyped_storage()._cdata: p.grad.untyped_storage() for p in model.parameters()}
+        return sum(storage.nbytes() for storage in storages.values()), len(storages)
+
+    total = 4 * sum(p.numel() for p in model.parameters())
+    n_parameters = len(list(model.parameters()))
+    idx = torch.randint(512, (2, 32))
+    size, n_buckets = bytes_of_gradients()
+    assert total <= size < total + 64 * n_parameters and n_buckets < n_parameters / 4
+    for _ in range(2):
+        with step.no_sync():
+            step(idx, idx)[0].backward()
+        step(idx, idx)[0].backward()
+        size, n_buckets = bytes_of_gradients()
+        assert total <= size < total + 64 * n_parameters and n_buckets < n_parameters / 4
