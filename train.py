@@ -341,6 +341,9 @@ def setup_training(args, plan, device, dtype):
         # runs; it counts a parameter once for every pass, which makes 202 graphs at depth 20. What is not
         # hidden now is one all-reduce a step, after its last micro-batch.
         torch._dynamo.config.optimize_ddp = False
+        # Dynamo compiles what is around the walk of a recurrent layer anew for every layer: they differ in
+        # their number, and it gives up on a function after 8 times.
+        torch._dynamo.config.recompile_limit = 8 + plan.config.n_layer
         train_step = torch.compile(train_step, dynamic=False)
     if dist.is_initialized():
         # the gradients are views of DDP's buckets, from the start and for good: there is no second copy

@@ -246,6 +246,14 @@ def test_fused_linear_cross_entropy(rows, monkeypatch):
     for a, b in zip(torch.autograd.grad(3 * loss, leaves), torch.autograd.grad(3 * expected, leaves)):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
+    # compiled, the same to the bit in another form
+    compiled_form = []
+    for compiling in (True, False):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        compiled_form.append(torch.autograd.grad(model.loss(hidden, targets, [0.7, 0.3])[0], leaves))
+    for a, b in zip(*compiled_form):
+        assert torch.equal(a, b)
+
     token_losses = [model.token_loss(h, t) for h, t in zip(hidden, targets)]
     torch.testing.assert_close(torch.stack([x.mean() for x in token_losses]), means)
 

@@ -32,7 +32,12 @@ def graph_counter(counts):
 
     return aot_autograd(fw_compiler=compiler(0), bw_compiler=compiler(1))
 
-def setup_ddp(flags):
+def compile_with(backend, monkeypatch):
+    """Give torch.compile another backend."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile(f, backend=backend, **kwargs))
+
+def setup(flags):
     args = train.make_parser().parse_args(flags.split())
     plan = make_plan(args, 512, 1, torch.float32)
     return train.setup_training(args, plan, torch.device("cpu"), torch.float32)
@@ -44,9 +49,8 @@ def test_the_compiled_step_is_one_graph_under_ddp(process_group, monkeypatch):
     """Its parameters, some of them used in every pass, are many of DDP's first bucket of 1 MiB."""
     counts = [0, 0]
     torch._dynamo.reset()
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile(f, backend=graph_counter(counts), **kw))
-    model, _, _, step = setup_ddp(f"{DDP_FLAGS} --compile")
+    compile_with(graph_counter(counts), monkeypatch)
+    model, _, _, step = setup(f"{DDP_FLAGS} --compile")
     assert isinstance(step, torch.nn.parallel.DistributedDataParallel)
     assert 4 * sum(p.numel() for p in model.parameters()) > 2 * 2**20
     idx = torch.randint(512, (2, 32))
@@ -58,7 +62,7 @@ def test_the_compiled_step_is_one_graph_under_ddp(process_group, monkeypatch):
 
 def test_gradients_live_in_the_buckets_of_ddp(process_group):
     """From before the first micro-batch: there is never a second copy of all of them."""
-    model, optimizers, _, step = setup_ddp(f"{DDP_FLAGS} --no-compile")
+    model, optimizers, _, step = setup(f"{DDP_FLAGS} --no-compile")
 
     def bytes_of_gradients():
         storages = {p.grad.untyped_storage()._cdata: p.grad.untyped_storage() for p in model.parameters()}
@@ -75,3 +79,18 @@ def test_gradients_live_in_the_buckets_of_ddp(process_group):
         step(idx, idx)[0].backward()
         size, n_buckets = bytes_of_gradients()
         assert total <= size < total + 64 * n_parameters and n_buckets < n_parameters / 4
+
+
+# -----------------------------------------------------------------------------
+# The Recurrent Transformer
+
+def test_a_deep_recurrent_transformer_stays_compiled(monkeypatch):
+    """Dynamo gives up on a function that it compiles for the ninth time, unless told otherwise."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    compile_with("eager", monkeypatch)
+    flags = "--arch recurrent --depth 12 --aspect-ratio 2 --head-dim 2 --max-seq-len 8 --num-iterations 1"
+    _, _, _, step = setup(f"{flags} --lrt none --total-batch-size 16 --compile")
+    idx = torch.zeros(2, 8, dtype=torch.int64)
+    for _ in range(2):
+        step(idx, idx)[0].backward()
