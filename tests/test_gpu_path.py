@@ -4,9 +4,16 @@ that runs on CUDA, traced and lowered on fake tensors by a CPU build of torch th
 an H100 (fakecuda.py). Nothing is computed there: it shows shapes, dtypes, devices, layouts and graphs.
 """
 
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import ROOT, shell
 from torch._dynamo.backends.common import aot_autograd
 
 import train
@@ -94,3 +101,44 @@ def test_a_deep_recurrent_transformer_stays_compiled(monkeypatch):
     idx = torch.zeros(2, 8, dtype=torch.int64)
     for _ in range(2):
         step(idx, idx)[0].backward()
+
+
+# -----------------------------------------------------------------------------
+# Fake CUDA
+
+@pytest.fixture(scope="session")
+def guard(tmp_path_factory):
+    """fakecuda_guard.cpp, compiled."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler to make the fake device with")
+    if torch.cuda.is_available():
+        pytest.skip("torch has a device of its own")
+    library = tmp_path_factory.mktemp("guard") / "guard.so"
+    torch_folder = Path(torch.__file__).parent
+    include, lib = torch_folder / "include", torch_folder / "lib"
+    abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
+    flags = f"-O1 -shared -fPIC -std=c++20 -D_GLIBCXX_USE_CXX11_ABI={abi} -I{include} " \
+        f"-I{include}/torch/csrc/api/include -L{lib} -lc10 -ltorch_cpu -Wl,-rpath,{lib}"
+    command = [compiler, ROOT / "tests/fakecuda_guard.cpp", "-o", library, *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return library
+
+def fake(case, guard):
+    done = shell("tests/fakecuda.py", case, FAKECUDA_GUARD=str(guard))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+@pytest.mark.parametrize("case", ["training", "inference", "trace"])
+def test_on_fake_cuda(case, guard):
+    fake(case, guard)
+
+@pytest.mark.slow
+def test_every_schedule_is_one_graph(guard):
+    fake("trace_all", guard)
+
+@pytest.mark.slow
+def test_generated_code(guard):
+    if "TRITON_DIR" not in os.environ and importlib.util.find_spec("triton") is None:
+        pytest.skip("no triton: pip install --no-deps --target DIR triton; TRITON_DIR=DIR")
+    fake("lower", guard)
