@@ -27,6 +27,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 aten = torch.ops.aten
@@ -374,9 +375,11 @@ def queries_and_keys(shift, causal, q, k, v):
 
 def on_cuda(q):
     """
-    Do CUDA's flash kernels take this? Only in half precision; common.compute_dtype() is bf16 where they run.
+    Do CUDA's flash kernels take this? Only in half precision, common.compute_dtype() being bf16 where they
+    run, and only heads of a multiple of 8 and at most 256 numbers.
     """
-    return q.is_cuda and q.dtype == torch.bfloat16
+    d = q.size(-1)
+    return q.is_cuda and q.dtype == torch.bfloat16 and d % 8 == 0 and d <= 256
 
 def window_mask(n, back, like):
     """The mask of a window, for kernels without one: (n, n), 0 where m - back <= key <= m, -inf elsewhere."""
@@ -416,10 +419,7 @@ def kernel_backward(grad, out, lse, q, k, v, causal, back, seeds):
     """The backward of kernel(), given the merged out and L: the gradients of q, k and v."""
     if on_cuda(q):
         inputs = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
-        grads = aten._flash_attention_backward(
-            *inputs, lse.contiguous(), None, None, q.size(2), k.size(2), 0.0, causal, *seeds,
-            window_size_left=back)
-        return [x.transpose(1, 2) for x in grads]
+        return [x.transpose(1, 2) for x in cuda_backward(*inputs, lse, causal, back, *seeds)]
     n_kv_head = k.size(1)
     k, v = expand_heads(q.size(1), k, v)
     mask = None if back is None else window_mask(q.size(2), back, q)
@@ -430,3 +430,19 @@ def kernel_backward(grad, out, lse, q, k, v, causal, back, seeds):
         dk = dk.unflatten(1, (n_kv_head, -1)).sum(2)
         dv = dv.unflatten(1, (n_kv_head, -1)).sum(2)
     return dq, dk, dv
+
+@torch.library.custom_op("nanolrt::flash_attention_backward", mutates_args=())
+def cuda_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
+                  back: int | None, seed: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    CUDA's kernel_backward(), with heads in dimension 2. It is an operator of its own, into which
+    torch.compile does not look, because the kernel takes L for dense without asking for its strides: Inductor
+    traces a contiguous() away and afterwards gives L padded ones.
+    """
+    return aten._flash_attention_backward(
+        grad, q, k, v, out, lse.contiguous(), None, None, q.size(1), k.size(1), 0.0, causal, seed, offset,
+        window_size_left=back)
+
+@cuda_backward.register_fake
+def _(grad, q, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -473,7 +473,10 @@ def append_row(path, row):
 # Devices and the process group
 
 def pick_device(name=None):
-    """The device of this name, or the best there is. Raises UserError if torch cannot use it."""
+    """
+    The device of this name, or the best there is. Under torchrun every process of a node has its own GPU.
+    Raises UserError if torch cannot use it.
+    """
     import torch
     if name is None:
         name = "cpu"
@@ -482,13 +485,21 @@ def pick_device(name=None):
         elif torch.backends.mps.is_available():
             name = "mps"
     try:
-        if torch.device(name).type not in ("cuda", "mps", "cpu"):
+        device = torch.device(name)
+        if device.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("choose cuda, mps or cpu")
-        torch.empty(0, device=name)
+        if device.type == "cuda" and torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            n_gpus = torch.cuda.device_count()
+            if device.index >= n_gpus:
+                raise RuntimeError(f"{device} does not exist, this machine has {n_gpus} GPUs; "
+                                   "lower --nproc_per_node")
+            torch.cuda.set_device(device)  # before anything is allocated, which would else be on GPU 0
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).split("\n")[0]
         raise UserError(f"device {name!r} cannot be used here: {reason}") from e
-    return torch.device(name)
+    return device
 
 def compute_dtype(device):
     """The dtype of activations: bf16 on GPUs that have it, fp32 elsewhere. Weights are fp32 everywhere."""
@@ -499,28 +510,22 @@ def compute_dtype(device):
 
 def init_processes(device_name=None, timeout=None):
     """
-    Join the process group if torchrun started this process. Returns this process's device (see pick_device;
-    one GPU for each process), its rank, and the world size: 0 and 1 without torchrun. timeout: how long a
-    collective may take, a timedelta. Raises UserError if there is no such device.
+    Join the process group if torchrun started this process. Returns this process's device (see
+    pick_device), its rank, and the world size: 0 and 1 without torchrun. timeout: how long a collective may
+    take, a timedelta. Raises UserError if there is no such device.
     """
     import torch
     import torch.distributed as dist
     rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    under_torchrun = "RANK" in os.environ
     device = pick_device(device_name)
-    if device.type == "cuda":
-        if under_torchrun:
-            device = torch.device("cuda", local_rank)
-        n_gpus = torch.cuda.device_count()
-        if (device.index or 0) >= n_gpus:
-            raise UserError(f"{device} does not exist: this machine has {n_gpus} GPUs; "
-                            "lower --nproc_per_node")
-        torch.cuda.set_device(device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.set_float32_matmul_precision("high")
-    if under_torchrun:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    if "RANK" in os.environ:
+        # with its device, NCCL connects right away, and no collective has to guess it
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout,
+                                device_id=device if on_gpu else None)
     return device, rank, world_size
 
 def end_processes():

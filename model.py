@@ -300,7 +300,12 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
                 losses.append((total.log() - 15 * t.gather(1, y)) * valid)
                 # its gradient: first in the logits, (softmax - one hot) / rows, then in x @ Wu
                 scale = valid.to(p.dtype) * (pass_weight / len(target))
-                p.mul_(scale / total).scatter_add_(1, y, -scale)
+                p.mul_(scale / total)
+                if torch.compiler.is_compiling():  # fused; a scatter would have p written out
+                    is_target = torch.arange(p.size(1), device=p.device) == y
+                    p = torch.where(is_target, p - scale, p)
+                else:
+                    p.scatter_add_(1, y, -scale)
                 p = p.mul_(t.square_().neg_().add_(1)).to(x.dtype)
                 torch.mm(p, w, out=dx_i)
                 dw += p.T @ x_i

@@ -265,7 +265,9 @@ def memory_estimate(plan, world_size, dtype, recompute):
     Bytes that one process needs at least, a dict by kind: weights, gradients and optimizer state in
     float32, the state shared by all ranks, and the activations that the forward of a micro-batch keeps
     for its backward, counted on fake tensors in this dtype. That is without compilation, which keeps
-    less. The activations of long schedules and of the Recurrent Transformer are not counted.
+    less. The activations of long schedules and of the Recurrent Transformer are not counted. Under DDP the
+    gradients are its buckets. Where those of a micro-batch are added to them, there are two of each for a
+    moment; a compiled backward returns all of them at once, and frees the activations meanwhile.
     """
     total, T = plan.counts["total"], plan.config.sequence_len
     muon = plan.counts["matrices"] + plan.counts["memory projections"]
@@ -284,6 +286,9 @@ def memory_estimate(plan, world_size, dtype, recompute):
             step = TrainStep(model, plan.schedule)
             idx = torch.zeros(plan.device_batch, T, dtype=torch.int64)
             parts["activations"] = saved_bytes(lambda: step(idx, idx), model.parameters())
+    new_gradients = 4 * total - parts.get("activations", 0)
+    if (world_size > 1 or plan.micro_steps > 1) and new_gradients > 0:
+        parts["new gradients"] = new_gradients
     return parts
 
 def dry_run(args):

@@ -121,34 +121,39 @@ def test_kv_buffer_leaves_earlier_writes_alone():
 # -----------------------------------------------------------------------------
 # CUDA's kernels, without a GPU
 
+def flash_scores(q, k, causal, window):
+    """The scores (B, heads, P, n) that the kernels' definitions below are made of."""
+    assert not causal or q.size(1) == k.size(1)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    score = q @ k.repeat_interleave(q.size(1) // k.size(1), 1).mT * q.size(-1) ** -0.5
+    if causal:
+        seen = torch.ones(score.shape[-2:], dtype=torch.bool).tril()
+        if window is not None:
+            seen = seen.triu(-window)
+        score = score.masked_fill(~seen, -torch.inf)
+    return score
+
 def flash(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, window_size_left=None):
     """The definition of aten._flash_attention_forward, as far as we use it: q, k, v are (B, P, heads, d)."""
     assert (max_q, max_k, dropout, debug) == (q.size(1), k.size(1), 0.0, False)
-    assert not causal or max_q == max_k
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    repeats = q.size(1) // k.size(1)
-    score = q @ k.repeat_interleave(repeats, 1).mT * q.size(-1) ** -0.5
-    if causal:
-        seen = torch.ones(max_q, max_k, dtype=torch.bool).tril()
-        if window_size_left is not None:
-            seen = seen.triu(-window_size_left)
-        score = score.masked_fill(~seen, -torch.inf)
-    out = score.softmax(-1) @ v.repeat_interleave(repeats, 1)
+    score = flash_scores(q, k, causal, window_size_left)
+    out = score.softmax(-1) @ v.transpose(1, 2).repeat_interleave(q.size(2) // k.size(2), 1)
     unused = torch.zeros(1)
     return out.transpose(1, 2), score.logsumexp(-1), unused, unused, unused
 
 def flash_backward(grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, causal, seed, offset, *,
                    window_size_left=None):
     """The same of aten._flash_attention_backward, where out and lse may be those of several parts, merged."""
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    with torch.enable_grad():
-        own, own_lse, *_ = flash(*inputs, cum_q, cum_k, max_q, max_k, dropout, causal, False,
-                                 window_size_left=window_size_left)
-    # with the merged L a probability is exp(own L - L) times the part's own; delta is sum(grad * merged out)
-    weight = (own_lse - lse).exp().detach()
-    delta = (grad * (own - out)).sum(-1).transpose(1, 2).detach()
-    grad_own = grad * weight.transpose(1, 2).unsqueeze(-1)
-    return torch.autograd.grad([own, own_lse], inputs, [grad_own, weight * delta])
+    assert (max_q, max_k, dropout) == (q.size(1), k.size(1), 0.0)
+    assert lse.is_contiguous()
+    repeats = q.size(2) // k.size(2)
+    p = (flash_scores(q, k, causal, window_size_left) - lse.unsqueeze(-1)).exp()
+    delta = (grad * out).sum(-1, keepdim=True).transpose(1, 2)
+    q, k, v, grad = (x.transpose(1, 2) for x in (q, k, v, grad))
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    ds = p * (grad @ v.mT - delta) * q.size(-1) ** -0.5
+    dk, dv = ((x.mT @ y).unflatten(1, (-1, repeats)).sum(2) for x, y in ((ds, q), (p, grad)))
+    return tuple(x.transpose(1, 2) for x in (ds @ k, dk, dv))
 
 class FlashByDefinition:
     """In the place of torch.ops.aten."""
@@ -191,6 +196,28 @@ def test_the_cuda_kernels_are_called_right(window, n_kv_head, monkeypatch):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def test_the_cuda_backward_gets_a_dense_log_sum_exp(monkeypatch):
+    """Its kernel asks for no strides. torch.compile pads L where 5 heads are at 251 positions."""
+    monkeypatch.setattr(attention, "aten", FlashByDefinition)
+    q, k, v, grad = torch.randn(4, 2, 251, 5, 8, dtype=torch.float64)
+    out, lse, *seeds = flash(q, k, v, None, None, 251, 251, 0.0, True, False)[:4]
+    padded = torch.full((2 * 1280,), torch.nan, dtype=lse.dtype).as_strided(lse.shape, (1280, 251, 1))
+    padded.copy_(lse)
+    grads, expected = (attention.cuda_backward(grad, q, k, v, out, x, True, None, *seeds)
+                       for x in (padded, lse))
+    for a, b in zip(grads, expected):
+        assert torch.equal(a, b)
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels themselves are run")
+@pytest.mark.parametrize("d, way", [(8, "flash"), (256, "flash"), (12, "dense"), (264, "dense")])
+def test_heads_that_flash_does_not_take_are_dense_on_cuda(d, way, monkeypatch):
+    monkeypatch.setattr(attention.Merged, "apply", lambda *_: "flash")
+    monkeypatch.setattr(attention, "attend_dense", lambda *_: "dense")
+    with FakeTensorMode(), torch.device("cuda"):
+        x = torch.empty(2, 4, 13, d, dtype=torch.bfloat16)
+        assert KVBuffer(1).attend(0, range(13), x, x, x, window=3) == way
+
+
 # -----------------------------------------------------------------------------
 # The fused linear cross-entropy, and recomputed layers
 
@@ -218,6 +245,14 @@ def test_fused_linear_cross_entropy(rows, monkeypatch):
     leaves = [*hidden, model.lm_head.weight]
     for a, b in zip(torch.autograd.grad(3 * loss, leaves), torch.autograd.grad(3 * expected, leaves)):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+    # compiled, the same to the bit in another form
+    compiled_form = []
+    for compiling in (True, False):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        compiled_form.append(torch.autograd.grad(model.loss(hidden, targets, [0.7, 0.3])[0], leaves))
+    for a, b in zip(*compiled_form):
+        assert torch.equal(a, b)
 
     token_losses = [model.token_loss(h, t) for h, t in zip(hidden, targets)]
     torch.testing.assert_close(torch.stack([x.mean() for x in token_losses]), means)

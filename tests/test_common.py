@@ -298,6 +298,45 @@ def test_rows_of_several_writers_and_after_a_crash(here):
 
 
 # -----------------------------------------------------------------------------
+# Devices, on a machine that pretends to have 8 GPUs
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """What the process does to its GPUs, in order."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(f"set {device}"))
+    monkeypatch.setattr(torch, "empty", lambda *_, device: calls.append(f"allocate on {device}"))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda backend, device_id, **_: calls.append(f"{backend} on {device_id}"))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+@pytest.mark.parametrize("name, device", [(None, "cuda:0"), ("cuda", "cuda:0"), ("cuda:2", "cuda:2")])
+def test_one_process_has_a_device_with_an_index(name, device, gpus):
+    """torch.cuda.set_device() takes no other."""
+    assert common.init_processes(name) == (torch.device(device), 0, 1)
+    assert gpus == [f"set {device}", f"allocate on {device}"]
+
+@pytest.mark.parametrize("name", [None, "cuda", "cuda:2"])
+def test_every_process_of_a_node_has_its_own_gpu_first(name, gpus, monkeypatch):
+    monkeypatch.setenv("RANK", "11")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert common.init_processes(name) == (torch.device("cuda:3"), 11, 16)
+    assert gpus == ["set cuda:3", "allocate on cuda:3", "nccl on cuda:3"]
+
+def test_more_processes_than_gpus(gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "8")
+    with pytest.raises(UserError, match="cuda:8 does not exist, this machine has 8 GPUs; lower --nproc"):
+        common.init_processes()
+    assert gpus == []
+
+
+# -----------------------------------------------------------------------------
 # The machine
 
 @pytest.mark.parametrize("name, tflops", [

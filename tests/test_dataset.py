@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import SMALL, assert_refused, cli, no_open_files
 
+import dataset
 from common import Unreadable, UserError
 from dataset import (
     BOS,
@@ -177,6 +178,16 @@ def test_a_flipped_bit_is_found_by_verifying(copy):
     path.write_bytes(flip_a_bit(path.read_bytes()))
     open_data(copy, verify=False)  # which reads no shard
     assert_not_opened(copy, path, "sha256", "delete it and re-run", verify=True)
+
+def test_every_shard_is_verified_by_one_rank(data, monkeypatch):
+    read = []
+    monkeypatch.setattr(dataset, "verify_checksums", lambda files: read.append([path for path, _ in files]))
+    for rank in range(3):
+        open_data(data, rank=rank, world_size=3)
+    open_data(data)
+    *shares, all_of_them = read
+    assert sorted(sum(shares, [])) == sorted(all_of_them)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 def test_missing_files_are_not_opened(copy, tmp_path):
     (copy / "train_00000.npy").unlink()

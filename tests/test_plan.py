@@ -67,6 +67,18 @@ def test_optimizer_state_is_shared_by_the_ranks():
     assert eight["optimizers"] == one["optimizers"] // 8
     assert eight["weights"] == one["weights"] == 4 * plan.counts["total"]
 
+def test_gradients_of_a_micro_batch_come_beside_those_they_are_added_to():
+    """As many as the activations that they replace do not make room for."""
+    flags = "--depth 2 --max-seq-len 64 --num-iterations 1 --total-batch-size 64"
+    plan = plan_of(flags, vocab_size=32768)
+    one, two = (memory_estimate(plan, world_size, torch.float32, False) for world_size in (1, 2))
+    assert "new gradients" not in one
+    assert two["new gradients"] == two["gradients"] - two["activations"] > 0
+
+    flags = flags.replace("batch-size 64", "batch-size 128 --device-batch-size 1")
+    assert memory_estimate(plan_of(flags, vocab_size=32768), 1, torch.float32, False) == two | {
+        "optimizers": one["optimizers"]}
+
 
 # -----------------------------------------------------------------------------
 # The batch

@@ -1,0 +1,264 @@
+"""
+The paths that run on CUDA, on fake tensors and a CPU build of torch. test_gpu_path.py calls this file in a
+process of its own, because the device of fakecuda_guard.cpp must be there before torch is:
+
+    FAKECUDA_GUARD=guard.so python tests/fakecuda.py CASE      a function of this file; raises what is wrong
+
+`lower` needs triton, which a CPU build of torch does not bring: from the folder TRITON_DIR, or installed.
+"""
+
+import ctypes
+import os
+import re
+import sys
+import types
+from types import SimpleNamespace
+
+ctypes.CDLL(os.environ["FAKECUDA_GUARD"])
+sys.path.append(os.environ.get("TRITON_DIR", ""))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+
+import attention  # noqa: E402
+import core  # noqa: E402
+import recurrent  # noqa: E402
+from attention import KVCache, take  # noqa: E402
+from checkpointing import load_weights  # noqa: E402
+from interleave import Schedule, TrainStep, prefill  # noqa: E402
+from model import GPTConfig  # noqa: E402
+from recurrent import RecurrentConfig, build_model  # noqa: E402
+
+aten = torch.ops.aten
+SMALL = dict(sequence_len=24, vocab_size=64, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL")
+SCHEDULES = [
+    Schedule(),
+    Schedule(subsets=3),
+    Schedule(subsets=99),
+    Schedule(kv_refresh=True),
+    Schedule(forward_passes=1, detach=True),
+    Schedule("refine", refinements=2, forward_passes=2),
+    Schedule("chunked", chunk=7),
+    Schedule("sequential"),
+]
+
+
+def on_cuda(config):
+    """Inside a FakeTensorMode: a model on the fake device, with activations in bf16."""
+    model = build_model(config)
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, device="cuda"))
+        for name, x in module._buffers.items():
+            module._buffers[name] = torch.empty(x.shape, dtype=x.dtype, device="cuda")
+    model.compute_dtype = torch.bfloat16
+    return model
+
+def tokens(B, T):
+    return torch.zeros(B, T, dtype=torch.int64, device="cuda")
+
+def check_step(step, idx):
+    """Forward and backward: every parameter that has a gradient has one of its own kind."""
+    loss, means = step(idx, idx)
+    assert (loss.dtype, loss.device.type) == (torch.float32, "cuda") and means.device == loss.device
+    loss.backward()
+    found = 0
+    for p in step.parameters():
+        if p.grad is not None:
+            assert (p.grad.shape, p.grad.dtype, p.grad.device) == (p.shape, p.dtype, p.device)
+            found += 1
+    return found
+
+
+# -----------------------------------------------------------------------------
+# Eager
+
+def training():
+    """Every schedule, saved or recomputed, by one projection or the other; the Recurrent Transformer."""
+    variants = dict(lrt="shared"), dict(lrt="layerwise", inject="kv", value_embeds="alternate")
+    for i, schedule in enumerate(SCHEDULES):
+        for recompute in (False, True):
+            with FakeTensorMode():
+                model = on_cuda(GPTConfig(**SMALL, **variants[(i + recompute) % 2]))
+                model.recompute = recompute
+                found = check_step(TrainStep(model, schedule), tokens(2, 12))
+                assert found == len(list(model.parameters())), schedule
+
+    recurrent.record = lambda work, device: work  # in the place of a CUDA graph
+    with FakeTensorMode():
+        model = on_cuda(RecurrentConfig(**SMALL | dict(sequence_len=70)))
+        for _ in range(2):  # a kind of block is captured when it comes for the second time
+            found = check_step(TrainStep(model, Schedule("plain")), tokens(2, 70))
+        assert found == len(list(model.parameters()))
+        assert any(isinstance(graph, recurrent.Graph) for graph in recurrent.graphs.values())
+
+@torch.no_grad()
+def inference():
+    """Prefill, a sweep over subsets, decoding through the rolling cache, scores of CORE; loading weights."""
+    for config in (GPTConfig(**SMALL, lrt="shared"), RecurrentConfig(**SMALL)):
+        weights = build_model(config).state_dict()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = on_cuda(config)
+            load_weights(model, dict(model=weights))
+            assert {x.device.type for x in model.state_dict().values()} == {"cuda"}
+
+            def cache(**options):
+                return KVCache(config, 2, 24, "cuda", torch.bfloat16, **options)  # noqa: B023
+
+            kv = cache()
+            idx = tokens(2, 20)
+            # a sweep ends by a computed number, which a fake tensor does not have: from there, token by token
+            hidden, memory, _ = prefill(model, idx, kv, max_sweeps=1)
+            assert (hidden.shape, hidden.dtype, hidden.device.type) == ((2, 20, 32), torch.bfloat16, "cuda")
+            if config.lrt != "none":
+                for positions in (range(0, 20, 2), range(1, 20, 2)):
+                    memories = memory.expand(2, len(positions), 32)
+                    model(take(idx, positions), positions, kv, memories, config.source_layer + 1)
+            rolling = cache(rolling=True)
+            rolling.copy_from(kv, 20, 1)
+            for t in range(20, 24):
+                hidden, memory = model(idx[:, :1], range(t, t + 1), rolling, memory)
+                logits = model.logits(hidden)
+                assert (logits.shape, logits.dtype, logits.device.type) == ((2, 1, 64), torch.float32, "cuda")
+            core.token_scores(model, hidden[:, 0], idx[:, 0])
+
+
+# -----------------------------------------------------------------------------
+# Compiled
+
+def trace(schedules=SCHEDULES[:1]):
+    """One graph without a break, forward and backward."""
+    for i, schedule in enumerate(schedules):
+        torch._dynamo.reset()
+        with FakeTensorMode():
+            model = on_cuda(GPTConfig(**SMALL, lrt=("shared", "layerwise")[i % 2]))
+            step = TrainStep(model, schedule)
+            step = torch.compile(step, backend="aot_eager", dynamic=False, fullgraph=True)
+            assert check_step(step, tokens(2, 12)) == len(list(model.parameters()))
+
+def trace_all():
+    trace(SCHEDULES[1:-1])
+
+def pretend_h100():
+    """Let Inductor and triton take this machine for one with an H100, as far as generating code goes."""
+    properties = SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=85 * 10**9, multi_processor_count=132,
+        warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024, gcnArchName="", shared_memory_per_block_optin=232448,
+        shared_memory_per_block=49152, shared_memory_per_multiprocessor=233472, L2_cache_size=50 * 2**20,
+        is_integrated=0, is_multi_gpu_board=0)
+    answers = dict(
+        is_available=True, device_count=1, current_device=0, get_device_properties=properties,
+        get_device_capability=(9, 0), get_device_name=properties.name, synchronize=None, init=None,
+        _lazy_init=None, is_bf16_supported=True, get_arch_list=["sm_90"], is_initialized=False,
+        _exchange_device=0, _maybe_exchange_device=0, set_device=None, set_rng_state=None,
+        current_stream=SimpleNamespace(cuda_stream=0, device=torch.device("cuda", 0)),
+        maybe_exchange_device=0, exchange_device=0, get_compute_capability=90, is_triton_capable=True,
+        raise_if_triton_unavailable=None)
+
+    def answer(value):
+        return lambda *args, **kwargs: value
+
+    from torch._dynamo.device_interface import CudaInterface
+    for name, value in answers.items():
+        for owner in (torch.cuda, torch.cuda.random):
+            if hasattr(owner, name):
+                setattr(owner, name, answer(value))
+        for owner in (CudaInterface, CudaInterface.Worker):
+            if hasattr(owner, name):
+                setattr(owner, name, staticmethod(answer(value)))
+    for owner in (torch.cuda, torch.cuda.random):
+        owner.get_rng_state = lambda *args: torch.get_rng_state()
+    torch._C._cuda_getCurrentRawStream = answer(0)
+    torch.version.cuda = "13.0"
+    FakeTensorMode.avoid_device_init = property(answer(True))
+
+    import triton
+    from torch.utils import _triton
+    from triton.backends.compiler import GPUTarget
+    for asked_before in (_triton.has_triton_package, _triton.has_triton):
+        asked_before.cache_clear()
+    shared = dict(max_shared_mem=232448, max_num_regs=65536, multiprocessor_count=132, warpSize=32,
+                  sm_clock_rate=1980000, mem_clock_rate=2619000, mem_bus_width=5120)
+    triton.runtime.driver.set_active(SimpleNamespace(
+        utils=SimpleNamespace(get_device_properties=answer(shared)),
+        get_current_target=answer(GPUTarget("cuda", 90, 32)), get_current_device=answer(0),
+        get_current_stream=answer(0), get_active_torch_device=answer(torch.device("cuda", 0)),
+        get_device_interface=answer(torch.cuda), get_benchmarker=answer(answer(1.0))))
+
+def lowered(config, schedule, B):
+    """Inductor's code for an H100 of a step's forward and backward: two strings."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
+    from torch._inductor.graph import GraphLowering
+    codes = []
+
+    class Lowered(Exception):
+        pass
+
+    def keep_code(graph):
+        code, _ = graph.codegen()
+        codes.append(code.value)
+
+        def call(args):
+            raise Lowered
+
+        module = types.ModuleType("lowered")
+        module.__file__, module.key, module.call, module.benchmark_compiled_module = "", "", call, None
+        return module
+
+    GraphLowering.compile_to_module = GraphLowering._compile_to_module = keep_code
+    # a CPU build cannot choose CUDA's backend of SDPA
+    attention.dot_product_attention = lambda q, k, v, is_causal: \
+        aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+    inductor = dict(shape_padding=False, joint_graph_constant_folding=False, force_disable_caches=True,
+                    compile_threads=1)  # the first two would compute
+    functorch = dict(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)
+    with inductor_config.patch(inductor), functorch_config.patch(functorch), FakeTensorMode():
+        step = TrainStep(on_cuda(config), schedule)
+        idx = tokens(B, config.sequence_len)
+        try:
+            torch.compile(step, dynamic=False, fullgraph=True)(idx, idx)
+        except Lowered:
+            pass
+    forward, backward = codes
+    return forward, backward
+
+def dense(shape):
+    """The strides of a contiguous tensor."""
+    return tuple(torch.empty(shape, device="meta").stride())
+
+def lower():
+    """
+    5 heads at 251 positions, which Inductor pads. The flash backward is ours, and its log-sum-exp is dense or
+    a slice of a dense one; the cross-entropy never has the logits of a pass in float32.
+    """
+    pretend_h100()
+    config = GPTConfig(sequence_len=502, vocab_size=1000, n_layer=1, n_head=5, n_kv_head=5, n_embd=40,
+                       lrt="shared")
+    forward, backward = lowered(config, Schedule(), 2)
+    assert "aten._flash_attention_backward" not in backward
+    calls = re.findall(r"= (torch.ops.nanolrt.flash_attention_backward.default)\((.*)\)", backward)
+    assert len(calls) == 4  # of two subsets, each over its own part and the other's
+
+    # every buffer that a call is given is allocated dense
+    allocated = dict(re.findall(r"(\w+) = empty_strided_cuda\((\(.*?\), \(.*?\)), torch.float32\)", backward))
+    n_dense = 0
+    for _, arguments in calls:
+        for name in re.findall(r"\bbuf\d+\b", arguments):
+            if name in allocated:
+                shape, strides = eval(allocated[name])
+                assert tuple(strides) == dense(shape), (name, shape, strides)
+                n_dense += 1
+    assert n_dense
+    assert re.search(r"empty_strided_cuda\(\(1004, 1000\), .*, torch.bfloat16\)", forward)
+    assert not re.search(r"empty_strided_cuda\(\(\d+, 1000\), .*, torch.float32\)", forward)
+
+CASES = dict(training=training, inference=inference, trace=trace, trace_all=trace_all, lower=lower)
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    CASES[sys.argv[1]]()
+    os._exit(0)  # autograd's thread of the device does not end

@@ -1,0 +1,144 @@
+"""
+What differs on GPUs, as far as a CPU can show it: DDP around the compiled step, over gloo; and everything
+that runs on CUDA, traced and lowered on fake tensors by a CPU build of torch that takes itself for one with
+an H100 (fakecuda.py). Nothing is computed there: it shows shapes, dtypes, devices, layouts and graphs.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import ROOT, shell
+from torch._dynamo.backends.common import aot_autograd
+
+import train
+from plan import make_plan
+
+# -----------------------------------------------------------------------------
+# DDP
+
+@pytest.fixture
+def process_group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+def graph_counter(counts):
+    """A backend that counts forward graphs and backward graphs in the two numbers of `counts`."""
+    def compiler(i):
+        def compile(graph, inputs):
+            counts[i] += 1
+            return graph
+        return compile
+
+    return aot_autograd(fw_compiler=compiler(0), bw_compiler=compiler(1))
+
+def compile_with(backend, monkeypatch):
+    """Give torch.compile another backend."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile(f, backend=backend, **kwargs))
+
+def setup(flags):
+    args = train.make_parser().parse_args(flags.split())
+    plan = make_plan(args, 512, 1, torch.float32)
+    return train.setup_training(args, plan, torch.device("cpu"), torch.float32)
+
+DDP_FLAGS = "--depth 2 --aspect-ratio 64 --head-dim 32 --max-seq-len 32 --lrt shared --num-iterations 1 " \
+    "--total-batch-size 64"
+
+def test_the_compiled_step_is_one_graph_under_ddp(process_group, monkeypatch):
+    """Its parameters, some of them used in every pass, are many of DDP's first bucket of 1 MiB."""
+    counts = [0, 0]
+    torch._dynamo.reset()
+    compile_with(graph_counter(counts), monkeypatch)
+    model, _, _, step = setup(f"{DDP_FLAGS} --compile")
+    assert isinstance(step, torch.nn.parallel.DistributedDataParallel)
+    assert 4 * sum(p.numel() for p in model.parameters()) > 2 * 2**20
+    idx = torch.randint(512, (2, 32))
+    for _ in range(2):
+        with step.no_sync():
+            step(idx, idx)[0].backward()
+        step(idx, idx)[0].backward()
+    assert counts == [1, 1]
+
+def test_gradients_live_in_the_buckets_of_ddp(process_group):
+    """From before the first micro-batch: there is never a second copy of all of them."""
+    model, optimizers, _, step = setup(f"{DDP_FLAGS} --no-compile")
+
+    def bytes_of_gradients():
+        storages = {p.grad.untyped_storage()._cdata: p.grad.untyped_storage() for p in model.parameters()}
+        return sum(storage.nbytes() for storage in storages.values()), len(storages)
+
+    total = 4 * sum(p.numel() for p in model.parameters())
+    n_parameters = len(list(model.parameters()))
+    idx = torch.randint(512, (2, 32))
+    size, n_buckets = bytes_of_gradients()
+    assert total <= size < total + 64 * n_parameters and n_buckets < n_parameters / 4
+    for _ in range(2):
+        with step.no_sync():
+            step(idx, idx)[0].backward()
+        step(idx, idx)[0].backward()
+        size, n_buckets = bytes_of_gradients()
+        assert total <= size < total + 64 * n_parameters and n_buckets < n_parameters / 4
+
+
+# -----------------------------------------------------------------------------
+# The Recurrent Transformer
+
+def test_a_deep_recurrent_transformer_stays_compiled(monkeypatch):
+    """Dynamo gives up on a function that it compiles for the ninth time, unless told otherwise."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    compile_with("eager", monkeypatch)
+    flags = "--arch recurrent --depth 12 --aspect-ratio 2 --head-dim 2 --max-seq-len 8 --num-iterations 1"
+    _, _, _, step = setup(f"{flags} --lrt none --total-batch-size 16 --compile")
+    idx = torch.zeros(2, 8, dtype=torch.int64)
+    for _ in range(2):
+        step(idx, idx)[0].backward()
+
+
+# -----------------------------------------------------------------------------
+# Fake CUDA
+
+@pytest.fixture(scope="session")
+def guard(tmp_path_factory):
+    """fakecuda_guard.cpp, compiled."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler to make the fake device with")
+    if torch.cuda.is_available():
+        pytest.skip("torch has a device of its own")
+    library = tmp_path_factory.mktemp("guard") / "guard.so"
+    torch_folder = Path(torch.__file__).parent
+    include, lib = torch_folder / "include", torch_folder / "lib"
+    abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
+    flags = f"-O1 -shared -fPIC -std=c++20 -D_GLIBCXX_USE_CXX11_ABI={abi} -I{include} " \
+        f"-I{include}/torch/csrc/api/include -L{lib} -lc10 -ltorch_cpu -Wl,-rpath,{lib}"
+    command = [compiler, ROOT / "tests/fakecuda_guard.cpp", "-o", library, *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return library
+
+def fake(case, guard):
+    done = shell("tests/fakecuda.py", case, FAKECUDA_GUARD=str(guard))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+@pytest.mark.parametrize("case", ["training", "inference", "trace"])
+def test_on_fake_cuda(case, guard):
+    fake(case, guard)
+
+@pytest.mark.slow
+def test_every_schedule_is_one_graph(guard):
+    fake("trace_all", guard)
+
+@pytest.mark.slow
+def test_generated_code(guard):
+    if "TRITON_DIR" not in os.environ and importlib.util.find_spec("triton") is None:
+        pytest.skip("no triton: pip install --no-deps --target DIR triton; TRITON_DIR=DIR")
+    fake("lower", guard)
