@@ -5,6 +5,7 @@ and its variants against nanochat's own trajectory (folder PARITY_NANOCHAT_DIR, 
 """
 
 import json
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -301,30 +302,21 @@ def test_parity_with_nanochats_optimizer(monkeypatch):
 # -----------------------------------------------------------------------------
 # Several processes
 
-def trained(folder, optimizers, parameters, first, last, rank, name):
-    """Steps of the optimizers, and what comes of them on disk: the parameters, and on rank 0 the state."""
-    random_steps(optimizers, parameters, first, last)
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    torch.save([p.detach() for p in parameters], folder / f"{name}_params_{rank}.pt")
-    if rank == 0:
-        torch.save(states, folder / f"{name}_states.pt")
-    return states
-
 def train_in_rank(rank, world_size, folder):
     """
-    Three steps with the optimizers of train.py, with Muon's variants for the matrices; then two more from the
-    state that one process had by then. In one process there is no group.
+    Three steps with the optimizers of train.py, with all of Muon's variants, and its products in two dtypes;
+    then two more from the state that one process had by then. Each time the parameters go to disk, and the
+    state that rank 0 would save. In one process there is no group.
     """
     torch.set_num_threads(1)
-    if world_size > 1:
+    sharded = world_size > 1
+    if sharded:
         optim.BUCKET = 2000  # several messages a rank
         dist.init_process_group("gloo", init_method=f"file://{folder}/store{world_size}",
                                 rank=rank, world_size=world_size)
     torch.manual_seed(0)
     model = layerwise_gpt(n_layer=3)
     parameters = list(model.parameters())
-    for group in model.parameter_groups().values():
-        assert group
 
     def new_optimizers():
         adamw, muon = make_optimizers(model, OptimizerConfig())
@@ -332,25 +324,30 @@ def train_in_rank(rank, world_size, folder):
             group.update(ALL_VARIANTS)
         return adamw, muon
 
-    optimizers = new_optimizers()
-    trained(folder, optimizers, parameters, 0, 3, rank, f"{world_size}_a")
+    def train_and_save(optimizers, first, last, name):
+        random_steps(optimizers, parameters, first, last)
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        torch.save([p.detach() for p in parameters], folder / f"{name}_{world_size}_{rank}_parameters.pt")
+        if rank == 0:
+            torch.save(states, folder / f"{name}_{world_size}_states.pt")
 
-    # what this rank holds is its share
-    for optimizer in optimizers if world_size > 1 else []:
-        held = list(optimizer.optimizer.state_dict()["state"])
-        assert sorted(held) == [i for i, owner in enumerate(optimizer.owner) if owner == rank]
-        assert sorted(set(optimizer.owner)) == list(range(world_size))
+    for dtype in ("bfloat16", "float32"):
+        optim.product_dtype = lambda p, dtype=dtype: getattr(torch, dtype)
+        optimizers = new_optimizers()
+        train_and_save(optimizers, 0, 3, f"{dtype}_new")
+        if sharded:
+            for optimizer in optimizers:
+                held = optimizer.optimizer.state_dict()["state"]
+                assert held.keys() == {i for i, owner in enumerate(optimizer.owner) if owner == rank}
+                assert set(optimizer.owner) == set(range(world_size))
 
-    if world_size > 1:
-        dist.barrier()
-    states = torch.load(folder / "1_a_states.pt")
-    optimizers = new_optimizers()
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict(state)
-        if world_size > 1:
-            assert len(optimizer.optimizer.state) == optimizer.owner.count(rank)
-    trained(folder, optimizers, parameters, 3, 5, rank, f"{world_size}_b")
-    if world_size > 1:
+        optimizers = new_optimizers()
+        for optimizer, state in zip(optimizers, torch.load(folder / f"{dtype}_new_1_states.pt")):
+            optimizer.load_state_dict(state)
+            if sharded:
+                assert len(optimizer.optimizer.state) == optimizer.owner.count(rank)
+        train_and_save(optimizers, 3, 5, f"{dtype}_loaded")
+    if sharded:
         dist.destroy_process_group()
 
 def assert_same_bits(a, b):
@@ -368,21 +365,23 @@ def assert_same_bits(a, b):
     else:
         assert a == b
 
-def test_1_2_and_4_processes_update_alike(tmp_path):
+def test_1_2_and_4_processes_update_alike(tmp_path, monkeypatch):
     """Parameters on every rank, and the state that is saved, bit for bit; states go on anywhere."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    multiprocessing.set_forkserver_preload([__name__])
     for world_size in (1, 2, 4):
-        mp.spawn(train_in_rank, (world_size, tmp_path), world_size)
-    for part in "ab":
-        states = torch.load(tmp_path / f"1_{part}_states.pt")
-        parameters = torch.load(tmp_path / f"1_{part}_params_0.pt")
+        mp.start_processes(train_in_rank, (world_size, tmp_path), world_size, start_method="forkserver")
+    for name in ("bfloat16_new", "bfloat16_loaded", "float32_new", "float32_loaded"):
+        states = torch.load(tmp_path / f"{name}_1_states.pt")
+        parameters = torch.load(tmp_path / f"{name}_1_0_parameters.pt")
         for state in states:
-            n_parameters = sum(len(group["params"]) for group in state["param_groups"])
-            assert state["state"].keys() == set(range(n_parameters))
+            assert len(state["state"]) == sum(len(group["params"]) for group in state["param_groups"])
         for world_size in (2, 4):
-            assert_same_bits(torch.load(tmp_path / f"{world_size}_{part}_states.pt"), states)
+            assert_same_bits(torch.load(tmp_path / f"{name}_{world_size}_states.pt"), states)
             for rank in range(world_size):
-                ours = torch.load(tmp_path / f"{world_size}_{part}_params_{rank}.pt")
-                assert_same_bits(ours, parameters)
+                theirs = torch.load(tmp_path / f"{name}_{world_size}_{rank}_parameters.pt")
+                assert_same_bits(theirs, parameters)
 
 @pytest.fixture
 def group_of_one(tmp_path):
