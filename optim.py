@@ -157,7 +157,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0,
-                 polar_express=False, rescale=False, beta2=None, cautious=False):
+                 polar_express=False, rescale=False, beta2=None, cautious=False, dtype=None):
+        self.dtype = dtype  # of the products; None: product_dtype()
         super().__init__(params, dict(
             lr=lr, momentum=momentum, weight_decay=weight_decay,
             polar_express=polar_express, rescale=rescale, beta2=beta2, cautious=cautious))
@@ -181,7 +182,7 @@ class Muon(torch.optim.Optimizer):
     def update(self, params, group):
         """One step of parameters of one shape (m, n)."""
         m, n = params[0].shape
-        dtype = product_dtype(params[0])
+        dtype = self.dtype or product_dtype(params[0])
         updates = []
         for p in params:
             if "momentum_buffer" not in self.state[p]:
