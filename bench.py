@@ -4,6 +4,7 @@ Timings and counts, measured side by side in one process: the variants take turn
     python bench.py decode                                latency a token: none, shared, layerwise, recurrent
     python bench.py prefill --checkpoint runs/d4_shared   exact parallel prefill against token by token
     python bench.py step                                  time and memory of a training step, S = 1, 2, 4, 8
+    python bench.py muon                                  a step of our Muon against one of torch's
     python bench.py recurrent                             a recurrent layer, tiled and by plain autograd
     python bench.py core --bundle DIR                     CORE in batches against one example at a time
 
@@ -42,7 +43,7 @@ from core import batches, load_tasks, make_example, score
 from dataset import Rows, first_rows, load_tokenizer, open_data
 from interleave import Schedule, TrainStep, decode_tokens, prefill
 from model import GPTConfig
-from optim import OptimizerConfig, make_optimizers
+from optim import Muon, OptimizerConfig, make_optimizers, product_dtype
 from plan import saved_bytes
 from recurrent import RecurrentConfig, build_model, graphs, keys_read, reference, tiled
 from sample import new_cache
@@ -434,6 +435,42 @@ def bench_step(args, device):
 
 
 # -----------------------------------------------------------------------------
+# muon: a step of the optimizer alone
+
+def bench_muon(args, device):
+    """
+    Milliseconds of a step of torch's Muon, and of ours with its products in bf16 and in float32, for the
+    matrices of a baseline.
+    """
+    D = args.width
+    shapes = args.depth * [(D, D), (D, D), (D, D), (D, D), (4 * D, D), (D, 4 * D)]
+    makers = {"torch's": torch.optim.Muon}
+    for dtype in (torch.bfloat16, torch.float32):
+        makers[f"ours, {str(dtype)[6:]}"] = partial(Muon, dtype=dtype)
+    works = {}
+    for name, make in makers.items():
+        matrices = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+        for matrix in matrices:
+            matrix.grad = torch.randn_like(matrix)
+        works[name] = make(matrices, lr=0.02).step
+        works[name]()  # its state
+    times = take_turns(device, works, args.repeats)
+
+    rows = []
+    for name, seconds in times.items():
+        low, _, high = statistics.quantiles(seconds, n=4)
+        rows.append(dict(
+            muon=name,
+            ms=1000 * statistics.median(seconds),
+            quartiles=f"{1000 * low:.1f}-{1000 * high:.1f}",
+            times_as_fast=round(median_ratio(times["torch's"], seconds), 2),
+        ))
+    kernels = torch.backends.cpu.get_cpu_capability()
+    default = str(product_dtype(torch.empty(0, device=device)))[6:]
+    report(args, device, f"muon: depth {args.depth}, width {D}, {kernels} kernels, default {default}", rows)
+
+
+# -----------------------------------------------------------------------------
 # recurrent: one layer of the Recurrent Transformer
 
 def layer_forms(args, device, T):
@@ -647,6 +684,10 @@ def make_parser():
     p.add_argument("--subsets", type=int, nargs="+", default=[1, 2, 4, 8], help="S")
     p.add_argument("--window-pattern", help="as for train.py (L, SSSL)")
     p.add_argument("--compile", action=BooleanOptionalAction, help="torch.compile (no, yes)")
+
+    p = command(bench_muon, "muon", "a step of our Muon against one of torch's, without a model")
+    p.add_argument("--depth", type=int, default=4, help="layers")
+    p.add_argument("--width", type=int, default=128, help="width")
 
     p = command(bench_decode, "decode", "latency a token: none, shared, layerwise and recurrent")
     p.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="rows at a time")

@@ -1,16 +1,24 @@
 """
-The optimizers of training: Muon for the matrices, AdamW for everything else, and their schedules over the
-run.
+The optimizers of training: Muon for the matrices, AdamW for everything else, their work shared out over the
+ranks, and their schedules over the run.
 
 The recipe is nanochat's at the time when the LRT release forked it; every rate is a field of
 OptimizerConfig, and train.py has a flag for each.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
 
+from common import compute_dtype
+
+BUCKET = 2**25  # parameters of at least this many elements together are sent in one message
+
+
+# -----------------------------------------------------------------------------
+# Parameter groups
 
 @dataclass
 class OptimizerConfig:
@@ -36,8 +44,7 @@ def make_optimizers(model, config, batch_scale=1.0):
     The two optimizers of a GPT, (adamw, muon). All learning rates are multiplied by batch_scale, which is
     the square root of the batch in units of 2^19 tokens; those of embeddings and head also by sqrt(768 /
     n_embd). Every group keeps its `initial_lr` and `initial_weight_decay`, of which set_learning_rates()
-    makes the current ones. In a process group, every rank updates its share of the parameters and holds
-    only their state (ZeRO stage 1, arXiv 1910.02054), so Muon's orthogonalization is shared out as well.
+    makes the current ones. In a process group, both are Sharded.
     """
     groups = model.parameter_groups()
     width_scale = (model.config.n_embd / 768) ** -0.5
@@ -56,25 +63,16 @@ def make_optimizers(model, config, batch_scale=1.0):
         dict(params=groups["matrices"], lr=config.matrix_lr),
         dict(params=groups["memory projections"], lr=memory_lr),
     ]
-    adamw = make_sharded(torch.optim.AdamW, adamw_groups,
-                         betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
-    muon = make_sharded(torch.optim.Muon, muon_groups,
-                        momentum=0.95, weight_decay=config.weight_decay * depth_scale)
+    adamw = torch.optim.AdamW(adamw_groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+    muon = Muon(muon_groups, weight_decay=config.weight_decay * depth_scale)
+    if dist.is_initialized():
+        adamw = Sharded(adamw, work=torch.numel)
+        muon = Sharded(muon, work=lambda p: p.numel() * min(p.shape))
     for optimizer in (adamw, muon):
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"] * batch_scale
             group["initial_weight_decay"] = group["weight_decay"]
     return adamw, muon
-
-def make_sharded(optimizer_class, groups, **options):
-    """
-    An optimizer over these parameter groups, its state sharded over the ranks if there is a process
-    group.
-    """
-    if not dist.is_initialized():
-        return optimizer_class(groups, **options)
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import
-    return ZeroRedundancyOptimizer(groups, optimizer_class, **options)
 
 def set_learning_rates(optimizers, step, num_iterations, config):
     """
@@ -93,3 +91,217 @@ def set_learning_rates(optimizers, step, num_iterations, config):
             if "momentum" in group:  # Muon
                 group["momentum"] = momentum
     return multiplier
+
+
+# -----------------------------------------------------------------------------
+# Muon
+
+# Coefficients of five steps X <- a X + (b XX' + c (XX')^2) X, which bring singular values up to 1 close to 1.
+# Those of Keller Jordan's Muon (kellerjordan.github.io/posts/muon) end within 0.7 and 1.2:
+QUINTIC = [(3.4445, -4.7750, 2.0315)] * 5
+# Polar Express, arXiv 2505.16932, each step the best after those before it:
+POLAR_EXPRESS = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+
+def product_dtype(p):
+    """
+    The dtype in which matrices like p are multiplied: its own, but bf16 for float32 where that is fast. On a
+    CPU with bf16 instructions it is 4 times as fast, on others 20 times as slow (research/SPEED.md).
+    """
+    if p.dtype != torch.float32:
+        return p.dtype
+    if p.device.type != "cpu":
+        return compute_dtype(p.device)
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    kernels = torch.backends.cpu.get_cpu_capability()  # AVX2 if ATEN_CPU_CAPABILITY=avx2 says so
+    return torch.bfloat16 if has_bf16 and kernels == "AVX512" else torch.float32
+
+def norms(x):
+    """The Frobenius norms of matrices (.., m, n), (.., 1, 1)."""
+    return x.norm(dim=(-2, -1), keepdim=True)
+
+def orthogonalize(x, polar_express=False):
+    """Matrices x (.., m, n) with their singular values brought close to 1."""
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    if polar_express:
+        x = x / (1.01 * norms(x) + 1e-6)
+    else:
+        x = x / norms(x).clamp_min(1e-7)
+    for a, b, c in POLAR_EXPRESS if polar_express else QUINTIC:
+        xx = x @ x.mT
+        polynomial = torch.baddbmm(xx, xx, xx, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+class Muon(torch.optim.Optimizer):
+    """
+    Nesterov momentum, orthogonalized. By default it computes what torch.optim.Muon does, but all matrices of
+    a shape in a group together, in batched products, and in product_dtype(). Options, for each group:
+
+    polar_express: other coefficients of the orthogonalization
+    rescale: rows brought to their mean norm before it (MuonEq, arXiv 2603.28254), and the whole to the norm
+        of an orthogonal matrix behind it (Muon+, arXiv 2602.21545)
+    beta2: rows (columns of a wide matrix) are divided by the root of the running mean of their squares, with
+        the norm of the whole kept (NorMuon, arXiv 2510.05491)
+    cautious: weight decay only where it and the update agree in sign (arXiv 2510.12402)
+
+    nanochat has all four, the LRT release polar_express and beta2. A state_dict of torch.optim.Muon can be
+    loaded.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0,
+                 polar_express=False, rescale=False, beta2=None, cautious=False, dtype=None):
+        self.dtype = dtype  # of the products; None: product_dtype()
+        super().__init__(params, dict(
+            lr=lr, momentum=momentum, weight_decay=weight_decay,
+            polar_express=polar_express, rescale=rescale, beta2=beta2, cautious=cautious))
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():  # that a state_dict of torch.optim.Muon does not have
+                group.setdefault(name, default)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for params in by_shape.values():
+                self.update(params, group)
+
+    def update(self, params, group):
+        """One step of parameters of one shape (m, n)."""
+        m, n = params[0].shape
+        dtype = self.dtype or product_dtype(params[0])
+        updates = []
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffer = self.state[p]["momentum_buffer"]
+            buffer.lerp_(p.grad, 1 - group["momentum"])
+            updates.append(p.grad.lerp(buffer, group["momentum"]).to(dtype))  # Nesterov
+        x = torch.stack(updates)
+
+        if group["rescale"]:
+            rows = x.norm(dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-6)
+            x = x * (norms(x.float()) / m ** 0.5 / rows).to(dtype)
+        x = orthogonalize(x, group["polar_express"]).to(params[0].dtype)
+        if group["rescale"]:
+            x = x * (min(m, n) ** 0.5 / norms(x).clamp_min(1e-6))
+        if group["beta2"] is not None:
+            x = self.normalize_variance(x, params, group["beta2"])
+
+        lr = group["lr"] * max(1, m / n) ** 0.5
+        for p, update in zip(params, x):
+            if group["cautious"]:
+                p.sub_(lr * (update + group["weight_decay"] * p * (update * p >= 0)))
+            else:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(update, alpha=lr)
+
+    def normalize_variance(self, x, params, beta2):
+        """NorMuon's step behind the orthogonalization, for the updates x (N, m, n) of N parameters."""
+        squares = x.square().mean(-1 if x.size(-2) >= x.size(-1) else -2, keepdim=True)
+        means = []
+        for p, square in zip(params, squares):
+            mean = self.state[p].setdefault("mean_square", torch.zeros_like(square))
+            means.append(mean.lerp_(square, 1 - beta2))
+        normalized = x * torch.stack(means).clamp_min(1e-10).rsqrt()
+        return normalized * (norms(x) / norms(normalized).clamp_min(1e-10))
+
+
+# -----------------------------------------------------------------------------
+# Several processes
+
+def owners(work, world_size):
+    """The rank that each piece of work goes to: the largest first, to the rank that has the least by then."""
+    owner, load = [0] * len(work), [0] * world_size
+    for i in sorted(range(len(work)), key=work.__getitem__, reverse=True):
+        owner[i] = min(range(world_size), key=load.__getitem__)
+        load[owner[i]] += work[i]
+    return owner
+
+def broadcast(tensors, source):
+    """Give all ranks the values that rank `source` has in these tensors, in few large messages."""
+    bucket, size = [], 0
+    for i, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        size += tensor.numel()
+        if size < BUCKET and i < len(tensors) - 1:
+            continue
+        flat = torch.cat([x.flatten() for x in bucket])
+        dist.broadcast(flat, source)
+        for x, values in zip(bucket, flat.split([x.numel() for x in bucket])):
+            x.copy_(values.view_as(x))
+        bucket, size = [], 0
+
+class Sharded:
+    """
+    An optimizer whose work is shared out over the ranks (ZeRO stage 1, arXiv 1910.02054). Each rank updates
+    its share of the parameters, whole ones, and holds only their state; then it sends them to the others.
+    work(p): how much work a parameter is, so that all shares are about the same.
+    """
+
+    def __init__(self, optimizer, work):
+        self.optimizer = optimizer
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.owner = owners([work(p) for p in self.params], self.world_size)
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self):
+        """Update all parameters. It drops the gradients of those that other ranks update."""
+        for p, owner in zip(self.params, self.owner):
+            if owner != self.rank:
+                p.grad = None  # so the optimizer leaves it alone
+        self.optimizer.step()
+        for rank in range(self.world_size):
+            broadcast([p for p, owner in zip(self.params, self.owner) if owner == rank], rank)
+
+    def state_dict(self):
+        """
+        As of the optimizer in one process: rank 0 gets it whole, its tensors on the CPU, the others get their
+        share. All ranks have to call it. One tensor at a time is on all devices.
+        """
+        state_dict = self.optimizer.state_dict()
+        mine, whole = state_dict["state"], {}
+        metas = [None] * self.world_size  # the state of each rank, without the numbers
+        meta = {i: {name: x.to("meta") for name, x in tensors.items()} for i, tensors in mine.items()}
+        dist.all_gather_object(metas, meta)
+        for rank, meta in enumerate(metas):
+            for i, tensors in meta.items():
+                whole[i] = {}
+                for name, x in tensors.items():
+                    if rank == self.rank:
+                        x = mine[i][name]
+                    else:
+                        x = torch.empty_like(x, device=self.params[i].device)
+                    dist.broadcast(x, rank)
+                    if self.rank == 0:
+                        whole[i][name] = x.cpu()
+        if self.rank == 0:
+            state_dict["state"] = whole
+        return state_dict
+
+    def load_state_dict(self, state_dict):
+        """Load this rank's share of the state_dict of all. Raises ValueError if it does not fit."""
+        state = state_dict["state"]
+        mine = [i for i, owner in enumerate(self.owner) if owner == self.rank and i in state]
+        self.optimizer.load_state_dict(state_dict | {"state": {i: state[i] for i in mine}})

@@ -476,9 +476,7 @@ def save(folder, log, state, model, optimizers, final, **about):
     Write the checkpoint of this step, its log before it. about: what else a checkpoint holds. A disk that
     is full now may have room at the next save: a warning, unless this one is final, which raises UserError.
     """
-    if dist.is_initialized():
-        for optimizer in optimizers:
-            optimizer.consolidate_state_dict()  # every rank sends its share to rank 0
+    optimizer_states = [optimizer.state_dict() for optimizer in optimizers]  # all ranks send theirs to rank 0
     if log.file is None:  # not rank 0
         return
     path = folder / f"ckpt_{state.step:07d}.pt"
@@ -487,7 +485,7 @@ def save(folder, log, state, model, optimizers, final, **about):
         save_checkpoint(
             path,
             model=model.state_dict(),
-            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            optimizers=optimizer_states,
             step=state.step,
             rows_seen=state.rows_seen,
             seconds=state.seconds,

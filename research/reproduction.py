@@ -24,7 +24,7 @@ import train
 from common import UserError, append_row, at_least, machine, read_rows, run_main, write_atomic
 from dataset import first_rows
 from interleave import TrainStep
-from optim import OptimizerConfig, make_optimizers, set_learning_rates
+from optim import Muon, OptimizerConfig, make_optimizers, set_learning_rates
 from plan import make_config, make_schedule
 from recurrent import build_model
 from research.experiments import curve, same_run, score
@@ -50,70 +50,15 @@ SAVE_EVERY = 200  # steps
 # -----------------------------------------------------------------------------
 # The released code's Muon
 
-# coefficients of five steps X <- a X + (b XX' + c (XX')^2) X, which bring singular values close to 1: Polar
-# Express, arXiv 2505.16932
-POLAR_EXPRESS = [
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-]
-
-def orthogonalize(x):
-    """The matrix x (m, n) with its singular values brought close to 1, by Polar Express in bf16; float32."""
-    tall = x.size(0) >= x.size(1)
-    x = x.bfloat16()
-    if tall:
-        x = x.T
-    x = x / (1.02 * x.norm() + 1e-6)
-    for a, b, c in POLAR_EXPRESS:
-        xx = x @ x.T
-        x = a * x + (b * xx + c * xx @ xx) @ x
-    if tall:
-        x = x.T
-    return x.float()
-
-class ReleaseMuon(torch.optim.Optimizer):
-    """
-    Muon with what the released code's has and torch's lacks, to see what that is worth: Polar Express for
-    the orthogonalization; then every row (of a wide matrix: column) is divided by the root of the running
-    mean of its squares, and the update is scaled back to its norm (NorMuon, arXiv 2510.05491). No weight
-    decay.
-    """
-    def __init__(self, params, lr, momentum=0.95, beta2=0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum, beta2=beta2, weight_decay=0.0))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, group)
-
-    def update(self, p, group):
-        """One step of the parameter p (m, n)."""
-        state = self.state[p]
-        momentum = state.setdefault("momentum", torch.zeros_like(p))
-        momentum.lerp_(p.grad, 1 - group["momentum"])
-        x = orthogonalize(p.grad.lerp(momentum, group["momentum"]))  # Nesterov
-
-        # normalize rows or columns, and keep the norm of the whole
-        square = x.square().mean(1 if p.size(0) >= p.size(1) else 0, keepdim=True)
-        mean_square = state.setdefault("square", torch.zeros_like(square))
-        mean_square.lerp_(square, 1 - group["beta2"])
-        normalized = x * mean_square.clamp_min(1e-10).rsqrt()
-        rescale = (x.norm() / normalized.norm().clamp_min(1e-10)).item()
-
-        shape_scale = max(1, p.size(0) / p.size(1)) ** 0.5
-        p.add_(normalized, alpha=-group["lr"] * shape_scale * rescale)
+# what the released code's has and torch's lacks (see optim.Muon), to see what that is worth; no weight decay
+RELEASE_MUON = dict(polar_express=True, beta2=0.95)
 
 def make_release_optimizers(model, config):
-    """AdamW as in train.py, and ReleaseMuon, which has the gates among its matrices, too."""
+    """AdamW as in train.py, and the released code's Muon, which has the gates among its matrices, too."""
     adamw, _ = make_optimizers(model, config)
     groups = model.parameter_groups()
     matrices = groups["matrices"] + groups["memory projections"] + groups["gates"]
-    muon = ReleaseMuon(matrices, config.matrix_lr)
+    muon = Muon(matrices, config.matrix_lr, **RELEASE_MUON)
     for group in muon.param_groups:
         group["initial_lr"] = group["lr"]
         group["initial_weight_decay"] = 0.0
@@ -193,7 +138,7 @@ def setup_training(args, vocab_size):
 
     config = OptimizerConfig.from_args(args)
     if args.muon == "release":
-        config.gate_lr = 0.0  # in AdamW: the gates are ReleaseMuon's
+        config.gate_lr = 0.0  # in AdamW: the gates are Muon's
         optimizers = make_release_optimizers(model, config)
     else:
         optimizers = make_optimizers(model, config)

@@ -51,6 +51,11 @@ def test_step(here):
     assert all(1.9 < flops / none < 2.5 for flops in others)
     assert 1.1 < refined / none < forward / none < 1.7
 
+def test_muon(here):
+    rows = run_bench("muon", "--depth", 1, "--width", 16)
+    assert [row["muon"] for row in rows] == ["torch's", "ours, bfloat16", "ours, float32"]
+    assert all(row["ms"] > 0 for row in rows)
+
 def test_recurrent(here):
     rows = run_bench("recurrent", "--context", 8, 16, "--width", 16, "--reference-up-to", 8)
     assert [(row["T"], row["form"], row["keys_read"]) for row in rows] == [

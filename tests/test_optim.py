@@ -1,15 +1,34 @@
-"""The optimizers' groups and rates, and how they change over a run: design.md, section 8."""
+"""
+The optimizers' groups and rates, and how they change over a run (design.md, section 8); Muon against torch's,
+and its variants against nanochat's own trajectory (folder PARITY_NANOCHAT_DIR, default
+../shared/parity_nanochat); and the same bits in one process and several.
+"""
 
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, cli
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from helpers import ROOT, assert_refused, cli
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import optim
 import train
+from checkpointing import load_checkpoint, load_optimizers
 from model import GPT, GPTConfig
-from optim import OptimizerConfig, make_optimizers, set_learning_rates
+from optim import Muon, OptimizerConfig, Sharded, make_optimizers, set_learning_rates
 from plan import make_plan
+from recurrent import build_model, config_from_dict
 
 STEPS = 1000
+NANOCHAT = Path(os.environ.get("PARITY_NANOCHAT_DIR", ROOT.parent / "shared/parity_nanochat"))
+ALL_VARIANTS = dict(polar_express=True, rescale=True, beta2=0.9, cautious=True)  # nanochat's Muon
 
 
 def layerwise_gpt(n_layer):
@@ -49,7 +68,7 @@ def test_rates_of_every_parameter(role, lr, betas):
         assert group["lr"] == pytest.approx(2 * lr)
         if betas is None:
             assert group["weight_decay"] == pytest.approx(0.2 * (12 / 24) ** 2)
-            assert group["nesterov"] and group["ns_steps"] == 5
+            assert not any(group[variant] for variant in ALL_VARIANTS)  # as torch.optim.Muon by default
         else:
             assert group["betas"] == betas
             assert group["weight_decay"] == 0 and group["eps"] == 1e-10
@@ -106,3 +125,330 @@ def test_the_memory_can_start_and_train_otherwise(flags, memory_init, memory_lr)
 def test_bad_memory_flags(data):
     assert_refused(cli("train.py", "--data", data, "--memory-init", "nan"), "memory_init", "nan")
     assert_refused(cli("train.py", "--data", data, "--memory-lr", "-1"), "--memory-lr", "-1")
+
+
+# -----------------------------------------------------------------------------
+# Muon
+
+SHAPES = [(48, 48), (96, 32), (32, 96), (48, 48), (96, 32)]
+
+def random_parameters(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+def set_gradients(parameters, seed):
+    """The same ones for parameters of the same shapes; most of the last one's are next to zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator)
+    parameters[-1].grad[4:] *= 1e-6
+
+def random_steps(optimizers, parameters, first, last):
+    """The steps first .. last - 1 on random gradients, with rates that change."""
+    for step in range(first, last):
+        set_gradients(parameters, step)
+        set_learning_rates(optimizers, step, 20, OptimizerConfig(warmup_steps=2))
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+def with_initial_rates(optimizer):
+    for group in optimizer.param_groups:
+        group["initial_lr"], group["initial_weight_decay"] = group["lr"], group["weight_decay"]
+    return optimizer
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_muon_is_torchs(dtype, tolerance, monkeypatch):
+    """In bf16, and in float32, by a torch.optim.Muon whose cast to bf16 is none."""
+    if dtype == torch.float32:
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    monkeypatch.setattr(optim, "product_dtype", lambda p: dtype)
+    ours, torchs, start = random_parameters(), random_parameters(), random_parameters()
+    random_steps([with_initial_rates(Muon(ours, 0.02, weight_decay=0.2))], ours, 0, 6)
+    random_steps([with_initial_rates(torch.optim.Muon(torchs, 0.02, weight_decay=0.2))], torchs, 0, 6)
+    for p, q, before in zip(ours, torchs, start, strict=True):
+        assert (p - q).norm() < tolerance * (q - before).norm()
+
+def test_a_parameter_without_a_gradient_stays():
+    a, b = random_parameters()[:2]
+    before = b.clone()
+    optimizer = Muon([a, b], weight_decay=0.2)
+    a.grad = torch.randn_like(a)
+    optimizer.step()
+    assert torch.equal(b, before)
+    assert list(optimizer.state_dict()["state"]) == [0]
+
+def test_the_dtype_of_products(monkeypatch):
+    """bf16 where the CPU has it and its kernels may be used, float32 elsewhere; other dtypes stay."""
+    p = torch.zeros(2, 2)
+    for amx, avx512_bf16, kernels, dtype in [
+        (False, True, "AVX512", torch.bfloat16),
+        (True, False, "AVX512", torch.bfloat16),
+        (False, False, "AVX512", torch.float32),
+        (True, True, "AVX2", torch.float32),  # by ATEN_CPU_CAPABILITY
+    ]:
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=amx: answer)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=avx512_bf16: answer)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda answer=kernels: answer)
+        assert optim.product_dtype(p) == dtype
+        assert optim.product_dtype(p.double()) == torch.float64
+
+@pytest.mark.parametrize("name", ["v0_layerwise", "v0_recurrent"])
+def test_states_of_torchs_muon_are_gone_on_with(name, monkeypatch):
+    """Checkpoints from before; the next steps are those of torch's Muon."""
+    monkeypatch.setattr(optim, "product_dtype", lambda p: torch.bfloat16)
+    path, = (ROOT / f"tests/checkpoints/{name}").glob("*.pt")
+
+    def go_on(with_torchs):
+        checkpoint = load_checkpoint(path)  # anew: an optimizer that it is loaded into works on its tensors
+        model = build_model(config_from_dict(checkpoint["config"]))
+        adamw, muon = make_optimizers(model, OptimizerConfig())
+        if with_torchs:
+            muon = torch.optim.Muon(muon.param_groups)
+        load_optimizers((adamw, muon), checkpoint, path)
+        assert muon.state_dict()["state"].keys() == checkpoint["optimizers"][1]["state"].keys()
+        model.load_state_dict(checkpoint["model"])
+        random_steps((adamw, muon), list(model.parameters()), 10, 13)
+        return list(model.parameters())
+
+    for p, q in zip(go_on(False), go_on(True), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# nanochat's Muon, on its own backbone
+
+def nanochat_loss(w, config, idx, targets):
+    """
+    The loss of nanochat's backbone with weights w, a dict by its names: a slow implementation of what the
+    fixtures' README.md says. No window is as short as these rows.
+    """
+    B, T = idx.shape
+    L, H, G, D = (config[name] for name in ("n_layer", "n_head", "n_kv_head", "n_embd"))
+    d = D // H
+    angles = torch.outer(torch.arange(T), 100000 ** (-torch.arange(0, d, 2) / d))[:, None]
+    cos, sin = angles.cos(), angles.sin()
+
+    def norm(x):
+        return F.rms_norm(x, x.shape[-1:])
+
+    def rotate(x):
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
+
+    x = norm(w["transformer.wte.weight"][idx])
+    smear = w["smear_lambda"] * torch.sigmoid(x[:, 1:, :24] @ w["smear_gate.weight"].T)
+    x = x0 = torch.cat([x[:, :1], x[:, 1:] + smear * x[:, :-1]], 1)
+    for l in range(L):
+        layer = {name.split(f"h.{l}.")[1]: p for name, p in w.items() if f"h.{l}." in name}
+        x = w["resid_lambdas"][l] * x + w["x0_lambdas"][l] * x0
+        u = norm(x)
+        q = (u @ layer["attn.c_q.weight"].T).view(B, T, H, d)
+        k = (u @ layer["attn.c_k.weight"].T).view(B, T, G, d)
+        v = (u @ layer["attn.c_v.weight"].T).view(B, T, G, d)
+        if "attn.ve_gate.weight" in layer:
+            gate = 3 * torch.sigmoid(u[..., :12] @ layer["attn.ve_gate.weight"].T)
+            v = v + gate[..., None] * w[f"value_embeds.{l}.weight"][idx].view(B, T, G, d)
+        q, k = 1.2 * norm(rotate(q)), 1.2 * norm(rotate(k))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + y.transpose(1, 2).reshape(B, T, D) @ layer["attn.c_proj.weight"].T
+        x = x + F.relu(norm(x) @ layer["mlp.c_fc.weight"].T).square() @ layer["mlp.c_proj.weight"].T
+        if l == L // 2:
+            middle = x
+    x = norm(x - w["backout_lambda"] * middle)
+    logits = (x @ w["lm_head.weight"].T)[..., :config["vocab_size"]]
+    return F.cross_entropy((15 * torch.tanh(logits / 15)).flatten(0, 1), targets.flatten())
+
+@pytest.mark.skipif(not NANOCHAT.is_dir(), reason=f"no fixtures in {NANOCHAT} (set PARITY_NANOCHAT_DIR)")
+def test_parity_with_nanochats_optimizer(monkeypatch):
+    """Six steps of its model, by our Muon with all variants and torch's AdamW."""
+    monkeypatch.setattr(optim, "product_dtype", lambda p: torch.float32)
+    fixture = np.load(NANOCHAT / "nanochat_optimizer.npz")
+    meta = json.loads(str(fixture["meta"]))
+    w = {}
+    for key in fixture.files:
+        if key.startswith("weight/"):
+            w[key.removeprefix("weight/")] = torch.nn.Parameter(torch.from_numpy(fixture[key]))
+
+    groups = {"adamw": [], "muon": []}
+    for group in meta["groups"]:
+        options = {key: group[key] for key in ("betas", "eps", "beta2", "weight_decay") if key in group}
+        params = [w[name] for name in group["params"]]
+        groups[group["kind"]].append(options | dict(params=params, lr=0.0, initial_lr=group["initial_lr"]))
+    optimizers = [torch.optim.AdamW(groups["adamw"], fused=True), Muon(groups["muon"], **ALL_VARIANTS)]
+
+    idx, targets = (torch.from_numpy(fixture[name]).long() for name in ("idx", "targets"))
+    losses = []
+    for multiplier, momentum in zip(meta["multipliers"], meta["momenta"], strict=True):
+        loss = nanochat_loss(w, meta["config"], idx, targets)
+        losses.append(loss.item())
+        loss.backward()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = multiplier * group["initial_lr"]
+                if "momentum" in group:
+                    group["momentum"] = momentum
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert losses == pytest.approx(fixture["losses"].tolist(), rel=1e-5)
+    for name, p in w.items():
+        after = torch.from_numpy(fixture[f"after/{name}"])
+        assert (p - after).norm() < 5e-4 * after.norm(), name
+
+
+# -----------------------------------------------------------------------------
+# Several processes
+
+def train_in_rank(rank, world_size, folder):
+    """
+    Three steps with the optimizers of train.py, with all of Muon's variants, and its products in two dtypes;
+    then two more from the state that one process had by then. Each time the parameters go to disk, and the
+    state that rank 0 would save. In one process there is no group.
+    """
+    torch.set_num_threads(1)
+    sharded = world_size > 1
+    if sharded:
+        optim.BUCKET = 2000  # several messages a rank
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store{world_size}",
+                                rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    model = layerwise_gpt(n_layer=3)
+    parameters = list(model.parameters())
+
+    def new_optimizers():
+        adamw, muon = make_optimizers(model, OptimizerConfig())
+        for group in muon.param_groups:
+            group.update(ALL_VARIANTS)
+        return adamw, muon
+
+    def train_and_save(optimizers, first, last, name):
+        random_steps(optimizers, parameters, first, last)
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        torch.save([p.detach() for p in parameters], folder / f"{name}_{world_size}_{rank}_parameters.pt")
+        if rank == 0:
+            torch.save(states, folder / f"{name}_{world_size}_states.pt")
+
+    for dtype in ("bfloat16", "float32"):
+        optim.product_dtype = lambda p, dtype=dtype: getattr(torch, dtype)
+        optimizers = new_optimizers()
+        train_and_save(optimizers, 0, 3, f"{dtype}_new")
+        if sharded:
+            for optimizer in optimizers:
+                held = optimizer.optimizer.state_dict()["state"]
+                assert held.keys() == {i for i, owner in enumerate(optimizer.owner) if owner == rank}
+                assert set(optimizer.owner) == set(range(world_size))
+
+        optimizers = new_optimizers()
+        for optimizer, state in zip(optimizers, torch.load(folder / f"{dtype}_new_1_states.pt")):
+            optimizer.load_state_dict(state)
+            if sharded:
+                assert len(optimizer.optimizer.state) == optimizer.owner.count(rank)
+        train_and_save(optimizers, 3, 5, f"{dtype}_loaded")
+    if sharded:
+        dist.destroy_process_group()
+
+def assert_same_bits(a, b):
+    """Of nested dicts and lists of tensors and numbers."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_bits(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same_bits(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    else:
+        assert a == b
+
+def test_1_2_and_4_processes_update_alike(tmp_path, monkeypatch):
+    """Parameters on every rank, and the state that is saved, bit for bit; states go on anywhere."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    multiprocessing.set_forkserver_preload([__name__])
+    for world_size in (1, 2, 4):
+        mp.start_processes(train_in_rank, (world_size, tmp_path), world_size, start_method="forkserver")
+    for name in ("bfloat16_new", "bfloat16_loaded", "float32_new", "float32_loaded"):
+        states = torch.load(tmp_path / f"{name}_1_states.pt")
+        parameters = torch.load(tmp_path / f"{name}_1_0_parameters.pt")
+        for state in states:
+            assert len(state["state"]) == sum(len(group["params"]) for group in state["param_groups"])
+        for world_size in (2, 4):
+            assert_same_bits(torch.load(tmp_path / f"{name}_{world_size}_states.pt"), states)
+            for rank in range(world_size):
+                theirs = torch.load(tmp_path / f"{name}_{world_size}_{rank}_parameters.pt")
+                assert_same_bits(theirs, parameters)
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+def test_few_messages(group_of_one, monkeypatch):
+    """A step sends two a rank, whatever the number of parameters."""
+    sent = []
+    monkeypatch.setattr(dist, "broadcast", lambda x, source: sent.append(x.numel()))
+    model = layerwise_gpt(n_layer=6)
+    parameters = list(model.parameters())
+    optimizers = make_optimizers(model, OptimizerConfig())
+    set_gradients(parameters, 0)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert len(sent) == 2
+    assert sum(sent) == sum(p.numel() for p in parameters)
+
+@pytest.mark.parametrize("work, world_size", [
+    ([4, 4, 4, 4], 2),
+    ([9, 1, 1, 1, 3, 3], 2),
+    ([5] * 7, 4),
+    ([1], 3),
+])
+def test_even_shares(work, world_size):
+    owner = optim.owners(work, world_size)
+    loads = [0] * world_size
+    for rank, amount in zip(owner, work, strict=True):
+        loads[rank] += amount
+    assert max(loads) - min(loads) <= max(work)
+    assert sum(loads) == sum(work)
+    if world_size == 2:
+        assert loads[0] == loads[1]
+
+def test_resumed_on_gpus(group_of_one, monkeypatch):
+    """
+    On fake CUDA tensors: a checkpoint's state gets to the GPU, AdamW's step as well (pytorch issue 124133);
+    the fused step takes it, and saving it moves nothing that is in use.
+    """
+    monkeypatch.setattr(optim, "compute_dtype", lambda device: torch.bfloat16)
+    cpu = random_parameters()
+    saved = []
+    for optimizer in (torch.optim.AdamW(cpu, fused=True), torch.optim.Muon(cpu)):
+        set_gradients(cpu, 0)
+        optimizer.step()
+        saved.append(optimizer.state_dict())
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        parameters = [torch.nn.Parameter(torch.empty(shape, device="cuda")) for shape in SHAPES]
+        optimizers = [
+            Sharded(torch.optim.AdamW(parameters, fused=True), work=torch.numel),
+            Sharded(Muon(parameters, **ALL_VARIANTS), work=torch.numel),
+        ]
+        # no message is sent: fakes can be neither copied nor pickled
+        monkeypatch.setattr(optim, "broadcast", lambda tensors, source: None)
+        monkeypatch.setattr(dist, "all_gather_object", lambda all_ranks, x: all_ranks.__setitem__(0, x))
+        monkeypatch.setattr(dist, "broadcast", lambda x, source: x.is_cuda or pytest.fail("NCCL has no CPU"))
+        for optimizer, state in zip(optimizers, saved, strict=True):
+            optimizer.load_state_dict(state)
+            for p in parameters:
+                p.grad = torch.empty_like(p)
+            optimizer.step()
+            again = optimizer.state_dict()["state"]
+            assert again.keys() == state["state"].keys()
+            for tensors in again.values():
+                assert {x.device.type for x in tensors.values()} == {"cpu"}
+            for tensors in optimizer.optimizer.state.values():
+                assert {x.device.type for x in tensors.values()} == {"cuda"}

@@ -9,6 +9,7 @@ import torch
 from helpers import TINY, assert_refused, cli
 
 from common import append_row, read_rows
+from optim import Muon
 from research import reproduction
 
 FLAGS = [*TINY[:-2], "--source-layer", 1, "--total-batch-size", 256, "--lrt", "layerwise",
@@ -39,7 +40,7 @@ def run(*flags):
 def test_muon_as_the_release_has_it(shape):
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.zeros(shape))
-    optimizer = reproduction.ReleaseMuon([p], lr=0.1)
+    optimizer = Muon([p], lr=0.1, **reproduction.RELEASE_MUON)
     for _ in range(3):
         before, p.grad = p.detach().clone(), torch.randn(shape)
         optimizer.step()
@@ -85,13 +86,13 @@ def test_the_job_with_the_muon_of_the_release(job, monkeypatch):
     run()
     row, = read_rows("research/results/reproduction.jsonl")
     shapes = []
-    step = reproduction.ReleaseMuon.step
+    step = Muon.step
 
     def noting(self):
         shapes.append([p.shape for p in self.param_groups[0]["params"]])
         step(self)
 
-    monkeypatch.setattr(reproduction.ReleaseMuon, "step", noting)
+    monkeypatch.setattr(Muon, "step", noting)
     run("--muon", "release", "--results", "third")
     third, = read_rows("third/reproduction.jsonl")
     assert len(shapes) == 30
