@@ -74,24 +74,29 @@ def load_checkpoint(path, verify=False):
                 raise ValueError(f"{damaged} does not match its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         checkpoint.setdefault("version", 0)
-        for key, kind in CHECKPOINT.items():
-            if not isinstance(checkpoint[key], kind):
-                raise TypeError(f"{key} is no {kind.__name__}")
-        for key in ("step", "rows_seen", "seconds"):
-            if not 0 <= checkpoint[key] < 2**63:
-                raise ValueError(f"{key} is {checkpoint[key]}")
-        if checkpoint["version"] <= VERSION:
-            config_from_dict(checkpoint["config"])
-            Schedule(**checkpoint["schedule"])
+        newer = checkpoint["version"] > VERSION
+        if not newer:  # a newer version may have other keys
+            check_content(checkpoint)
     except Exception as e:  # torch.load has no exception of its own for a damaged file
         raise_if_unreadable(path, e)
         reason = str(e).strip().split("\n")[0]
         raise Damaged(f"{path} is damaged or no checkpoint of nanolrt ({reason}): "
                       "use an older one, or train again") from e
-    if checkpoint["version"] > VERSION:
+    if newer:
         raise UserError(f"{path} has version {checkpoint['version']} of the checkpoint format, "
                         f"this program reads versions up to {VERSION}: update it")
     return checkpoint
+
+def check_content(checkpoint):
+    """Raises some exception unless a checkpoint has the keys, types and values that it must have."""
+    for key, kind in CHECKPOINT.items():
+        if not isinstance(checkpoint[key], kind):
+            raise TypeError(f"{key} is no {kind.__name__}")
+    for key in ("step", "rows_seen", "seconds"):
+        if not 0 <= checkpoint[key] < 2**63:
+            raise ValueError(f"{key} is {checkpoint[key]}")
+    config_from_dict(checkpoint["config"])
+    Schedule(**checkpoint["schedule"])
 
 def step_of(path):
     """The step in the name of a checkpoint, an int; None if it is not the name of one."""
@@ -201,8 +206,9 @@ def load_model(checkpoint, device):
 
 def default_name(args):
     """The name of a run that was given none: d<depth>_<lrt>, or d<depth>_recurrent."""
-    kind = args.lrt or "shared" if args.arch == "gpt" else args.arch
-    return f"d{args.depth}_{kind}"
+    if args.arch == "recurrent":
+        return f"d{args.depth}_recurrent"
+    return f"d{args.depth}_{args.lrt or 'shared'}"
 
 def new_run_folder(out, name, default, exist_ok=False):
     """

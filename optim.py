@@ -42,9 +42,9 @@ class OptimizerConfig:
 def make_optimizers(model, config, batch_scale=1.0):
     """
     The two optimizers of a GPT, (adamw, muon). All learning rates are multiplied by batch_scale, which is
-    the square root of the batch in units of 2^19 tokens; those of embeddings and head also by sqrt(768 /
-    n_embd). Every group keeps its `initial_lr` and `initial_weight_decay`, of which set_learning_rates()
-    makes the current ones. In a process group, both are Sharded.
+    the square root of the batch in units of 2^19 tokens, and at least 1; those of embeddings and head
+    also by sqrt(768 / n_embd). Every group keeps its `initial_lr` and `initial_weight_decay`, of which
+    set_learning_rates() makes the current ones. In a process group, both are Sharded.
     """
     groups = model.parameter_groups()
     width_scale = (model.config.n_embd / 768) ** -0.5
@@ -267,11 +267,15 @@ class Sharded:
 
     @torch.no_grad()
     def step(self):
-        """Update all parameters. It drops the gradients of those that other ranks update."""
+        """Update all parameters, those of other ranks by what they send."""
+        others = {}
         for p, owner in zip(self.params, self.owner):
             if owner != self.rank:
+                others[p] = p.grad
                 p.grad = None  # so the optimizer leaves it alone
         self.optimizer.step()
+        for p, grad in others.items():
+            p.grad = grad  # which may be a view of DDP's buckets, and stays one
         for rank in range(self.world_size):
             broadcast([p for p, owner in zip(self.params, self.owner) if owner == rank], rank)
 

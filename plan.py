@@ -299,7 +299,8 @@ def dry_run(args):
     device = pick_device(args.device)
     dtype = compute_dtype(device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    vocab_size, rows_per_epoch = DEFAULT_VOCAB_SIZE, None
+    vocab_size = DEFAULT_VOCAB_SIZE
+    rows_per_epoch = None
     if Path(args.data).exists():
         data = open_data(args.data, verify=False)
         vocab_size = data.meta["vocab_size"]

@@ -230,7 +230,8 @@ REMOVED_FLAGS = {"memory_start": 0.0, "memory_share": 1.0}
 def parse_args():
     """The flags, and the checkpoint to go on with or None. Raises UserError."""
     parser = make_parser()
-    args, checkpoint = parser.parse_args(), None
+    args = parser.parse_args()
+    checkpoint = None
     if args.resume == "auto":
         args.name = args.name or default_name(args)
         folder = Path(args.out) / args.name
@@ -407,14 +408,14 @@ class StopRequest:
         self.made = True
         print0("stopping after this step (once more: at once, without saving)")
 
-
 def open_run_folder(args, step, data, rank):
     """
     Make the run's folder, or take it back to the checkpoint of this step. Rank 0 does it, holds the
     folder's lock, and writes the log. Returns the folder, the lock, the log, and the last step that was
     evaluated (-1: none).
     """
-    folder, folder_lock, evaluated = None, None, -1
+    folder = folder_lock = None
+    evaluated = -1
     if rank == 0:
         if step > 0:
             folder = Path(args.out) / args.name
@@ -611,7 +612,8 @@ def main():
         shards_sha256=[shard["sha256"] for shard in data.meta["train"]],
     )
 
-    stop, stopping = StopRequest(), False
+    stop = StopRequest()
+    stopping = False  # whether a rank was asked to stop
     batches = rows.micro_batches(state.rows_seen, plan.device_batch, rank, world_size, device)
     batch = next(batches)
     bar = tqdm(total=plan.num_iterations, initial=state.step, unit="step", dynamic_ncols=True,
@@ -624,13 +626,13 @@ def main():
             schedule = dataclasses.asdict(plan.schedule_at(state.step - 1))
             save(folder, log, state, model, optimizers, final=finished or stopping,
                  schedule=schedule, **checkpoint_header)
-        if state.step > evaluated and (finished or not stopping and due(args.eval_every, state.step)):
+        if state.step > evaluated and (finished or (due(args.eval_every, state.step) and not stopping)):
             bpb, decoded = evaluate(model, val_rows, data, plan, args, folder, state.step)
             tokens = state.step * plan.total_batch
             log.add(kind="eval", step=state.step, tokens=tokens, bpb=bpb, decode_rows=decoded)
         if save_now or state.step == start:  # not before: an evaluation may find that the newest is no good
             remove_old_checkpoints(folder, args.keep, rank)
-        if tasks and state.step > 0 and (finished or not stopping and due(args.core_every, state.step)):
+        if tasks and state.step > 0 and (finished or (due(args.core_every, state.step) and not stopping)):
             core = evaluate_tasks(model, data.tokenizer, tasks, folder, state.step, args.core_max_per_task,
                                   plan.device_batch)
             log.add(kind="core", step=state.step, **core)

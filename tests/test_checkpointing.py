@@ -99,8 +99,10 @@ def test_checkpoints_without_a_version_have_their_optimizers(old_run):
             for name, value in theirs.items():
                 torch.testing.assert_close(state[key][name], value, rtol=0, atol=0)
 
-def test_a_checkpoint_of_a_newer_version_is_refused(run):
-    edit(run, version=VERSION + 1)
+@pytest.mark.parametrize("changes", [{}, {"model": None, "shards_sha256": None}])
+def test_a_checkpoint_of_a_newer_version_is_refused(changes, run):
+    """Whether it has the keys of this version or others."""
+    edit(run, version=VERSION + 1, **changes)
     for result in load_in_every_script(run):
         assert_refused(result, f"{run} has version {VERSION + 1}", f"reads versions up to {VERSION}")
 
