@@ -194,6 +194,8 @@ def states():
         "layerwise_interleaved8": "--lrt layerwise --subsets 8",
         "layerwise_refine1": "--lrt layerwise --schedule refine --refinements 1",
         "layerwise_refine3": "--lrt layerwise --schedule refine --refinements 3",
+        # the control, see control()
+        "layerwise_plain_first_embedding": "--lrt layerwise --schedule plain --first-memory embedding",
     }
     runs = {}
     for task, steps in (("parity", 300), ("s5", 800)):

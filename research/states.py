@@ -24,7 +24,7 @@ import math
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from tqdm import tqdm
@@ -122,6 +122,8 @@ def make_config(args, vocab_size):
             n_kv_head=heads,
             n_embd=args.width,
             lrt=args.lrt,
+            memory="embedding" if args.lrt != "none" and args.schedule == "plain" else "hidden",
+            first_memory=args.first_memory,
             span=args.window,
         )
     except ValueError as e:
@@ -233,8 +235,11 @@ def parse_args():
                         help="recurrent: the Recurrent Transformer, without --lrt")
     parser.add_argument("--lrt", choices=["none", "shared", "layerwise"], default="none",
                         help="none: plain GPT; shared, layerwise: LRT")
-    parser.add_argument("--schedule", choices=["interleaved", "refine", "chunked", "sequential"],
-                        default="interleaved", help="the passes of a training step, see interleave.py")
+    parser.add_argument("--first-memory", choices=["zero", "embedding"], default="zero",
+                        help="what a token reads where no memory has been computed yet")
+    parser.add_argument("--schedule", choices=["interleaved", "refine", "chunked", "sequential", "plain"],
+                        default="interleaved", help="the passes of a training step, see interleave.py; "
+                        "plain with --first-memory embedding is the control, without recurrence")
     parser.add_argument("--subsets", type=int, default=2, help="interleaved: S")
     parser.add_argument("--refinements", type=int, default=3, help="refine: K")
     parser.add_argument("--chunk", type=int, default=4, help="chunked: tokens a chunk")
@@ -266,8 +271,10 @@ def run_name(args, schedule):
     elif args.lrt == "none":
         variant = "none"
     else:
-        options = dict(interleaved=args.subsets, refine=args.refinements, chunked=args.chunk, sequential="")
-        variant = f"{args.lrt}_{schedule.kind}{options[schedule.kind]}"
+        options = dict(interleaved=args.subsets, refine=args.refinements, chunked=args.chunk)
+        variant = f"{args.lrt}_{schedule.kind}{options.get(schedule.kind, '')}"
+    if args.first_memory == "embedding":
+        variant += "_first_embedding"
     name = f"{args.task}_{variant}"
     if args.window != args.max_seq_len // 2:
         name += f"_window{args.window}"
@@ -286,6 +293,11 @@ def run_config(args, config, schedule):
         model=asdict(config) | dict(arch=args.arch),  # as in rows from when every GPTConfig had an arch
         schedule=asdict(schedule),
     )
+
+def is_row_of(row, this_run):
+    """Is this the row of that run? What is newer than the row had its default in it."""
+    defaults = {field.name: field.default for field in fields(StateConfig)}
+    return row["config"] | dict(model=defaults | row["config"]["model"]) == this_run
 
 def print_summary(row, T):
     """Print what a row says of its run: the run in a line, and its accuracies as a table in Markdown."""
@@ -311,7 +323,7 @@ def main():
 
     # nothing to do if there is a row of this run
     this_run = run_config(args, config, schedule)
-    if args.json and any(row["config"] == this_run for row in read_rows(args.json)):
+    if args.json and any(is_row_of(row, this_run) for row in read_rows(args.json)):
         print(f"{name}, seed {args.seed}: its row is in {args.json}, nothing to do")
         return
 
