@@ -76,7 +76,7 @@ def check_step(step, idx):
 # Eager
 
 def training():
-    """Every schedule, saved or recomputed, by one projection or the other; the Recurrent Transformer."""
+    """Every schedule, saved or recomputed, with one memory projection for all layers or one a layer."""
     variants = dict(lrt="shared"), dict(lrt="layerwise", inject="kv", value_embeds="alternate")
     for i, schedule in enumerate(SCHEDULES):
         for recompute in (False, True):
@@ -86,6 +86,8 @@ def training():
                 found = check_step(TrainStep(model, schedule), tokens(2, 12))
                 assert found == len(list(model.parameters())), schedule
 
+def recurrent_training():
+    """The Recurrent Transformer, with blocks that are captured."""
     recurrent.record = lambda work, device: work  # in the place of a CUDA graph
     with FakeTensorMode():
         model = on_cuda(RecurrentConfig(**SMALL | dict(sequence_len=70)))
@@ -139,7 +141,11 @@ def trace(schedules=SCHEDULES[:1]):
             assert check_step(step, tokens(2, 12)) == len(list(model.parameters()))
 
 def trace_all():
-    trace(SCHEDULES[1:-1])
+    """
+    The same for every other schedule whose passes are few. Without the one that has a single loss: there
+    AOTAutograd makes a constant on the device, which the fake one cannot hold.
+    """
+    trace([s for s in SCHEDULES[1:] if len(s.passes(12)) <= 4 and s.forward_passes < 2])
 
 def pretend_h100():
     """Let Inductor and triton take this machine for one with an H100, as far as generating code goes."""
@@ -256,7 +262,8 @@ def lower():
     assert re.search(r"empty_strided_cuda\(\(1004, 1000\), .*, torch.bfloat16\)", forward)
     assert not re.search(r"empty_strided_cuda\(\(\d+, 1000\), .*, torch.float32\)", forward)
 
-CASES = dict(training=training, inference=inference, trace=trace, trace_all=trace_all, lower=lower)
+CASES = dict(training=training, recurrent_training=recurrent_training, inference=inference, trace=trace,
+             trace_all=trace_all, lower=lower)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

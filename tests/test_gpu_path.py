@@ -134,8 +134,9 @@ def test_on_fake_cuda(case, guard):
     fake(case, guard)
 
 @pytest.mark.slow
-def test_every_schedule_is_one_graph(guard):
-    fake("trace_all", guard)
+@pytest.mark.parametrize("case", ["recurrent_training", "trace_all"])
+def test_on_fake_cuda_longer(case, guard):
+    fake(case, guard)
 
 @pytest.mark.slow
 def test_generated_code(guard):
