@@ -18,7 +18,16 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, compute_dtype, fsync, raise_if_unreadable, read_rows, say, write_atomic
+from common import (
+    UserError,
+    compute_dtype,
+    fsync,
+    is_text,
+    raise_if_unreadable,
+    read_rows,
+    say,
+    write_atomic,
+)
 from interleave import Schedule
 from recurrent import build_model, config_from_dict
 
@@ -66,6 +75,8 @@ def load_checkpoint(path, verify=False):
     Damaged if its content is damaged or of another program, Unreadable if it cannot be read now, and
     UserError if it is of a newer version.
     """
+    if not is_text(str(path)):
+        raise UserError(f"torch cannot open {ascii(str(path))}, which is not UTF-8: rename the folder")
     try:
         if verify:
             with zipfile.ZipFile(path) as z:

@@ -1,6 +1,7 @@
 """
-What every script needs and none is about: errors in one line, the command line, files that are whole or
-absent, locks, JSON lines, devices, the process group, and which machine this is.
+What every script needs and none is about: errors in one line, the command line, streams, what the operating
+system refuses, files that are whole or absent, locks, JSON lines, devices, the process group, and which
+machine this is.
 
 This file imports nothing of ours, and torch only inside the functions that need it: prepare_data.py calls
 none of them and starts in a quarter of a second.

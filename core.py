@@ -322,7 +322,7 @@ def make_example(task, i, tokenizer, context):
     Example i in tokens. Scored is, for multiple choice, what follows the common beginning of the choices; for
     schema, their common end; for language modeling, the continuation; in any case at least one token, even
     where a choice is the beginning of another. Rows longer than the context keep their last tokens, and a
-    token that has none before it is not scored.
+    token that has none before it is not scored. Raises UserError if nothing is left to score.
     """
     rows = encode(tokenizer, render(task, i))
 
@@ -342,6 +342,9 @@ def make_example(task, i, tokenizer, context):
         left_out = max(len(row) - context, 0)
         rows[c] = row[left_out:]
         starts[c] = max(starts[c] - left_out, 1)
+
+    if any(start >= len(row) for row, start in zip(rows, starts)):
+        raise UserError(f"{task.name}: an example has no text to score: {json.dumps(task.examples[i])[:200]}")
 
     # what the choices share; a single row shares nothing
     shared = 0

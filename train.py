@@ -54,6 +54,7 @@ from common import (
     flag,
     from_rank_0,
     init_processes,
+    is_text,
     lock,
     peak_flops,
     run_main,
@@ -244,6 +245,9 @@ def parse_args():
         args.lrt = "none" if args.arch == "recurrent" else "shared"
     at_least(args, **LEAST)
     at_most(args, **MOST)
+    if not is_text(args.out + (args.name or "")):
+        raise UserError("torch cannot open checkpoints in a folder whose name is not UTF-8: "
+                        "choose another --out or --name")
     if args.core_every is None and (args.core_bundle or args.core_max_per_task):
         raise UserError("--core-bundle and --core-max-per-task go with --core-every")
     if args.core_every is not None and args.max_seq_len < 2:

@@ -130,6 +130,13 @@ def test_what_cannot_be_read_now_is_not_damaged(run):
             load_checkpoint(run, verify)
     assert {path.name: path.stat() for path in Path("run").iterdir()} == before
 
+def test_a_path_that_torch_cannot_open_is_not_damage(run):
+    before = sorted(os.listdir("run"))
+    os.rename("run", "caf\udce9")
+    with pytest.raises(UserError, match="which is not UTF-8: rename the folder"):
+        newest_checkpoint("caf\udce9")
+    assert sorted(os.listdir("caf\udce9")) == before
+
 def test_resuming_stops_at_a_checkpoint_that_cannot_be_read_now(run, monkeypatch):
     torch.save(torch.load(run, weights_only=True), "run/ckpt_0000100.pt")
     load = torch.load

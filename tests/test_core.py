@@ -437,6 +437,12 @@ def test_bad_examples(bad, words, tmp_path):
     with pytest.raises(UserError, match=f"{name}.jsonl {words}"):
         load_tasks(bundle)
 
+def test_an_example_without_any_text_is_refused(tokenizer):
+    nothing = dict(context="", continuation="")
+    task = core.Task("x", "language_modeling", 0, "", 0.0, "", [nothing])
+    with pytest.raises(UserError, match="x: an example has no text to score"):
+        core.make_example(task, 0, tokenizer, 32)
+
 def test_too_few_examples(tmp_path):
     bundle = write_bundle(tmp_path / "b", shots=4)
     words = f"{CORE[0]}.jsonl has 4 examples: 4-shot prompts need at least 5"

@@ -268,6 +268,7 @@ def test_a_run_sees_every_row_once(data, here, monkeypatch):
     ("--max-seq-len 131072 --total-batch-size 131072",
      ["no validation shard of more than 131072 tokens", "one row"]),
     ("--data nowhere", ["no prepared data in nowhere", "prepare_data.py"]),
+    ("--data nowhere --name caf\udce9", ["not UTF-8", "--name"]),
     ("--data nowhere --out /dev/null/x", ["/dev/null is no folder"]),  # before any data is read
     # the rest
     ("--unknown", ["unrecognized arguments"]),
