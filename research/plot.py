@@ -40,6 +40,7 @@ COLORS = {
     "layerwise": "tab:orange",
     "layerwise --deepen 0.25 --forward-passes 1 --schedule refine": "tab:red",
     "shared --deepen 0.25 --forward-passes 1 --inject kv --schedule refine": "navy",
+    "shared --first-memory embedding --inject kv --schedule plain": "black",  # the control
 }
 OTHER_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 
@@ -244,7 +245,7 @@ def draw_accuracy(rows, ax, **style):
 def draw_figures(results, folder):
     """All figures for which there are rows, as PNG files in the folder."""
     if results["scaling"]:
-        names = [name for name in ("scaling", "cheaper", "longer") if results[name]]
+        names = [name for name in ("scaling", "cheaper", "longer", "control") if results[name]]
         figure, axes = plt.subplots(1, len(names), figsize=(6 * len(names), 4.5), squeeze=False)
         for name, ax in zip(names, axes[0]):
             draw_scaling(with_beside(name, results), ax, name)
