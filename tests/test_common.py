@@ -52,6 +52,7 @@ def with_streams(main, redirections, **env):
     Path("script.py").write_text("import os, sys, time, common\ndef main():\n    " + "\n    ".join(main)
                                  + "\ncommon.run_main(main)\n")
     line = redirections.format(run=f"{sys.executable} script.py")
+    env = {"PYTHONUNBUFFERED": ""} | env  # as if it were not set
     done = shell("bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}", **env)
     return done.returncode, done.stdout, done.stderr
 
@@ -62,7 +63,7 @@ SLOWLY = "time.sleep(0.2)"  # until the other side of the pipe has gone
     ([SLOWLY, "print('x')", "print('y')"], "{run} | true", 1, ""),
     ([SLOWLY, "print('x', end='')"], "{run} | true", 1, ""),
     ([SLOWLY, "print('x', file=sys.stderr)"], "{run} 2>&1 >/dev/null | true", 1, ""),
-    ([SLOWLY, "common.ArgumentParser().parse_args(['--help'])"], "{run} | true", 0, ""),
+    ([SLOWLY, "common.ArgumentParser().parse_args(['--help'])"], "{run} | true", 1, ""),
     ([SLOWLY, "raise common.UserError('x')"], "{run} 2>&1 | true", 2, ""),
     ([SLOWLY, "[common.say('x') for _ in range(3)]"], "{run} | true", 0, ""),
     # a full disk

@@ -593,7 +593,6 @@ def test_damaged_parquet_pages(tmp_path):
     ("SOURCE --vocab-size 50000", ["vocabulary of only", "lower --vocab-size"]),
     ("SOURCE --vocab-size 99999999999", ["--vocab-size must be at most 16777216"]),
     ("nowhere.txt --tokenizer gpt5", ["no tokenizer 'gpt5'", "gpt2"]),  # before any file is read
-    ("nowhere.txt --out SOURCE/x", ["cannot write to the folder", "is no folder", "--out"]),
     ("SOURCE --shard-tokens 0", ["--shard-tokens"]),
     ("SOURCE --num-shards 3", ["--num-shards"]),
     ("fineweb-edu --num-shards 1823", ["1822"]),
@@ -613,6 +612,8 @@ def test_bad_out(source, tmp_path):
     file.write_text("precious")
     assert_refused(to(file), str(file), "choose another --out")
     assert_refused(to(file / "below"), "choose another --out")
+    before_any_source = cli("prepare_data.py", tmp_path / "nowhere.txt", "--out", file / "below")
+    assert_refused(before_any_source, f"{file} is no folder", "choose another --out")
     assert_refused(to("/proc/nanolrt"), "/proc/nanolrt", "choose another --out")
     assert file.read_text() == "precious"
 
