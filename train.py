@@ -200,7 +200,7 @@ def make_parser():
 
 # the least value of every flag that is a number
 LEAST = dict(
-    seed=0, depth=1, aspect_ratio=1, head_dim=1, max_seq_len=1, memory_init=0,
+    seed=0, depth=1, aspect_ratio=1, head_dim=1, max_seq_len=1,
     subsets=1, refinements=1, chunk=1, forward_passes=0, deepen=0,
     num_iterations=1, target_flops=1, target_param_data_ratio=0,
     total_batch_size=1, device_batch_size=1, grad_clip=0,

@@ -241,7 +241,7 @@ def test_a_run_sees_every_row_once(data, here, monkeypatch):
     ("--refinements 1000000000 --schedule refine", ["--refinements must be at most 1000"]),
     ("--target-flops 1e300", ["--target-flops must be at most 1e+30"]),
     ("--max-seq-len 0", ["--max-seq-len must be a number of at least 1"]),
-    ("--memory-init nan", ["--memory-init must be a number of at least 0, not nan"]),
+    ("--memory-init nan", ["memory_init must be a number, not nan"]),
     # the model
     ("--lrt both", ["invalid choice: 'both'"]),
     ("--source-layer 2", ["source_layer 2 is out of range", "0 to 1"]),
