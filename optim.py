@@ -166,8 +166,8 @@ class Muon(torch.optim.Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, default in self.defaults.items():  # that a state_dict of torch.optim.Muon does not have
-                group.setdefault(name, default)
+            for name in ("polar_express", "rescale", "beta2", "cautious"):  # torch.optim.Muon has none
+                group.setdefault(name, self.defaults[name])
 
     @torch.no_grad()
     def step(self):

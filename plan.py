@@ -34,6 +34,9 @@ def without_recurrence(args):
 
 def make_config(args, vocab_size):
     """The model's configuration from train.py's flags. Raises UserError for a model that cannot be built."""
+    if without_recurrence(args) and args.first_memory == "zero":
+        raise UserError("--schedule plain never computes a memory: "
+                        "an LRT needs --first-memory embedding with it")
     n_head = math.ceil(args.depth * args.aspect_ratio / args.head_dim)
     config_class = RecurrentConfig if args.arch == "recurrent" else GPTConfig
     try:
@@ -74,9 +77,6 @@ def make_schedule(args):
         schedule.passes(args.max_seq_len)
     except ValueError as e:
         raise UserError(e) from e
-    if without_recurrence(args) and args.first_memory == "zero":
-        raise UserError("--schedule plain never computes a memory: "
-                        "an LRT needs --first-memory embedding with it")
     if schedule.kind == "chunked" and args.chunk >= args.max_seq_len:
         raise UserError(f"--chunk {args.chunk} covers the whole context of {args.max_seq_len}: "
                         "memory would never reach a token")
