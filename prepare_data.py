@@ -409,6 +409,12 @@ def tokenize(enc, docs):
                 ids = [bos, *ids]
             yield starts_document, len(segment), np.array(ids, dtype)
 
+def check_shard(shard, enc):
+    """Raise UserError unless an array, which has no checksum yet, can be a shard made with this tokenizer."""
+    begins_document = shard[0] == enc.encode_single_token(BOS)
+    if shard.dtype != shard_dtype(enc) or not begins_document or shard.max() >= enc.n_vocab:
+        raise UserError("it does not hold documents of this tokenizer")
+
 def write_shards(out, stream, enc, bar):
     """
     Tokenize the documents of a stream into out/<split>_<number>.npy, beginning with number
@@ -430,6 +436,7 @@ def write_shards(out, stream, enc, bar):
     while shard_path(number).exists():
         try:
             shard = load_shard(shard_path(number))
+            check_shard(shard, enc)
         except Unreadable:
             raise
         except UserError:
@@ -454,6 +461,11 @@ def write_shards(out, stream, enc, bar):
         bar.update(n_chars)
     if pieces:
         save_shard(number, pieces)
+
+def shard_files(out, split):
+    """The shards of a split in a folder, in the order of their numbers. Other .npy files are not ours."""
+    found = [path for path in out.iterdir() if re.fullmatch(rf"{split}_\d{{5,}}\.npy", path.name)]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 def describe_shard(path, token_sizes, bos):
     """
@@ -486,8 +498,7 @@ def describe_data(out, source, enc):
         "tokenizer_sha256": tokenizer_sha256(out),
     }
     for split in ("train", "val"):
-        paths = sorted(out.glob(f"{split}_?????.npy"))
-        meta[split] = [describe_shard(path, token_sizes, bos) for path in paths]
+        meta[split] = [describe_shard(path, token_sizes, bos) for path in shard_files(out, split)]
         if not meta[split]:
             raise UserError(f"{source} gives no text for {split}")
     shards = meta["train"] + meta["val"]
@@ -501,7 +512,8 @@ def describe_data(out, source, enc):
 def fetch(url, part, hint):
     """
     One attempt to complete the file `part`, which an earlier attempt may have begun, with what is at url.
-    Raises requests.RequestException if another attempt may help, UserError (with the hint) if none will.
+    Raises requests.RequestException if another attempt may help, UserError (with the hint) or ValueError if
+    none will.
     """
     import requests
     start = part.stat().st_size if part.exists() else 0  # the first byte that we lack
@@ -580,15 +592,15 @@ def fetch_with_retries(url, part, hint, name):
     while True:
         try:
             return fetch(url, part, hint)
-        except requests.RequestException as e:
+        except (requests.RequestException, ValueError) as e:
             size = part.stat().st_size if part.exists() else 0
             if size > largest:
                 largest = size
                 failures = 0
             else:
                 failures += 1
-            malformed_url = isinstance(e, ValueError)
-            if malformed_url or failures >= RETRIES:
+            malformed = isinstance(e, ValueError)  # the URL, or a number in the reply
+            if malformed or failures >= RETRIES:
                 raise UserError(f"cannot download {url} ({e}): {hint}, "
                                 "or re-run the same command to continue") from e
             seconds = retry_pause(e, failures)
@@ -639,7 +651,7 @@ def check_settings(out, settings):
         for key in sorted({*there, *settings}):
             if there.get(key) != settings.get(key):
                 differences.append(f"{key} {there.get(key)} there, {settings.get(key)} now")
-    except (OSError, ValueError, AttributeError, TypeError) as e:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
         raise_if_unreadable(path, e)
         raise UserError(f"{path} is damaged ({e}): delete {out} and re-run prepare_data.py") from e
     if differences:
@@ -669,7 +681,7 @@ def discard_damaged(out):
         meta = json.loads((out / "meta.json").read_text("utf-8"))
         recorded = {shard["file"]: shard["sha256"] for split in ("train", "val") for shard in meta[split]}
         recorded_tokenizer = meta["tokenizer_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         if not isinstance(e, FileNotFoundError):
             raise_if_unreadable(out / "meta.json", e)
         recorded = None
@@ -688,7 +700,7 @@ def discard_damaged(out):
             (out / name).unlink(missing_ok=True)
 
     # the shards
-    for path in out.glob("*_[0-9]*.npy"):
+    for path in shard_files(out, "train") + shard_files(out, "val"):
         if not usable:
             path.unlink()
         elif recorded is not None and recorded.get(path.name) != sha256_file(path):

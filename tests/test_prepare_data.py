@@ -430,6 +430,40 @@ def test_what_cannot_be_read_now_is_not_removed(copy, source):
         next(prepare_data.read_documents(source, "text"))
     assert contents(copy) == before
 
+@pytest.mark.parametrize("array", [
+    np.zeros(500),
+    np.full(500, -1),
+    np.full(500, 60000, np.uint16),
+    np.zeros(500, np.uint16),  # begins with no document
+], ids=["float", "negative", "too large", "no document"])
+def test_damaged_shards_of_an_unfinished_run_are_written_again(array, prepared, source, copy):
+    (copy / "meta.json").unlink()
+    np.save(copy / "train_00001.npy", array)
+    ok(cli("prepare_data.py", source, "--out", copy, *SMALL))
+    assert contents(copy) == contents(prepared)
+
+def test_files_of_others_stay(source, tmp_path):
+    names = ["embeddings_1.npy", "train_1_of_2.npy"]
+    for name in names:
+        np.save(tmp_path / name, np.arange(3))
+    ok(cli("prepare_data.py", source, "--out", tmp_path, *SMALL))
+    assert all((tmp_path / name).exists() for name in names)
+
+def test_shards_are_in_the_order_of_their_numbers(tmp_path):
+    names = ["train_00002.npy", "train_99999.npy", "train_100000.npy"]
+    for name in [*names, "val_00001.npy"]:
+        (tmp_path / name).touch()
+    assert [path.name for path in prepare_data.shard_files(tmp_path, "train")] == names
+
+@pytest.mark.parametrize("name", ["settings.json", "meta.json"])
+def test_deeply_nested_json_is_damaged(name, source, copy):
+    (copy / name).write_text("[" * 100_000)
+    result = cli("prepare_data.py", source, "--out", copy, *SMALL)
+    if name == "settings.json":
+        assert_refused(result, "settings.json is damaged")
+    else:
+        ok(result)
+
 @pytest.mark.parametrize("nth", [1, 3, 7, 11, 16])
 def test_killed_run_continues(nth, prepared, source, tmp_path):
     """SIGKILL just before the nth file or folder would be flushed: the next run makes the same folder."""
@@ -598,6 +632,7 @@ def test_damaged_parquet_pages(tmp_path):
     ("fineweb-edu --num-shards 1823", ["1822"]),
     ("fineweb-edu SOURCE", ["cannot be mixed"]),
     ("SOURCE --nonsense", ["--nonsense", "--help"]),
+    ("fineweb-edu --base-url http://" + "a" * 300 + ".org", ["cannot download", "--base-url"]),
 ])
 def test_bad_arguments(args, words, source, tmp_path):
     args = [source if arg == "SOURCE" else arg for arg in args.split()]
