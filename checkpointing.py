@@ -131,6 +131,16 @@ def list_checkpoints(folder):
     """The checkpoints in a run folder, the newest last; not those that were set aside. Raises Unreadable."""
     return sorted((path for path in list_folder(folder) if step_of(path) is not None), key=step_of)
 
+def changed_at(path):
+    """When a file was last changed, in seconds; 0 if it is gone, as one that a run just removed (--keep)."""
+    try:
+        return os.path.getmtime(path)
+    except FileNotFoundError:
+        return 0
+    except OSError as e:
+        raise_if_unreadable(path, e)
+        raise
+
 def find_checkpoint(path=None):
     """
     The checkpoint file that `path` means: a file itself, the newest ckpt_*.pt of a run folder, or for
@@ -138,7 +148,7 @@ def find_checkpoint(path=None):
     """
     if path is None:
         found = [file for folder in list_folder("runs") for file in list_checkpoints(folder)]
-        found.sort(key=os.path.getmtime)
+        found.sort(key=changed_at)
         if not found:
             raise UserError("no run in runs/: train one first, "
                             "for example with `python train.py --depth 4 --lrt shared`")

@@ -223,6 +223,7 @@ def test_find_checkpoint(here):
     touch("runs/a/ckpt_0000009.pt", mtime=4)
     touch("runs/b/ckpt_0000100.pt", mtime=2)
     touch("runs/b/ckpt_0000200.pt.tmp", mtime=5)
+    Path("runs/b/ckpt_0000001.pt").symlink_to("gone")  # as one that a run removes just now
     assert find_checkpoint() == Path("runs/a/ckpt_0000009.pt")  # written last, of all runs
     assert find_checkpoint("runs/a") == Path("runs/a/ckpt_0000010.pt")  # most steps, of this run
     assert find_checkpoint("runs/b") == Path("runs/b/ckpt_0000100.pt")
