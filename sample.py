@@ -8,7 +8,9 @@ the KV cache.
 
 import codecs
 import io
+import itertools
 import json
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -34,6 +36,7 @@ from common import (
 )
 from dataset import BOS, load_tokenizer
 from interleave import prefill
+from prepare_data import segments
 
 MAX_SAMPLES = 10**6  # of a prompt; all of them are one batch
 
@@ -65,7 +68,10 @@ def encode_prompts(tokenizer, prompts, context):
     for n, prompt in enumerate(prompts, 1):
         if not is_text(prompt):
             raise UserError(f"prompt {n} is not UTF-8 text: {ascii(prompt)}")
-    encoded = [[bos] + tokenizer.encode_ordinary(prompt) for prompt in prompts]
+    encoded = []
+    for prompt in prompts:
+        pieces = [tokenizer.encode_ordinary(segment) for segment in segments(prompt)]
+        encoded.append([bos, *itertools.chain.from_iterable(pieces)])
     for n, tokens in enumerate(encoded, 1):
         if len(tokens) > context:
             raise UserError(f"prompt {n} has {len(tokens)} tokens with BOS, "
@@ -128,9 +134,9 @@ def sample_next_token(logits, generators, temperature, top_k, top_p):
     Draw one token from each row of logits (N, V): (N,) int64. Row i uses one uniform number of generators[i]
     and does not depend on the other rows. Only the top_k likeliest tokens are kept (None or 0: all), and of
     these only the likeliest that together reach the probability top_p (None: all).
-    Temperature 0 takes the argmax and uses no random number.
+    Temperature 0 takes the argmax and uses no random number, and so does one that float32 rounds to 0.
     """
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1)
 
     # the top_k tokens, likeliest first, and their cumulative probabilities
@@ -293,8 +299,12 @@ def parse_args():
     check_folder(args.out)
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, not {args.top_p}")
-    if args.prompt_file and (args.prompt or args.interactive):
+    if args.stop is not None and not is_text(args.stop):
+        raise UserError(f"--stop is not UTF-8 text: {ascii(args.stop)}")
+    if args.prompt_file is not None and (args.prompt or args.interactive):
         raise UserError("--prompt-file goes without --prompt and --interactive")
+    if args.interactive and (args.prompt or args.out or args.num_samples > 1):
+        raise UserError("--interactive goes without --prompt, --out and --num-samples: type the prompts")
     return args
 
 def read_prompts(path):
@@ -312,6 +322,14 @@ def read_prompts(path):
     if not prompts:
         raise UserError(f"{path} has no prompts")
     return prompts
+
+def check_is_no_input(out, inputs):
+    """Raise UserError if the file `out` is one of the inputs, which writing would replace. None passes."""
+    if out is None or not Path(out).is_file():
+        return
+    for path in inputs:
+        if os.path.samefile(out, path):
+            raise UserError(f"--out {out} would replace {path}, which is read: choose another --out")
 
 def interact(model, tokenizer, options):
     """A prompt loop that streams: Ctrl-C ends a text, Ctrl-D the loop. options: those of generate()."""
@@ -362,8 +380,11 @@ def stream(model, tokenizer, prompt, encoded, num_samples, options):
 
 def main():
     args = parse_args()
-    prompts = read_prompts(Path(args.prompt_file)) if args.prompt_file else [args.prompt]
+    from_file = args.prompt_file is not None
+    prompts = read_prompts(Path(args.prompt_file)) if from_file else [args.prompt]
     path, checkpoint, tokenizer, model = load_run(args.checkpoint, pick_device(args.device))
+    tokenizer_files = [path.parent / "tokenizer.tiktoken", path.parent / "tokenizer.json"]
+    check_is_no_input(args.out, [path, *tokenizer_files, *([args.prompt_file] if from_file else [])])
     encoded = encode_prompts(tokenizer, prompts, model.config.sequence_len)
     memory = "off" if args.no_memory else "on"
     say(f"{path}, step {checkpoint['step']}, {model.config.label}, memory {memory}", sys.stderr)
@@ -379,7 +400,7 @@ def main():
     )
     if args.interactive:
         interact(model, tokenizer, options)
-    elif args.out or args.prompt_file:
+    elif args.out or from_file:
         sample_batch(model, tokenizer, prompts, encoded, args.num_samples, options, args.out)
     else:
         stream(model, tokenizer, args.prompt, encoded, args.num_samples, options)

@@ -6,6 +6,7 @@ detokenizing, and the command.
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,7 +62,9 @@ def test_sampling_follows_the_distribution():
     assert share(top_p=1e-9)[0] == 1
     assert share(temperature=0)[0] == 1
     assert share(top_k=1)[0] == 1
-    assert share(temperature=1e-35)[0] == 1
+    for temperature in (1e-35, 1e-38, 1e-45, 1e-300):
+        assert share(temperature=temperature)[0] == 1
+    assert_near(share(temperature=1e300), torch.full((4,), 0.25))
     assert torch.equal(share(top_k=99, top_p=1.0), share())
 
 def test_text_is_whole_characters_and_ends_before_the_stop_string():
@@ -292,9 +295,24 @@ def test_bad_prompt_files(trained, here):
     assert_refused(refused("latin.txt"), "latin.txt", "not UTF-8 text (byte 3)")
     assert_refused(refused("empty.txt"), "empty.txt has no prompts")
     assert_refused(refused("none.txt"), "cannot read none.txt")
+    (here / "spaces.txt").write_text("x" + " " * 1_000_000 + "x\n")  # tiktoken panics on them in one piece
+    assert_refused(refused("spaces.txt"), "prompt 1 has", "the context 32")
     assert_refused(refused("long.txt", "--out", "long.out"), "prompt 2 has", "the context 32")
     assert_refused(refused("empty.txt", "--interactive"), "--prompt-file goes without")
     assert not (here / "long.out").exists()
+
+@pytest.mark.parametrize("out", ["prompts.txt", "link", "run/ckpt_0000004.pt", "run/tokenizer.json"])
+def test_out_replaces_no_input(out, trained, here):
+    folder, _ = trained
+    shutil.copytree(folder / "runs/d2_shared", "run")
+    for path in Path("run").glob("ckpt_*.pt"):
+        path.rename("run/ckpt_0000004.pt")
+    Path("prompts.txt").write_text("def \n")
+    Path("link").symlink_to("prompts.txt")
+    before = Path(out).read_bytes()
+    result = cli("sample.py", "--checkpoint", "run", "--prompt-file", "prompts.txt", "--out", out)
+    assert_refused(result, f"--out {out} would replace")
+    assert Path(out).read_bytes() == before
 
 def test_interactive(trained):
     """A prompt loop: after Ctrl-C it goes on, after a bad prompt too, and Ctrl-D ends it."""
@@ -328,6 +346,11 @@ def test_interactive(trained):
     (["--max-new-tokens", "0"], ["--max-new-tokens must be a number of at least 1"]),
     (["--num-samples", "0"], ["--num-samples must be a number of at least 1"]),
     (["--prompt", "word " * 100], ["prompt 1 has", "the context 32"]),
+    (["--stop", "\udce9"], ["--stop is not UTF-8 text: '\\udce9'"]),
+    (["--prompt-file", ""], ["cannot read . (Is a directory)"]),
+    (["--interactive", "--prompt", "x"], ["--interactive goes without"]),
+    (["--interactive", "--out", "x"], ["--interactive goes without"]),
+    (["--interactive", "--num-samples", "2"], ["--interactive goes without"]),
     (["--prompt", "caf\udce9"], ["prompt 1 is not UTF-8 text: 'caf\\udce9'"]),
 ])
 def test_bad_flags(flags, words, trained, monkeypatch):
