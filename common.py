@@ -140,11 +140,16 @@ def say_error(text):
     with contextlib.suppress(OSError):
         print("error: " + " ".join(text.split()), file=sys.stderr)
 
+def is_out_of_memory(error):
+    """Does this error say that the memory is used up, of the machine (torch has it in its text) or a GPU?"""
+    used_up = os.strerror(errno.ENOMEM) in str(error) or "CUDA out of memory" in str(error)
+    return isinstance(error, MemoryError) or used_up
+
 def run_main(main):
     """
     Call main() with streams that can be used. A UserError becomes `error: <message>` on stderr and exit code
-    2, and so does output that cannot be written; Ctrl-C is exit code 130; a reader that has read enough, as
-    in `| head`, is exit code 1.
+    2, and so do memory that is used up and output that cannot be written; Ctrl-C is exit code 130; a reader
+    that has read enough, as in `| head`, is exit code 1.
     """
     prepare_streams()
     code = 0
@@ -158,6 +163,16 @@ def run_main(main):
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except SystemError as e:  # what a library that is no Python may make of Ctrl-C
+        if not isinstance(e.__cause__, KeyboardInterrupt):
+            raise
+        code = 130
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        first_line = str(e).strip().split("\n")[0]
+        say_error(f"out of memory, ask for less at a time. {first_line}")
+        code = 2
     except OSError as e:
         # of files with a name, main() says more; all else is a bug, and shows its traceback
         if not isinstance(e, BrokenPipeError) and e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
