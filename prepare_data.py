@@ -843,6 +843,11 @@ def main():
             for stream in streams:
                 write_shards(out, stream, enc, bar)
 
+        # without settings.json, nothing goes on with shards of which nobody knows what they hold
+        if not fineweb and fingerprint(files) != settings["source_sha256"]:
+            (out / "settings.json").unlink()
+            raise UserError(f"{settings['source']} changed while it was read: delete {out} and re-run")
+
         # meta.json comes last: with it, the data is finished
         write_json(out / "meta.json", describe_data(out, settings["source"], enc))
         summary(open_data(out, verify=False), "done")

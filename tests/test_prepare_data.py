@@ -22,7 +22,7 @@ from helpers import ROOT, assert_refused, cli, no_open_files, shell
 
 import prepare_data
 from common import Unreadable, UserError
-from dataset import BOS, open_data
+from dataset import BOS, open_data, save_tokenizer
 from prepare_data import segments
 
 CORPUS = Path(os.environ.get("CORPUS_DIR", ROOT.parent / "shared/corpus"))
@@ -503,6 +503,24 @@ def test_other_settings_are_refused(source, docs, copy, tmp_path):
 
     (copy / "settings.json").unlink()
     assert_refused(again(source, copy, *SMALL), "settings.json", "choose another --out")
+
+def test_a_source_that_changes_while_it_is_read(docs, tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "docs.jsonl", docs)
+    before = source.read_bytes()
+
+    def save_and_change_source(folder, enc):
+        save_tokenizer(folder, enc)
+        write_jsonl(source, docs[::-1])
+
+    monkeypatch.setattr(prepare_data, "save_tokenizer", save_and_change_source)
+    command = ("prepare_data.py", source, "--out", tmp_path / "out", *SMALL)
+    assert_refused(cli(*command), "changed while it was read", "delete")
+    assert not (tmp_path / "out/meta.json").exists()
+
+    # nor does the old source go on with these shards
+    monkeypatch.undo()
+    source.write_bytes(before)
+    assert_refused(cli(*command), "no settings.json")
 
 def test_the_same_bytes_in_other_files_are_other_data(docs, tmp_path):
     """The name says how a file is read, and its end is the end of a document."""
