@@ -319,7 +319,7 @@ def check_new_folder(folder):
     """Raise UserError unless files can be written to this folder later, which may have to be made first."""
     there = Path(folder).absolute()
     try:
-        while not there.exists():
+        while not os.path.lexists(there):  # a link to nowhere is there, and no folder
             there = there.parent
         usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
     except OSError as e:
@@ -449,7 +449,7 @@ def read_rows(path):
         raise
     rows = []
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return rows
 
