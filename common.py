@@ -140,11 +140,16 @@ def say_error(text):
     with contextlib.suppress(OSError):
         print("error: " + " ".join(text.split()), file=sys.stderr)
 
+def out_of_memory(error):
+    """Is it that memory ran out, of the machine or of a GPU? torch has it in the text of a RuntimeError."""
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+
 def run_main(main):
     """
     Call main() with streams that can be used. A UserError becomes `error: <message>` on stderr and exit code
-    2, and so does output that cannot be written; Ctrl-C is exit code 130; a reader that has read enough, as
-    in `| head`, is exit code 1.
+    2, and so do output that cannot be written and memory that runs out; Ctrl-C is exit code 130; a reader
+    that has read enough, as in `| head`, is exit code 1.
     """
     prepare_streams()
     code = 0
@@ -158,6 +163,13 @@ def run_main(main):
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        reason = (str(e).strip() or "MemoryError").split("\n")[0]
+        say_error(f"memory ran out ({reason}): lower the batch size of a device or the size of the model; "
+                  "train.py --dry-run says what training needs")
+        code = 2
     except OSError as e:
         # of files with a name, main() says more; all else is a bug, and shows its traceback
         if not isinstance(e, BrokenPipeError) and e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
