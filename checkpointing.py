@@ -23,6 +23,7 @@ from common import (
     compute_dtype,
     fsync,
     is_text,
+    is_whole,
     raise_if_unreadable,
     read_rows,
     say,
@@ -88,6 +89,8 @@ def load_checkpoint(path, verify=False):
         newer = checkpoint["version"] > VERSION
         if not newer:  # a newer version may have other keys
             check_content(checkpoint)
+            if step_of(path) not in (None, checkpoint["step"]):
+                raise ValueError(f"it is of step {checkpoint['step']}, not of that in its name")
     except Exception as e:  # torch.load has no exception of its own for a damaged file
         raise_if_unreadable(path, e)
         reason = str(e).strip().split("\n")[0]
@@ -245,6 +248,8 @@ def new_run_folder(out, name, default, exist_ok=False):
             folder.mkdir(parents=True, exist_ok=exist_ok)
             return folder
         except FileExistsError as e:
+            if name and not folder.is_dir():
+                raise UserError(f"{folder} is no folder: give another --name") from e
             if name:
                 raise UserError(f"{folder} exists: go on with it by --resume {folder}, "
                                 "or give another --name") from e
@@ -281,27 +286,35 @@ class Log:
         fsync(self.file.fileno())
 
 def read_log(folder):
-    """The rows of a run's log.jsonl. Lines that a crash or a full disk cut short are left out."""
+    """
+    The rows of a run's log.jsonl. Lines that a crash or a full disk cut short, or that are no rows of ours,
+    are left out.
+    """
     rows = []
     for row in read_rows(Path(folder) / "log.jsonl"):
-        if isinstance(row, dict) and "step" in row and "kind" in row:
+        if isinstance(row, dict) and is_whole(row.get("step"), 0, 2**63 - 1) and "kind" in row:
             rows.append(row)
     return rows
 
 def set_aside(paths):
     """
     Move checkpoints, oldest first, into the folder set_aside/ beside them, of which only the last
-    MAX_SET_ASIDE stay. Raises OSError.
+    MAX_SET_ASIDE stay. Raises UserError.
     """
     for path in paths:
         folder = path.parent / SET_ASIDE
-        folder.mkdir(exist_ok=True)
-        os.replace(path, folder / path.name)
+        try:
+            folder.mkdir(exist_ok=True)
+            os.replace(path, folder / path.name)
+        except OSError as e:
+            raise UserError(f"cannot move {path} into {folder} ({e.strerror}): "
+                            "make that a folder that may be written") from e
         say(f"{path} was set aside, into {folder}")
         # the time of the last change of a file's name
         moved = sorted(list_checkpoints(folder), key=lambda path: path.stat().st_ctime_ns)
-        for old in moved[:-MAX_SET_ASIDE]:
-            old.unlink()
+        with suppress(OSError):
+            for old in moved[:-MAX_SET_ASIDE]:
+                old.unlink()
 
 def rewind(folder, step):
     """
@@ -311,7 +324,8 @@ def rewind(folder, step):
     # the checkpoints first: a log that is ahead of them is taken back by the next start, one behind is not
     set_aside([path for path in list_checkpoints(folder) if step_of(path) > step])
     for path in folder.glob("ckpt_*.pt.tmp"):
-        path.unlink()
+        with suppress(OSError):
+            path.unlink()
     kept = []
     for row in read_log(folder):
         # an evaluation at `step` is of the checkpoint's weights, the training step of that number follows it

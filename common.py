@@ -140,15 +140,15 @@ def say_error(text):
     with contextlib.suppress(OSError):
         print("error: " + " ".join(text.split()), file=sys.stderr)
 
-def is_out_of_memory(error):
-    """Does this error say that the memory is used up, of the machine (torch has it in its text) or a GPU?"""
-    used_up = os.strerror(errno.ENOMEM) in str(error) or "CUDA out of memory" in str(error)
-    return isinstance(error, MemoryError) or used_up
+def out_of_memory(error):
+    """Does this error say that memory ran out, of the machine or of a GPU? torch has it in its text."""
+    texts = ("out of memory", os.strerror(errno.ENOMEM))
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 def run_main(main):
     """
     Call main() with streams that can be used. A UserError becomes `error: <message>` on stderr and exit code
-    2, and so do memory that is used up and output that cannot be written; Ctrl-C is exit code 130; a reader
+    2, and so do memory that runs out and output that cannot be written; Ctrl-C is exit code 130; a reader
     that has read enough, as in `| head`, is exit code 1.
     """
     prepare_streams()
@@ -168,10 +168,11 @@ def run_main(main):
             raise
         code = 130
     except (MemoryError, RuntimeError) as e:
-        if not is_out_of_memory(e):
+        if not out_of_memory(e):
             raise
-        first_line = str(e).strip().split("\n")[0]
-        say_error(f"out of memory, ask for less at a time. {first_line}")
+        reason = (str(e).strip() or "MemoryError").split("\n")[0]
+        say_error(f"out of memory ({reason}): lower the batch size of a device or the size of the model; "
+                  "train.py --dry-run says what training needs")
         code = 2
     except OSError as e:
         # of files with a name, main() says more; all else is a bug, and shows its traceback
@@ -334,7 +335,7 @@ def check_new_folder(folder):
     """Raise UserError unless files can be written to this folder later, which may have to be made first."""
     there = Path(folder).absolute()
     try:
-        while not there.exists():
+        while not os.path.lexists(there):  # a link to nowhere is there, and no folder
             there = there.parent
         usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
     except OSError as e:
@@ -464,7 +465,7 @@ def read_rows(path):
         raise
     rows = []
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return rows
 

@@ -535,6 +535,8 @@ def weights_sha256(model):
         digest.update(name.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
+FIGURES = ("accuracy", "stderr", "centered", "centered_stderr")  # of a task's result, in the .csv file
+
 def read_finished(path, header, tasks):
     """
     The results of finished tasks, a dict by name, that an earlier call left in the file `path`; {} if there
@@ -546,13 +548,16 @@ def read_finished(path, header, tasks):
         if any(kept[key] != value for key, value in header.items()):
             return {}
         finished = dict(kept["tasks"])
+        for result in finished.values():
+            if not all(math.isfinite(result[key]) for key in ("n", "of", *FIGURES)):
+                raise ValueError
         for task in tasks:
             if finished.get(task.name, {}).get("sha256") != task.sha256:
                 finished.pop(task.name, None)
         return finished
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise_if_unreadable(path, e)
         return {}  # a damaged file
 
@@ -652,9 +657,9 @@ def summarize(tasks):
 
 def write_core(path, results):
     """Write results to `path`, a .json file, and the figures of each task to a .csv file beside it."""
-    lines = ["task,n,of,accuracy,stderr,centered,centered_stderr"]
+    lines = [",".join(["task", "n", "of", *FIGURES])]
     for name, t in results["tasks"].items():
-        figures = [f"{t[key]:.6f}" for key in ("accuracy", "stderr", "centered", "centered_stderr")]
+        figures = [f"{t[key]:.6f}" for key in FIGURES]
         lines.append(",".join([name, str(t["n"]), str(t["of"]), *figures]))
     if not results["missing"]:
         lines.append(f"CORE,,,,,{results['core']:.6f},{results['core_stderr']:.6f}")

@@ -181,10 +181,8 @@ def report_bpb(args, path, checkpoint, model, print0):
         results[split]["by_position"] = rounded
     return results
 
-def report_core(args, path, checkpoint, model, tokenizer, print0):
+def report_core(args, path, checkpoint, model, tokenizer, tasks, print0):
     """Print the table of CORE's tasks, and return evaluate_core()'s dict. Raises UserError."""
-    names = None if args.tasks is None else args.tasks.split(",")
-    tasks = load_tasks(args.bundle, names)
     results = evaluate_core(model, tokenizer, tasks, path.parent, checkpoint["step"], args.max_per_task,
                             use_memory=not args.no_memory, batch_size=args.batch_size)
     print0("\n| task | shots | n | accuracy | standard error | centered |")
@@ -196,9 +194,8 @@ def report_core(args, path, checkpoint, model, tokenizer, print0):
     print0(describe_core(results))
     return results
 
-def report_samples(args, model, tokenizer, print0):
+def report_samples(args, model, tokenizer, encoded, print0):
     """Print greedy continuations of PROMPTS, and return them as a dict from prompt to text."""
-    encoded = encode_prompts(tokenizer, PROMPTS, model.config.sequence_len)
     texts = complete(model, tokenizer, encoded, 32, temperature=0, use_memory=not args.no_memory)
     for prompt, text in zip(PROMPTS, texts):
         print0(f"\n{prompt}{text}")
@@ -254,12 +251,17 @@ def main():
 
     results = {"checkpoint": str(path), "step": checkpoint["step"]}
     wanted = args.eval.split(",")
+    # what cannot work is said before the work
+    if "core" in wanted:
+        tasks = load_tasks(args.bundle, None if args.tasks is None else args.tasks.split(","))
+    if "sample" in wanted:
+        encoded = encode_prompts(tokenizer, PROMPTS, model.config.sequence_len)
     if "bpb" in wanted:
         results |= report_bpb(args, path, checkpoint, model, print0)
     if "core" in wanted:
-        results["core"] = report_core(args, path, checkpoint, model, tokenizer, print0)
+        results["core"] = report_core(args, path, checkpoint, model, tokenizer, tasks, print0)
     if "sample" in wanted and rank == 0:
-        results["samples"] = report_samples(args, model, tokenizer, print0)
+        results["samples"] = report_samples(args, model, tokenizer, encoded, print0)
     if args.json and rank == 0:
         write_atomic(args.json, lambda f: f.write(json.dumps(results, indent=1).encode()))
     end_processes()

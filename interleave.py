@@ -30,7 +30,8 @@ def plain(T):
 
 def interleaved(T, subsets=2):
     """The paper's way: initialize, then recompute S disjoint subsets, p mod S = 0 .. S-1, with new memory."""
-    return [range(T)] + [range(i, T, subsets) for i in range(min(subsets, T))]
+    subsets = min(subsets, T)
+    return [range(T)] + [range(i, T, subsets) for i in range(subsets)]
 
 def refine(T, refinements=3):
     """Initialize, then K passes over all positions. With K >= T-1 the last pass is the exact recurrence."""

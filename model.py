@@ -88,6 +88,7 @@ class GPTConfig:
         check(self.memory == "hidden" or self.first_memory == "embedding",
               "memory embedding goes with first_memory embedding: there is no other memory to begin with")
         check(math.isfinite(self.memory_init), f"memory_init must be a number, not {self.memory_init}")
+        check(abs(self.memory_init) <= 1e6, f"memory_init {self.memory_init} is larger than 1000000")
         if self.source_layer is None:  # the paper finds an upper-middle layer strongest
             self.source_layer = max(round(0.75 * self.n_layer) - 1, 0)
         check(0 <= self.source_layer < self.n_layer,

@@ -214,7 +214,9 @@ LEAST = dict(
 MOST = dict(
     depth=1000, head_dim=10**5, max_seq_len=2**24,
     refinements=1000, deepen=1, num_iterations=10**9, target_flops=1e30, target_param_data_ratio=10**6,
-    total_batch_size=2**40, device_batch_size=2**20, warmdown_ratio=1,
+    total_batch_size=2**40, device_batch_size=2**20, warmdown_ratio=1, final_lr_frac=10**6,
+    matrix_lr=10**6, memory_lr=10**6, embedding_lr=10**6, head_lr=10**6, gate_lr=10**6, scalar_lr=10**6,
+    weight_decay=10**6,
 )
 
 # flags that may change when a run is resumed; a change of any other would make it another run
@@ -290,6 +292,8 @@ def resume_args(parser, path):
     before = saved_args(parser, checkpoint, path)
     before |= {"name": path.parent.name, "out": str(path.parent.parent)}
     args = parser.parse_args(namespace=Namespace(**before))  # argparse keeps what is not given here
+    if args.resume == "auto":  # OUT/NAME is this folder, however it is spelled: --name sweep/a, for one
+        args.name, args.out = before["name"], before["out"]
     changed = [name for name in before if name not in MAY_CHANGE and before[name] != getattr(args, name)]
     if changed:
         trained_with = ", ".join(f"{flag(name)} {before[name]}" for name in changed)

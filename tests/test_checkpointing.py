@@ -181,6 +181,15 @@ def test_a_checkpoint_with_odd_entries(changes, run):
     for result in load_in_every_script(run):
         assert_refused(result, "is damaged or no checkpoint of nanolrt")
 
+def test_a_checkpoint_under_the_name_of_another_step(run):
+    """A copy of an older one, renamed, would take the run back and set the newest aside."""
+    copied = shutil.copy("run/ckpt_0000100.pt", "run/ckpt_0000999.pt")
+    with pytest.raises(UserError, match="ckpt_0000999.pt is damaged .* of step 100"):
+        load_checkpoint(copied)
+    assert newest_checkpoint("run")[0] == run
+    best = shutil.copy("run/ckpt_0000100.pt", "run/best.pt")  # any other name says nothing
+    assert newest_checkpoint(best)[1]["step"] == 100
+
 @pytest.mark.parametrize("optimizers", [[{}, {}], []])
 def test_optimizers_that_do_not_fit(optimizers, run):
     edit(run, optimizers=optimizers)
@@ -253,6 +262,10 @@ def test_run_folders_are_numbered_or_named(here):
     (here / "file").touch()
     with pytest.raises(UserError, match="cannot make file/d2"):
         new_run_folder("file", None, "d2")
+    (here / "link").symlink_to("nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(UserError, match=f"{name} is no folder: give another --name"):
+            new_run_folder(".", name, "d2", exist_ok=True)
 
 
 # -----------------------------------------------------------------------------
@@ -308,6 +321,10 @@ def test_lines_that_are_no_rows_are_left_out(here):
     assert read_log(here) == []
     (here / "log.jsonl").write_bytes(b'[1]\n\xff\n{"kind": "eval", "step": 3}\n{"step": 4}\n3\n{"kind": "tr')
     assert read_log(here) == [{"kind": "eval", "step": 3}]
+    steps = [b'"4"', b"null", b"-1", b"true", b"4.5", b"NaN", b"9" * 30, b"[" * 100_000]
+    (here / "log.jsonl").write_bytes(b"".join(b'{"kind": "eval", "step": %s}\n' % step for step in steps))
+    assert read_log(here) == []
+    assert rewind(here, 4) == -1
 
 
 # -----------------------------------------------------------------------------
@@ -330,6 +347,16 @@ def test_rewind(here):
 
     assert rewind(here, -1) == -1  # a run that ended before its first checkpoint
     assert read_log(here) == [] and not list(here.glob("ckpt*"))
+
+def test_what_is_in_the_way_of_going_back(here):
+    """A folder that bears the name of a half-written checkpoint; a file that bears that of the folder."""
+    (here / "ckpt_0000003.pt.tmp").mkdir()
+    assert rewind(here, 3) == -1
+    (here / "ckpt_0000004.pt").write_text("newer")
+    (here / "set_aside").touch()
+    with pytest.raises(UserError, match="cannot move .*ckpt_0000004.pt into .*set_aside"):
+        rewind(here, 3)
+    assert (here / "ckpt_0000004.pt").read_text() == "newer"
 
 def test_newer_checkpoints_are_set_aside(here):
     """Not deleted; a bounded number of them, the last that were; and nothing finds them there."""

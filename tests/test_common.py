@@ -40,12 +40,15 @@ def test_how_a_script_ends():
     assert run("print('done')") == (0, "done\n", "")
     assert run("raise KeyboardInterrupt") == (130, "", "")
     assert run("raise SystemError from KeyboardInterrupt()") == (130, "", "")
-    assert_refused(run("raise MemoryError"), "out of memory")
-    assert_refused(run("import torch; torch.empty(2**60)"), "out of memory", "you tried to allocate")
-    assert_refused(run("raise RuntimeError('CUDA out of memory. Tried')"), "out of memory", "Tried")
     for bug in ("raise RuntimeError", "raise SystemError"):
         assert "Traceback" in run(bug)[2]
     assert_refused(run("raise common.UserError('no such\\n file')"), "error: no such file")
+    assert_refused(run("bytearray(2**62)"), "out of memory (MemoryError)", "lower the batch size")
+    assert_refused(run("import torch; torch.empty(2**60)"), "out of memory", "you tried to allocate")
+    assert_refused(run("import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried 2.\\nMore')"),
+                   "out of memory (CUDA out of memory. Tried 2.)")
+    code, _, err = run("raise RuntimeError('shapes differ')")
+    assert (code, err.splitlines()[-1]) == (1, "RuntimeError: shapes differ")
     code, _, err = run("1 / 0")  # a bug shows its traceback
     assert code == 1
     assert err.splitlines()[-1].startswith("ZeroDivisionError")

@@ -9,6 +9,7 @@ import http.server
 import json
 import os
 import random
+import re
 import stat
 import sys
 import threading
@@ -577,10 +578,13 @@ def test_finished_tasks_are_kept(run, tmp_path, scored_tasks):
     assert "without memory: CORE" in out
 
     # a damaged file of results: done again
-    (run / "core_0000003.json").write_text("{")
-    scored_tasks.names.clear()
-    assert core_command(run, bundle)[0] == 0
-    assert scored_tasks.names == list(CORE)
+    results = run / "core_0000003.json"
+    no_number = re.sub(r'"centered": [^,]*', '"centered": "x"', results.read_text())
+    for damaged in ("{", "[" * 100_000, no_number, no_number.replace('"x"', "NaN")):
+        results.write_text(damaged)
+        scored_tasks.names.clear()
+        assert core_command(run, bundle)[0] == 0
+        assert scored_tasks.names == list(CORE)
 
 def test_fewer_examples_are_an_estimate(run, tmp_path):
     """It goes to a file of its own."""

@@ -47,6 +47,12 @@ def test_bpb_is_nats_over_bytes():
         for name in ("merged", "decode", "token by token"):
             assert bpb[name] == pytest.approx(expected.item(), rel=1e-6)
 
+def test_what_cannot_work_is_said_before_the_work(trained, here):
+    result = cli("eval_core.py", "--checkpoint", trained[0] / "runs/d2_shared", "--eval", "bpb,core",
+                 "--bundle", "nowhere")
+    assert_refused(result, "no CORE bundle in nowhere")
+    assert "in parallel" not in result[1]
+
 def test_bad_flags(here):
     assert_refused(cli("eval_core.py", "--rows", "0"), "--rows must be a number of at least 1")
     assert_refused(cli("eval_core.py", "--json", "nowhere/x.json"), "there is no folder nowhere")

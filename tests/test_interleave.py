@@ -8,10 +8,16 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from attention import KVCache
-from interleave import Schedule, TrainStep, plain, prefill, run
+from interleave import Schedule, TrainStep, interleaved, plain, prefill, run
 from model import GPT, GPTConfig
 from test_model import VARIANTS, decode, make, tokens
 
+
+def test_more_subsets_than_tokens():
+    """They are as many subsets as tokens, and no step is wider: tensors are padded to it."""
+    passes = interleaved(5, 10**11)
+    assert passes == interleaved(5, 5)
+    assert max(positions.step for positions in passes) == 5
 
 @torch.no_grad()
 def adversarial(dtype=torch.float64, strength=3.0, **overrides):

@@ -242,6 +242,9 @@ def test_a_run_sees_every_row_once(data, here, monkeypatch):
     ("--target-flops 1e300", ["--target-flops must be at most 1e+30"]),
     ("--max-seq-len 0", ["--max-seq-len must be a number of at least 1"]),
     ("--memory-init nan", ["memory_init must be a number, not nan"]),
+    ("--memory-init=-1e308", ["memory_init -1e+308 is larger than 1000000"]),
+    ("--matrix-lr 1e308", ["--matrix-lr must be at most 1000000"]),
+    ("--final-lr-frac 1e308", ["--final-lr-frac must be at most 1000000"]),
     # the model
     ("--lrt both", ["invalid choice: 'both'"]),
     ("--source-layer 2", ["source_layer 2 is out of range", "0 to 1"]),
@@ -270,6 +273,7 @@ def test_a_run_sees_every_row_once(data, here, monkeypatch):
     ("--data nowhere", ["no prepared data in nowhere", "prepare_data.py"]),
     ("--data nowhere --name caf\udce9", ["not UTF-8", "--name"]),
     ("--data nowhere --out /dev/null/x", ["/dev/null is no folder"]),  # before any data is read
+    ("--data nowhere --out link", ["link is no folder"]),  # a link to nowhere
     # the rest
     ("--unknown", ["unrecognized arguments"]),
     ("--device tpu", ["device 'tpu' cannot be used here"]),
@@ -277,6 +281,7 @@ def test_a_run_sees_every_row_once(data, here, monkeypatch):
     ("--resume nowhere", ["no such run or checkpoint: nowhere"]),
 ])
 def test_bad_flags(flags, words, data, here):
+    (here / "link").symlink_to("nowhere")
     assert_refused(cli("train.py", "--data", data, *SMALL, "--num-iterations", 2, *flags.split()), *words)
     assert not (here / "runs").exists()
 
@@ -308,6 +313,14 @@ def run(trained, here):
     """A copy of the trained run, as the folder `run`."""
     shutil.copytree(trained[0] / "runs/d2_shared", "run")
     return "run"
+
+@pytest.mark.parametrize("name", ["sweep/a", "a/", "./a", "../a"])
+def test_the_same_command_goes_on_with_a_name_of_several_parts(name, data, here):
+    command = ["train.py", "--data", data, *SMALL, "--name", name, "--num-iterations", 1, "--resume", "auto"]
+    for _ in range(2):
+        code, _, err = cli(*command)
+        assert code == 0, err
+    assert_refused(cli(*command, "--seed", 1), "was trained with --seed 0")
 
 def test_flags_of_another_run(run, data):
     assert_refused(cli("train.py", "--resume", run, "--depth", 3), "was trained with --depth 2")
