@@ -215,8 +215,9 @@ MOST = dict(
     depth=1000, head_dim=10**5, max_seq_len=2**24,
     refinements=1000, deepen=1, num_iterations=10**9, target_flops=1e30, target_param_data_ratio=10**6,
     total_batch_size=2**40, device_batch_size=2**20, warmdown_ratio=1, final_lr_frac=10**6,
-    matrix_lr=10**6, memory_lr=10**6, embedding_lr=10**6, head_lr=10**6, gate_lr=10**6, scalar_lr=10**6,
-    weight_decay=10**6,
+    # what float32 holds
+    matrix_lr=1e38, memory_lr=1e38, embedding_lr=1e38, head_lr=1e38, gate_lr=1e38, scalar_lr=1e38,
+    weight_decay=1e38,
 )
 
 # flags that may change when a run is resumed; a change of any other would make it another run

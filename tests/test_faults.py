@@ -5,6 +5,7 @@ has imported everything, which costs a tenth of a command's start.
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -88,12 +89,20 @@ def command(out, argv, env=None, prelude=None, *args):
         prelude(*args)
     common.run_main(train.main)
 
+# Ports below those that the kernel hands out (32768 and up): a group may be given its port long before it
+# listens there, and until then a connection of another group must not get it. Each pytest has its own.
+PORTS = itertools.count(20000 + os.getpid() % 250 * 50)
+
+def free_port():
+    """A port that nothing uses, and that no group was given before."""
+    for port in PORTS:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("", port))
+            return str(port)
+
 def ranks(world_size):
-    """The environment of each process of a group on this machine, on a port that is free."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    group = dict(WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    """The environment of each process of a group on this machine."""
+    group = dict(WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     return [group | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world_size)]
 
 def wait(*processes, seconds=60):

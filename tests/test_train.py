@@ -243,7 +243,7 @@ def test_a_run_sees_every_row_once(data, here, monkeypatch):
     ("--max-seq-len 0", ["--max-seq-len must be a number of at least 1"]),
     ("--memory-init nan", ["memory_init must be a number, not nan"]),
     ("--memory-init=-1e308", ["memory_init -1e+308 is larger than 1000000"]),
-    ("--matrix-lr 1e308", ["--matrix-lr must be at most 1000000"]),
+    ("--matrix-lr 1e308", ["--matrix-lr must be at most 1e+38"]),
     ("--final-lr-frac 1e308", ["--final-lr-frac must be at most 1000000"]),
     # the model
     ("--lrt both", ["invalid choice: 'both'"]),
