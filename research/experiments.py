@@ -169,18 +169,26 @@ def control():
     - draft_kv_STEPS, draft_layerwise_STEPS: recurrence on top of it: the first pass reads that memory, runs
       forward only and up to the source layer, and hands its own memory to a second pass, which has the loss.
     - s2_kv_STEPS: the paper's schedule with that first memory.
+    draft_kv_430, 860 and 1720 have the FLOPs of 500, 1000 and 2000 steps of the control.
     """
     first = "--first-memory embedding"
     draft = "--schedule refine --refinements 1 --forward-passes 1"
     shared_kv = "--lrt shared --inject kv"
+
+    def run(steps, flags):
+        return f"{SIZE} --num-iterations {steps} {first} {flags}"
+
     runs = {}
+    for steps in (500, 1000, 2000):
+        runs[f"kv_{steps}"] = run(steps, f"{shared_kv} --schedule plain")
+        equal_flops = round(0.86 * steps)
+        runs[f"draft_kv_{equal_flops}"] = run(equal_flops, f"{shared_kv} {draft}")
+    runs["draft_kv_500"] = run(500, f"{shared_kv} {draft}")
+    for steps in (250, 500, 1000):
+        runs[f"s2_kv_{steps}"] = run(steps, shared_kv)
     for steps in (500, 1000):
-        size = f"{SIZE} --num-iterations {steps} {first}"
-        runs[f"kv_{steps}"] = f"{size} {shared_kv} --schedule plain"
-        runs[f"draft_kv_{steps}"] = f"{size} {shared_kv} {draft}"
-        runs[f"layerwise_{steps}"] = f"{size} --lrt layerwise --schedule plain"
-        runs[f"draft_layerwise_{steps}"] = f"{size} --lrt layerwise {draft}"
-        runs[f"s2_kv_{steps}"] = f"{size} {shared_kv}"
+        runs[f"layerwise_{steps}"] = run(steps, "--lrt layerwise --schedule plain")
+        runs[f"draft_layerwise_{steps}"] = run(steps, f"--lrt layerwise {draft}")
     return runs
 
 def states():
