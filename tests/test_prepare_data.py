@@ -191,7 +191,7 @@ def test_another_key_or_column(docs, tmp_path):
     ok(cli("prepare_data.py", tmp_path, "--out", tmp_path / "out", "--text-key", "content", *SMALL))
     assert_holds(open_data(tmp_path / "out"), docs)
     again = cli("prepare_data.py", tmp_path / "a.parquet", "--out", tmp_path / "out", *SMALL)
-    assert_refused(again, "text_key content there, None now")
+    assert_refused(again, "text_key content there, text now")
 
 def folder_with_links(tmp_path, docs):
     """A folder of four files, one of which is reached by a link; a link back; and other files."""
@@ -316,7 +316,7 @@ def test_segments_do_not_change_tokens():
     rng = random.Random(1)
     parts = [" ", "  ", " " * 7, "\n", " \n  ", "!\n", "word", "'s", "12345", "...", "中", "é"]
     text = "".join(rng.choice(parts) for _ in range(60_000))
-    enc = prepare_data.train_tokenizer([text], 400)  # one that knows runs of spaces
+    enc = prepare_data.train_tokenizer([text], 400, 2)  # one that knows runs of spaces
     pieces = list(segments(text, 5000))
     assert "".join(pieces) == text
     assert len(pieces) > 20
@@ -503,6 +503,27 @@ def test_other_settings_are_refused(source, docs, copy, tmp_path):
 
     (copy / "settings.json").unlink()
     assert_refused(again(source, copy, *SMALL), "settings.json", "choose another --out")
+
+def test_settings_from_before_there_was_a_flag_for_digits(source, tmp_path):
+    out = tmp_path / "out"
+    ok(cli("prepare_data.py", source, "--out", out, "--digits", 3, *SMALL))
+    settings = json.loads((out / "settings.json").read_text())
+    del settings["digits"], settings["text_key"]
+    (out / "settings.json").write_text(json.dumps(settings))
+    assert "already complete" in ok(cli("prepare_data.py", source, "--out", out, "--digits", 3, *SMALL))
+    assert_refused(cli("prepare_data.py", source, "--out", out, *SMALL), "digits 3 there, 2 now")
+
+@pytest.mark.parametrize("flags, longest", [
+    ([], 2), (["--digits", "1"], 1), (["--digits", "3"], 3), (["--vocab-size", "65537"], 3)])
+def test_digits_in_a_token(flags, longest, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["prepare_data.py", "--vocab-size", "300", *flags])
+    args = prepare_data.parse_args()
+    digits = prepare_data.digits_of(args, args.vocab_size)
+    text = "in 1984, 1984 and 19841984 people " * 20
+    enc = prepare_data.train_tokenizer([text], 300, digits)
+    tokens = [token.decode() for token in enc.token_byte_values() if token.isdigit()]
+    assert max(map(len, tokens)) == longest
+    assert enc.decode(enc.encode_ordinary(text)) == text
 
 def test_a_source_that_changes_while_it_is_read(docs, tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "docs.jsonl", docs)
