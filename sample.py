@@ -6,6 +6,11 @@ the KV cache.
     python sample.py --checkpoint runs/d4_shared --prompt "The history of" --num-samples 3
 """
 
+import signal
+
+if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import codecs
 import io
 import json
