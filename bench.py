@@ -45,13 +45,13 @@ from common import (
     write_json,
 )
 from core import batches, load_tasks, make_example, score
-from dataset import Rows, first_rows, load_tokenizer, open_data
+from dataset import Rows, first_rows, open_data
 from interleave import Schedule, TrainStep, decode_tokens, prefill
 from model import GPTConfig
 from optim import Muon, OptimizerConfig, make_optimizers, product_dtype
 from plan import saved_bytes
 from recurrent import RecurrentConfig, build_model, graphs, keys_read, reference, tiled
-from sample import new_cache
+from sample import load_run, new_cache
 
 MIB = 2**20
 
@@ -612,9 +612,7 @@ def bench_core(args, device):
     and in turns. Tokenizing is not counted on either side. The last rows are all tasks, each weighted by the
     number of its examples.
     """
-    path = find_checkpoint(args.checkpoint)
-    model = load_model(load_checkpoint(path), device)
-    tokenizer = load_tokenizer(path.parent)
+    path, _, tokenizer, model = load_run(args.checkpoint, device)
     context = model.config.sequence_len
     budget = args.batch * context
     with_and_without = (False,) if model.config.lrt == "none" else (True, False)

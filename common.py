@@ -41,10 +41,21 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with the defaults in --help, and with errors of one line and exit code 2."""
+    """
+    argparse with the defaults in --help, and with errors of one line and exit code 2. Empty arguments are
+    refused, but for flags that are empty by default: an empty name of a folder would mean the current one.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(**{"formatter_class": HelpFormatter, **kwargs})
+
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        for name, value in vars(parsed).items():
+            values = value if isinstance(value, list) else [value]
+            if "" in values and self.get_default(name) != "":
+                self.error(f"the argument for {name} is empty: was a variable not set?")
+        return parsed
 
     def error(self, message):
         self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")

@@ -53,12 +53,14 @@ def save_tokenizer(folder, enc):
     }
     write_json(Path(folder) / "tokenizer.json", spec)
 
-def load_tokenizer(folder):
+def load_tokenizer(folder, repair=None):
     """
     The tiktoken.Encoding saved in folder; enc.encode_single_token("<|bos|>") is its last id. Text from
-    outside goes through encode_text(). Raises UserError if the two files are missing or damaged.
+    outside goes through encode_text(). Raises UserError if the two files are missing or damaged; repair: what
+    it says to do about that (default: to prepare the folder's data, again).
     """
     folder = Path(folder)
+    repair = repair or f"run `python prepare_data.py --out {folder}`"
     try:
         lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines()
         spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
@@ -74,10 +76,10 @@ def load_tokenizer(folder):
             special_tokens=spec["special_tokens"],
         )
     except FileNotFoundError as e:
-        raise UserError(f"no tokenizer in {folder}: run `python prepare_data.py --out {folder}` first") from e
+        raise UserError(f"no tokenizer in {folder}: {repair}") from e
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise_if_unreadable(f"the tokenizer files in {folder}", e)
-        raise UserError(f"the tokenizer files in {folder} are damaged ({e}): re-run prepare_data.py") from e
+        raise UserError(f"the tokenizer files in {folder} are damaged ({e}): {repair}") from e
 
 def check_ranks(ranks, n_lines, spec):
     """
@@ -269,20 +271,27 @@ def open_data(folder, verify=True, rank=0, world_size=1):
                                 "delete it and re-run prepare_data.py")
     if verify:
         files = [(path, digest) for path, _, digest in entries["train"] + entries["val"]]
-        verify_checksums(files[rank::world_size])
+        verify_shards(files[rank::world_size], vocab_size)
     return Data(folder, meta, enc, sizes, **shards)
 
-def verify_checksums(files):
+def verify_shards(files, vocab_size):
     """
-    Compare the sha256 of files, several at a time. files: pairs of a path and the hex digest that it should
-    have. Raises UserError if one differs or cannot be read.
+    Read shards once, several at a time. files: pairs of a path and the hex sha256 that it should have. Raises
+    UserError if it differs, if a token id is not below vocab_size, or if a shard cannot be read.
     """
-    paths = [path for path, _ in files]
+    def verify(file):
+        path, expected = file
+        if sha256_file(path) != expected:
+            raise UserError(f"{path} is damaged (sha256 differs from meta.json): "
+                            "delete it and re-run prepare_data.py")
+        largest = load_shard(path).max()  # from the system's cache, in a tenth of the time of the checksum
+        if largest >= vocab_size:
+            raise UserError(f"{path} has the token {largest}, the vocabulary is only {vocab_size}: "
+                            "delete it and meta.json, and re-run prepare_data.py")
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (path, expected), found in zip(files, pool.map(sha256_file, paths)):
-            if found != expected:
-                raise UserError(f"{path} is damaged (sha256 differs from meta.json): "
-                                "delete it and re-run prepare_data.py")
+        for _ in pool.map(verify, files):
+            pass
 
 
 # -----------------------------------------------------------------------------

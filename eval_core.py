@@ -199,6 +199,15 @@ def report_core(args, path, checkpoint, model, tokenizer, tasks, print0):
     print0(describe_core(results))
     return results
 
+def sample_prompts(tokenizer, context):
+    """The token ids of PROMPTS, a list of lists. Raises UserError if they do not fit into the context."""
+    encoded = encode_prompts(tokenizer, PROMPTS, math.inf)
+    longest = max(map(len, encoded))
+    if longest > context:
+        raise UserError(f"--eval sample has prompts of up to {longest} tokens, the context of this model is "
+                        f"{context}: leave sample out")
+    return encoded
+
 def report_samples(args, model, tokenizer, encoded, print0):
     """Print greedy continuations of PROMPTS, and return them as a dict from prompt to text."""
     texts = complete(model, tokenizer, encoded, 32, temperature=0, use_memory=not args.no_memory)
@@ -260,7 +269,7 @@ def main():
     if "core" in wanted:
         tasks = load_tasks(args.bundle, None if args.tasks is None else args.tasks.split(","))
     if "sample" in wanted:
-        encoded = encode_prompts(tokenizer, PROMPTS, model.config.sequence_len)
+        encoded = sample_prompts(tokenizer, model.config.sequence_len)
     if "bpb" in wanted:
         results |= report_bpb(args, path, checkpoint, model, print0)
     if "core" in wanted:

@@ -77,6 +77,7 @@ VOCAB_SMALL = 4096  # the default where the source files are smaller than SMALL_
 SMALL_SOURCE = 100_000_000  # bytes
 MAX_VOCAB = 2**24  # no text needs more
 TOKENIZER_CHARS = 1_000_000_000  # the tokenizer is trained on at most this much text
+SHARD_TOKENS = 100_000_000  # the default size of a shard
 VAL_EVERY = 20  # every 20th document is for validation
 
 # How text is cut into words, which no token crosses: the pattern of tiktoken's cl100k_base, except for how
@@ -276,17 +277,22 @@ def read_parquet(path, text_key):
         raise_if_unreadable(path, e)
         raise UserError(f"{path} is damaged ({e}): delete it, then get it again") from e
 
+def format_of(path):
+    """The suffix that says how a file is read once it is decompressed: .py, .txt, .parquet, .jsonl, .json."""
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    return os.path.splitext(name)[1]
+
 def read_documents(path, text_key):
     """
     Yield the documents (str) of one file, without null and blank ones: of JSON lines and parquet the text
     under text_key. A UserError names the file and the place.
     """
-    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
-    if name.endswith(".py"):
+    suffix = format_of(path)
+    if suffix == ".py":
         texts = read_py(path)
-    elif name.endswith(".txt"):
+    elif suffix == ".txt":
         texts = read_txt(path)
-    elif name.endswith(".parquet"):
+    elif suffix == ".parquet":
         texts = read_parquet(path, text_key)
     else:
         texts = read_jsonl(path, text_key)
@@ -633,8 +639,22 @@ def download(url, path, check, what, hint):
 # what was done before there was a flag for it, and what a tokenizer that is not trained leaves open
 UNSAID = {"text_key": "text", "digits": 3}
 
-def check_settings(out, settings):
-    """Raise UserError if the folder holds data of other settings, or data whose settings are not known."""
+# the settings that are flags
+SETTING_FLAGS = {"tokenizer", "vocab_size", "digits", "text_key", "shard_tokens", "base_url"}
+
+def is_source_of_older_version(there, settings, files):
+    """
+    Were settings that a version before --text-key wrote of these files? Its checksum was of their bytes
+    together, without names and borders; those are known of a single file, and of the standard library.
+    """
+    names_are_known = len(files) == 1 or settings["source"] == "stdlib"
+    return names_are_known and there.get("source_sha256") == sha256_file(*files)
+
+def check_settings(out, settings, files):
+    """
+    Raise UserError if the folder holds data of other settings, or data whose settings are not known. files:
+    None for FineWeb-Edu.
+    """
     path = out / "settings.json"
     if not path.exists():
         ours = re.compile(r"meta\.json|tokenizer\..*|(train|val)_\d+\.npy")
@@ -642,19 +662,25 @@ def check_settings(out, settings):
         if names:
             raise UserError(f"{out} holds {names[0]} but no settings.json: choose another --out or empty it")
         return
-    differences = []
+    now = UNSAID | settings
     try:
-        there = UNSAID | json.loads(path.read_text("utf-8"))
-        now = UNSAID | settings
-        for key in sorted({*there, *now}):
-            if there.get(key) != now.get(key):
-                differences.append(f"{key} {there.get(key)} there, {now.get(key)} now")
+        there = json.loads(path.read_text("utf-8"))
+        if "text_key" not in there:
+            there.pop("num_shards", None)  # of FineWeb-Edu, which can be extended now
+            if files is not None and is_source_of_older_version(there, settings, files):
+                there["source_sha256"] = now["source_sha256"]
+        there = UNSAID | there
+        differ = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key)]
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
         raise_if_unreadable(path, e)
         raise UserError(f"{path} is damaged ({e}): delete {out} and re-run prepare_data.py") from e
-    if differences:
-        raise UserError(f"{out} holds other data ({'; '.join(differences)}): "
-                        f"choose another --out or delete {out}")
+    if differ:
+        differences = "; ".join(f"{key} {there.get(key)} there, {now.get(key)} now" for key in differ)
+        advice = f"choose another --out or delete {out}"
+        if SETTING_FLAGS.issuperset(differ) and all(key in there for key in differ):
+            flags = " ".join(f"{flag(key)} {there[key]}" for key in differ)
+            advice = f"give {flags} to go on with it, or {advice}"
+        raise UserError(f"{out} holds other data ({differences}): {advice}")
 
 def finished_data(out):
     """
@@ -713,8 +739,8 @@ def parse_args():
     parser = ArgumentParser(description="Turn text into tokens for train.py.")
     parser.add_argument("source", nargs="*", default=["stdlib"],
                         help=f"stdlib, fineweb-edu, or files and folders: {' '.join(SUFFIXES)}")
-    parser.add_argument("--text-key", metavar="NAME", default="text",
-                        help="what the text is called: key of JSON lines, column of parquet")
+    parser.add_argument("--text-key", metavar="NAME",
+                        help="what the text is called: key of JSON lines, column of parquet (default: text)")
     parser.add_argument("--out", default="data", help="folder to write")
     parser.add_argument("--tokenizer", default="bpe",
                         help="bpe: train one on this text; or a tiktoken encoding such as gpt2")
@@ -724,12 +750,13 @@ def parse_args():
     parser.add_argument("--digits", type=int, choices=[1, 2, 3],
                         help="digits in a token of the trained tokenizer at most (default: 2, "
                              "3 for a vocabulary of more than 65536)")
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000,
-                        help="tokens a shard; fineweb-edu: one shard a parquet file")
+    parser.add_argument("--shard-tokens", type=int,
+                        help=f"tokens a shard (default: {SHARD_TOKENS}; fineweb-edu: one parquet file)")
     parser.add_argument("--num-shards", type=int,
                         help="fineweb-edu: training files to download, about 55 M tokens each (default: 8)")
-    parser.add_argument("--base-url", default=FINEWEB_URL,
-                        help="fineweb-edu: where shard_00000.parquet and the others are")
+    parser.add_argument("--base-url", metavar="URL",
+                        help="fineweb-edu: where shard_00000.parquet and the others are "
+                             f"(default: {FINEWEB_URL})")
     args = parser.parse_args()
 
     # the tokenizer
@@ -749,13 +776,32 @@ def parse_args():
     at_most(args, vocab_size=MAX_VOCAB)
     if "fineweb-edu" in args.source and len(args.source) > 1:
         raise UserError("fineweb-edu cannot be mixed with other sources: prepare it into its own --out")
-    if "fineweb-edu" not in args.source and args.num_shards is not None:
-        raise UserError("--num-shards is for fineweb-edu only: leave it out")
+    fineweb = "fineweb-edu" in args.source
+    for name in ("num_shards", "base_url"):
+        if not fineweb and getattr(args, name) is not None:
+            raise UserError(f"{flag(name)} is for fineweb-edu only: leave it out")
+    if fineweb and args.shard_tokens is not None:
+        raise UserError("--shard-tokens is not for fineweb-edu, whose files are the shards: leave it out")
     if args.num_shards is None:
         args.num_shards = 8
+    if args.base_url is None:
+        args.base_url = FINEWEB_URL
+    if args.shard_tokens is None:
+        args.shard_tokens = SHARD_TOKENS
     if not 1 <= args.num_shards <= FINEWEB_LAST:
         raise UserError(f"--num-shards must be from 1 to {FINEWEB_LAST}")
     return args
+
+def choose_text_key(args, files):
+    """
+    The value of --text-key, which is "text" if it was not given. Raises UserError if it was, and no file has
+    keys or columns. files: None for FineWeb-Edu.
+    """
+    if args.text_key is None:
+        return "text"
+    if files is not None and all(format_of(path) in (".py", ".txt") for path in files):
+        raise UserError("--text-key is for JSON lines and parquet, which none of the files is: leave it out")
+    return args.text_key
 
 def digits_of(args, vocab_size):
     """How many digits a token of the trained tokenizer may hold."""
@@ -813,6 +859,7 @@ def main():
     # sources and settings
     fineweb = args.source == ["fineweb-edu"]
     files = None if fineweb else find_files(args.source)
+    args.text_key = choose_text_key(args, files)
     small = not fineweb and sum(path.stat().st_size for path in files) < SMALL_SOURCE
     vocab_size = args.vocab_size
     if vocab_size is None:
@@ -821,7 +868,7 @@ def main():
 
     with lock(out, "prepare_data.py"):
         # an earlier run of the same settings: keep what it finished
-        check_settings(out, settings)
+        check_settings(out, settings, files)
         data = finished_data(out)
         if data is not None and (not fineweb or len(data.train) >= args.num_shards):
             summary(data, "already complete")

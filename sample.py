@@ -38,7 +38,7 @@ from common import (
     text_of,
     write_atomic,
 )
-from dataset import BOS, encode_text, load_tokenizer
+from dataset import BOS, encode_text, load_tokenizer, tokenizer_sha256
 from interleave import prefill
 
 MAX_SAMPLES = 10**6  # of a prompt; all of them are one batch
@@ -54,7 +54,11 @@ def load_run(path, device):
     """
     path = find_checkpoint(path)
     checkpoint = load_checkpoint(path)
-    tokenizer = load_tokenizer(path.parent)
+    data = checkpoint["args"].get("data")
+    repair = f"copy tokenizer.tiktoken and tokenizer.json there from the data that it was trained on ({data})"
+    tokenizer = load_tokenizer(path.parent, repair)
+    if tokenizer_sha256(path.parent) != checkpoint["tokenizer_sha256"]:
+        raise UserError(f"the tokenizer in {path.parent} is not the one of {path.name}: {repair}")
     model = load_model(checkpoint, device)
     if tokenizer.n_vocab != model.config.vocab_size:
         raise UserError(f"the tokenizer in {path.parent} has {tokenizer.n_vocab} tokens, "

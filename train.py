@@ -93,7 +93,8 @@ def make_parser():
     add("--data", default="data", help="folder that prepare_data.py made")
     add("--name", metavar="NAME", help="the run's folder is OUT/NAME "
         "(default: d<depth>_<lrt>, or d<depth>_recurrent; numbered if it exists)")
-    add("--out", type=os.path.normpath, default="runs", help="where run folders go")
+    add("--out", type=lambda path: path and os.path.normpath(path), default="runs",
+        help="where run folders go")
     add("--resume", metavar="PATH", help="run folder or checkpoint to go on with; its flags apply, those "
         "given here on top. auto: OUT/NAME from its newest checkpoint, or from the start if it has none, "
         "so that the same command starts and restarts")

@@ -179,6 +179,23 @@ def test_a_script_without_torch_starts_fast():
     done = shell(sys.executable, "-c", "import sys, prepare_data; print('torch' in sys.modules)")
     assert done.stdout == "False\n", done.stderr
 
+@pytest.mark.parametrize("argv, words", [
+    (["--out", ""], "the argument for out is empty"),
+    (["a", ""], "the argument for source is empty"),
+    ([""], "the argument for source is empty"),
+])
+def test_empty_arguments(argv, words, capsys):
+    """Of a variable that was not set, say: an empty name must not mean the current folder."""
+    parser = common.ArgumentParser()
+    parser.add_argument("source", nargs="*")
+    parser.add_argument("--out", default="data")
+    parser.add_argument("--prompt", default="")
+    assert parser.parse_args(["--prompt", ""]).prompt == ""
+    with pytest.raises(SystemExit) as e:
+        parser.parse_args(argv)
+    assert e.value.code == 2
+    assert words in capsys.readouterr().err
+
 @pytest.mark.parametrize("value", [0, -1, 2**63, 0.5, float("inf"), float("nan")])
 def test_at_least_refuses(value):
     with pytest.raises(UserError, match=f"--num-shards must be a number of at least 1, not {value}"):

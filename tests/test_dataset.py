@@ -209,9 +209,20 @@ def test_a_flipped_bit_is_found_by_verifying(copy):
     open_data(copy, verify=False)  # which reads no shard
     assert_not_opened(copy, path, "sha256", "delete it and re-run", verify=True)
 
+def test_tokens_beyond_the_vocabulary_are_found_by_verifying(copy):
+    """A shard that has its checksum: a model has no embedding for them."""
+    path = copy / "train_00001.npy"
+    shard = np.load(path)
+    shard[100] = 400  # the vocabulary
+    np.save(path, shard)
+    meta = json.loads((copy / "meta.json").read_text())
+    meta["train"][1]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (copy / "meta.json").write_text(json.dumps(meta))
+    assert_not_opened(copy, path, "has the token 400, the vocabulary is only 400", verify=True)
+
 def test_every_shard_is_verified_by_one_rank(data, monkeypatch):
     read = []
-    monkeypatch.setattr(dataset, "verify_checksums", lambda files: read.append([path for path, _ in files]))
+    monkeypatch.setattr(dataset, "verify_shards", lambda files, _: read.append([path for path, _ in files]))
     for rank in range(3):
         open_data(data, rank=rank, world_size=3)
     open_data(data)

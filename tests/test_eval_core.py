@@ -1,15 +1,19 @@
 """Bits per byte, the command eval_core.py, and what it refuses. CORE is tested in test_core.py."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from helpers import assert_refused, cli
 
-from eval_core import evaluate_bpb
+from common import UserError
+from dataset import load_tokenizer
+from eval_core import PROMPTS, evaluate_bpb, sample_prompts
 from interleave import Schedule
 from model import GPT, GPTConfig
+from sample import encode_prompts
 
 
 def test_eval_core(trained, here):
@@ -52,6 +56,15 @@ def test_what_cannot_work_is_said_before_the_work(trained, here):
                  "--bundle", "nowhere")
     assert_refused(result, "no CORE bundle in nowhere")
     assert "in parallel" not in result[1]
+
+def test_samples_need_a_context(trained):
+    """Of all the prompts, which a user has not written and cannot shorten."""
+    tokenizer = load_tokenizer(trained[0] / "runs/d2_shared")
+    needed = max(map(len, encode_prompts(tokenizer, PROMPTS, math.inf)))
+    assert needed > 16
+    with pytest.raises(UserError, match=f"up to {needed} tokens, the context of this model is {needed - 1}"):
+        sample_prompts(tokenizer, needed - 1)
+    assert len(sample_prompts(tokenizer, needed)) == len(PROMPTS)
 
 def test_bad_flags(here):
     assert_refused(cli("eval_core.py", "--rows", "0"), "--rows must be a number of at least 1")

@@ -21,7 +21,7 @@ import pytest
 from helpers import ROOT, assert_refused, cli, no_open_files, shell
 
 import prepare_data
-from common import Unreadable, UserError
+from common import Unreadable, UserError, sha256_file
 from dataset import BOS, open_data, save_tokenizer
 
 CORPUS = Path(os.environ.get("CORPUS_DIR", ROOT.parent / "shared/corpus"))
@@ -473,7 +473,8 @@ def test_other_settings_are_refused(source, docs, copy, tmp_path):
 
     before = contents(copy)
     other_vocabulary = again(source, copy, "--vocab-size", "401", "--shard-tokens", "2000")
-    assert_refused(other_vocabulary, str(copy), "vocab_size 400 there, 401 now", "delete")
+    assert_refused(other_vocabulary, str(copy), "vocab_size 400 there, 401 now",
+                   "give --vocab-size 400 to go on with it", "delete")
     assert_refused(again(source, copy, "--vocab-size", "400"), "shard_tokens")
     assert_refused(again("fineweb-edu", copy), "source")
     assert contents(copy) == before
@@ -493,7 +494,33 @@ def test_settings_from_before_there_was_a_flag_for_digits(source, tmp_path):
     del settings["digits"], settings["text_key"]
     (out / "settings.json").write_text(json.dumps(settings))
     assert "already complete" in ok(cli("prepare_data.py", source, "--out", out, "--digits", 3, *SMALL))
-    assert_refused(cli("prepare_data.py", source, "--out", out, *SMALL), "digits 3 there, 2 now")
+    assert_refused(cli("prepare_data.py", source, "--out", out, *SMALL), "digits 3 there, 2 now",
+                   "give --digits 3 to go on with it")
+
+def old_settings(out, files):
+    """Make settings.json what was written before there was --text-key."""
+    settings = json.loads((out / "settings.json").read_text())
+    del settings["digits"], settings["text_key"]
+    settings["source_sha256"] = sha256_file(*files)
+    (out / "settings.json").write_text(json.dumps(settings))
+
+@pytest.mark.parametrize("source", ["stdlib", "a.txt", "a.txt b.txt", "folder"])
+def test_data_of_an_older_version(source, docs, here, monkeypatch):
+    """Its fingerprint had no names and borders of files: known of one file, and of the standard library."""
+    for name in ("a.txt", "b.txt", "lib/a.py", "lib/b.py", "folder/a.txt", "folder/b.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("\n".join(docs[:50]))
+    monkeypatch.setattr(prepare_data.sysconfig, "get_path", lambda name: "lib")
+    command = ["prepare_data.py", *source.split(), "--out", "out", "--digits", 3, *SMALL]
+    ok(cli(*command))
+    files = prepare_data.find_files(source.split())
+    old_settings(Path("out"), files)
+    if source in ("stdlib", "a.txt"):
+        assert "already complete" in ok(cli(*command))
+    else:
+        assert_refused(cli(*command), "source_sha256", "choose another --out or delete out")
+    files[0].write_text("other text " * 1000)
+    assert_refused(cli(*command), "source_sha256", "choose another --out or delete out")
 
 @pytest.mark.parametrize("flags, longest", [
     ([], 2), (["--digits", "1"], 1), (["--digits", "3"], 3), (["--vocab-size", "65537"], 3)])
@@ -650,6 +677,10 @@ def test_damaged_parquet_pages(tmp_path):
     ("nowhere.txt --tokenizer gpt5", ["no tokenizer 'gpt5'", "gpt2"]),  # before any file is read
     ("SOURCE --shard-tokens 0", ["--shard-tokens"]),
     ("SOURCE --num-shards 3", ["--num-shards"]),
+    # flags that would not do anything
+    ("SOURCE --base-url http://127.0.0.1:9", ["--base-url is for fineweb-edu only"]),
+    ("fineweb-edu --shard-tokens 1000", ["--shard-tokens is not for fineweb-edu"]),
+    ("stdlib --text-key text", ["--text-key is for JSON lines and parquet"]),
     ("fineweb-edu --num-shards 1823", ["1822"]),
     ("fineweb-edu SOURCE", ["cannot be mixed"]),
     ("SOURCE --nonsense", ["--nonsense", "--help"]),

@@ -301,6 +301,22 @@ def test_bad_prompt_files(trained, here):
     assert_refused(refused("empty.txt", "--interactive"), "--prompt-file goes without")
     assert not (here / "long.out").exists()
 
+def test_a_run_without_its_own_tokenizer(data, trained, here):
+    """Preparing data into the run's folder would not help: it needs the files that it was trained with."""
+    def refused(*words):
+        assert_refused(cli("sample.py", "--checkpoint", "run"), "run", *words,
+                       "copy tokenizer.tiktoken and tokenizer.json there from the data", str(data))
+
+    shutil.copytree(trained[0] / "runs/d2_shared", "run")
+    path = Path("run/tokenizer.json")
+    whole = path.read_text()
+    path.write_text(whole[:-9])
+    refused("are damaged")
+    path.write_text(whole.replace("bpe", "other"))
+    refused("is not the one of ckpt_0000150.pt")
+    path.unlink()
+    refused("no tokenizer in run")
+
 @pytest.mark.parametrize("out", ["prompts.txt", "link", "run/ckpt_0000150.pt", "run/tokenizer.json"])
 def test_out_replaces_no_input(out, trained, here):
     folder, _ = trained
@@ -345,7 +361,7 @@ def test_interactive(trained):
     (["--num-samples", "0"], ["--num-samples must be a number of at least 1"]),
     (["--prompt", "word " * 100], ["prompt 1 has", "the context 32"]),
     (["--stop", "\udce9"], ["--stop is not UTF-8 text: '\\udce9'"]),
-    (["--prompt-file", ""], ["cannot read . (Is a directory)"]),
+    (["--prompt-file", ""], ["the argument for prompt_file is empty"]),
     (["--interactive", "--prompt", "x"], ["--interactive goes without"]),
     (["--interactive", "--out", "x"], ["--interactive goes without"]),
     (["--interactive", "--num-samples", "2"], ["--interactive goes without"]),

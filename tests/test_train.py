@@ -276,6 +276,7 @@ def test_a_run_sees_every_row_once(data, here, monkeypatch):
     ("--data nowhere --out link", ["link is no folder"]),  # a link to nowhere
     # the rest
     ("--unknown", ["unrecognized arguments"]),
+    ("--out=", ["the argument for out is empty"]),
     ("--device tpu", ["device 'tpu' cannot be used here"]),
     ("--device meta", ["device 'meta' cannot be used here"]),
     ("--resume nowhere", ["no such run or checkpoint: nowhere"]),
