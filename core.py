@@ -70,6 +70,7 @@ CORE = (
 )
 BUNDLE = Path("data_core/eval_bundle")
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+BUNDLE_RETRIES = 3  # at the start of a command, for which somebody waits: without a network, some seconds
 MAX_SHOTS = 1000  # of a task: more is a mistake
 BUNDLE_BYTES = 2**30  # an archive that claims to unpack to more is not the bundle
 
@@ -144,7 +145,8 @@ def fetch_bundle(folder=BUNDLE, url=BUNDLE_URL):
 
     with lock(folder.parent, "download of the CORE bundle"):
         archive = download(url, folder.parent / "eval_bundle.zip", check, "a zip archive",
-                           "get the bundle elsewhere and give --bundle DIR")
+                           "get the bundle elsewhere and name its folder (--bundle or --core-bundle)",
+                           BUNDLE_RETRIES)
         try:
             unpack(archive, folder)
         except UserError as e:

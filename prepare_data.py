@@ -581,10 +581,10 @@ def retry_pause(error, failures):
         return min(60, int(retry_after))
     return min(60, RETRY_SECONDS * 2**failures)
 
-def fetch_with_retries(url, part, hint, name):
+def fetch_with_retries(url, part, hint, name, retries):
     """
-    Complete the file `part` in as many attempts as it takes. Raises UserError after RETRIES in a row that
-    made no progress. name: of the file, for messages.
+    Complete the file `part` in as many attempts as it takes. Raises UserError after so many `retries` in a
+    row that made no progress. name: of the file, for messages.
     """
     import requests
     largest = 0  # bytes, of all attempts
@@ -600,18 +600,18 @@ def fetch_with_retries(url, part, hint, name):
             else:
                 failures += 1
             malformed = isinstance(e, ValueError)  # the URL, or a number in the reply
-            if malformed or failures >= RETRIES:
+            if malformed or failures >= retries:
                 raise UserError(f"cannot download {url} ({e}): {hint}, "
                                 "or re-run the same command to continue") from e
             seconds = retry_pause(e, failures)
             say(f"{name}: {e}; trying again in {seconds:.0f} s")
             time.sleep(seconds)
 
-def download(url, path, check, what, hint):
+def download(url, path, check, what, hint, retries=RETRIES):
     """
     Download the file at url to path, unless it is there, and return path. Lost connections, HTTP 429 and
     5xx are tried again and continue where they stopped. check(file) raises UserError if the file is not
-    `what`. Raises UserError, with the hint, if the server refuses (404), after RETRIES attempts in a row
+    `what`. Raises UserError, with the hint, if the server refuses (404), after `retries` attempts in a row
     without progress, and if the file fails the check.
     """
     if path.exists():
@@ -619,7 +619,7 @@ def download(url, path, check, what, hint):
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fetch_with_retries(url, part, hint, path.name)
+        fetch_with_retries(url, part, hint, path.name, retries)
         try:
             check(part)
         except Unreadable:

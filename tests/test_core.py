@@ -25,6 +25,7 @@ from test_recurrent import make_recurrent
 
 import core
 import interleave
+import prepare_data
 from common import UserError
 from core import CORE, batches, common_length, encode, evaluate_task, load_tasks, make_example, render, score
 from dataset import load_tokenizer
@@ -375,9 +376,17 @@ def test_the_bundle_is_downloaded_once(tmp_path, server):
 def test_a_bad_download_leaves_nothing(name, words, tmp_path, server):
     url, _ = server
     (tmp_path / "page.zip").write_text("<html>not found</html>")
-    with pytest.raises(UserError, match=words + ".*--bundle DIR"):
+    with pytest.raises(UserError, match=words + ".*--bundle or --core-bundle"):
         core.fetch_bundle(tmp_path / "other/eval_bundle", f"{url}/{name}")
     assert [path.name for path in (tmp_path / "other").iterdir()] == [".lock"]
+
+def test_without_a_network_the_bundle_is_given_up_soon(tmp_path, monkeypatch):
+    """Somebody waits for the command to start."""
+    slept = []
+    monkeypatch.setattr(prepare_data.time, "sleep", slept.append)
+    with pytest.raises(UserError, match="cannot download http://127.0.0.1:9.*--bundle or --core-bundle"):
+        core.fetch_bundle(tmp_path / "data_core/eval_bundle", "http://127.0.0.1:9/bundle.zip")
+    assert 0 < sum(slept) < 10
 
 def test_unpacking_is_safe(tmp_path):
     bundle = write_bundle(tmp_path / "bundle", names=CORE[:3])
