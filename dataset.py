@@ -280,19 +280,11 @@ class Rows:
     same rows for any number of processes, and a row number is all that a resumed run needs.
     """
 
-    def __init__(self, shards, T, seed, bos=None):
+    def __init__(self, shards, T, seed):
         self.shards = shards  # a sequence of arrays of token ids, usually Shards
         self.T = T
         self.seed = seed
         self.counts = np.array([max(len(shard) - 1, 0) // T for shard in shards])  # rows of each shard
-        self.starts = None
-        if bos is not None:  # a row starts where a document does, or T tokens behind another of its rows
-            self.starts = []
-            for shard in shards:
-                ends = [*np.flatnonzero(shard == bos).tolist(), len(shard)]
-                starts = [s for a, b in zip(ends, ends[1:]) for s in range(a, b, T) if s + T < len(shard)]
-                self.starts.append(starts)
-            self.counts = np.array([len(starts) for starts in self.starts])
         self.per_epoch = int(self.counts.sum())
         self.shard_orders = {}  # epoch -> a permutation of the shards
         self.row_orders = {}  # (epoch, shard) -> a permutation of its rows, for the shard in use
@@ -321,8 +313,6 @@ class Rows:
                 continue
             tokens = self.shards[shard]
             start = self.row_order(epoch, shard)[n] * self.T
-            if self.starts is not None:
-                start = self.starts[shard][self.row_order(epoch, shard)[n]]
             return tokens[start:start + self.T + 1].astype(np.int64)
 
     def batch(self, first, count, device):

@@ -248,7 +248,7 @@ def run(model, idx, passes, kv_refresh=False, detach=False, forward_passes=0, we
 
     # what is looked up by token, once for all passes
     x0, value_embeds = model.embed(idx)
-    first_memory = None if config.first_memory == "zero" else model.token_memory(x0, value_embeds)
+    first_memory = x0 if config.first_memory == "embedding" else None
     x0 = gather_positions(x0, passes)
     gathered = []
     for x in value_embeds:
@@ -258,7 +258,7 @@ def run(model, idx, passes, kv_refresh=False, detach=False, forward_passes=0, we
         # the memory that this pass reads
         left = split(memories, positions, 1)
         memory = None
-        if config.lrt != "none" and config.memory != "layer0":
+        if config.lrt != "none":
             is_subset = positions.step > 1 and left  # it reads memories at positions that it leaves alone
             memory = previous_memory(left if is_subset else memories, positions, first_memory)
 

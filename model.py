@@ -58,7 +58,6 @@ class GPTConfig:
     memory: str = "hidden"  # what is handed on: hidden (m_t of equation 3) | embedding (x0_t: no recurrence)
     first_memory: str = "zero"  # what is read before any pass has computed it: zero | embedding (x0_{t-1})
     memory_init: float = 0.1  # c of equation (1) at the start
-    reset_memory: bool = False  # zero at <|bos|>, the last token of the vocabulary
 
     def __post_init__(self):
         """Raises ValueError, in one line, for a model that cannot be built."""
@@ -83,10 +82,10 @@ class GPTConfig:
         check_choice("value_embeds", "none", "alternate", "all")
         check_choice("lrt", "none", "shared", "layerwise")
         check_choice("inject", "kv", "residual", "both")
-        check_choice("memory", "hidden", "embedding", "both", "layer0")
-        check_choice("first_memory", "zero", "embedding", "value-embedding")
+        check_choice("memory", "hidden", "embedding")
+        check_choice("first_memory", "zero", "embedding")
         check(self.first_memory == "zero" or self.lrt != "none", "first_memory embedding goes with an LRT")
-        check(self.memory in ("hidden", "layer0") or self.first_memory != "zero",
+        check(self.memory == "hidden" or self.first_memory == "embedding",
               "memory embedding goes with first_memory embedding: there is no other memory to begin with")
         check(math.isfinite(self.memory_init), f"memory_init must be a number, not {self.memory_init}")
         check(abs(self.memory_init) <= 1e6, f"memory_init {self.memory_init} is larger than 1000000")
@@ -108,7 +107,7 @@ class GPTConfig:
     @property
     def recurrent_memory(self):
         """Does a token's memory depend on the memory of the token before it?"""
-        return self.lrt != "none" and self.memory in ("hidden", "both")
+        return self.lrt != "none" and self.memory == "hidden"
 
     @property
     def kv_memory(self):
@@ -362,9 +361,8 @@ class GPT(nn.Module):
         n_pairs = 0
         if config.kv_memory:
             n_pairs = 1 if config.lrt == "shared" else L
-        width = 2 * D if config.memory == "both" else D
-        self.mem_k = nn.ModuleList(Linear(width, kv_dim) for _ in range(n_pairs))
-        self.mem_v = nn.ModuleList(Linear(width, kv_dim) for _ in range(n_pairs))
+        self.mem_k = nn.ModuleList(Linear(D, kv_dim) for _ in range(n_pairs))
+        self.mem_v = nn.ModuleList(Linear(D, kv_dim) for _ in range(n_pairs))
 
         # rotary tables (2 * sequence_len, 1, d): a row that is padded on its left ends beyond the context
         frequencies = 10000.0 ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
@@ -388,9 +386,6 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.weight)
                 else:
                     nn.init.uniform_(module.weight, -bound, bound)
-        if self.config.memory == "both":  # the recurrent half starts at zero
-            for R in (*self.mem_k, *self.mem_v):
-                R.weight[:, :self.config.n_embd] = 0
         nn.init.normal_(self.wte.weight, std=1.0)
         nn.init.normal_(self.lm_head.weight, std=0.001)
 
@@ -417,15 +412,7 @@ class GPT(nn.Module):
         """
         if self.config.first_memory == "zero":
             return None
-        return self.token_memory(*self.embed(idx))
-
-    def token_memory(self, x0, value_embeds):
-        """The first memory from what embed() returns."""
-        if self.config.first_memory == "value-embedding":
-            x0 = norm(value_embeds[0])
-        if self.config.memory == "both":
-            return torch.cat([torch.zeros_like(x0), x0], -1)
-        return x0
+        return norm(self.wte(idx).to(self.compute_dtype or self.wte.weight.dtype))
 
     def project_memory(self, memory, n_layer):
         """
@@ -457,12 +444,8 @@ class GPT(nn.Module):
         if n_layer is None:
             n_layer = config.n_layer
         rotary = take(self.cos, positions, dim=0), take(self.sin, positions, dim=0)
-        if self.config.reset_memory and memory is not None:
-            memory = memory.masked_fill((idx == config.vocab_size - 1).unsqueeze(-1), 0)
         memory_kv = self.project_memory(memory, n_layer)
         x0, value_embeds = embedded or self.embed(idx)
-        if config.memory == "layer0":
-            given, memory, memory_kv = memory, None, [None] * n_layer
 
         # a, b and c of equation (1): one unbind each, whose backward is one stack
         resid_lambdas = self.resid_lambdas.to(x0.dtype).unbind()
@@ -480,17 +463,7 @@ class GPT(nn.Module):
                           memory_kv=memory_kv[l], lambdas=lambdas, rotary=rotary, positions=positions)
             if l == config.source_layer:
                 source = norm(h)
-            if l == 0 and config.memory == "layer0":  # what the layers above read: the token before, here
-                below = norm(h)
-                memory = given
-                if positions[0] == 0 and memory is None:
-                    memory = F.pad(below[:, :-1], (0, 0, 1, 0))
-                memory_kv = self.project_memory(memory, n_layer)
-        if config.memory == "layer0":
-            return norm(h), below
-        if config.memory == "both":
-            return norm(h), torch.cat([source, x0], -1)
-        return norm(h), source if config.memory == "hidden" else self.token_memory(x0, value_embeds)
+        return norm(h), source if config.memory == "hidden" else x0
 
     def layer(self, l, kv, h, x0, value_embed, memory, memory_kv, lambdas, rotary, positions):
         """Layer l: equation (1), with lambdas its a, b and c, and the block. h (B, P, D) -> (B, P, D)."""

@@ -34,7 +34,7 @@ def without_recurrence(args):
 
 def make_config(args, vocab_size):
     """The model's configuration from train.py's flags. Raises UserError for a model that cannot be built."""
-    if without_recurrence(args) and args.first_memory == "zero" and args.memory_path != "layer0":
+    if without_recurrence(args) and args.first_memory == "zero":
         raise UserError("--schedule plain never computes a memory: "
                         "an LRT needs --first-memory embedding with it")
     n_head = math.ceil(args.depth * args.aspect_ratio / args.head_dim)
@@ -52,9 +52,8 @@ def make_config(args, vocab_size):
             lrt=args.lrt,
             source_layer=args.source_layer,
             inject=args.inject,
-            memory=args.memory_path or ("embedding" if without_recurrence(args) else "hidden"),
+            memory="embedding" if without_recurrence(args) else "hidden",
             first_memory=args.first_memory,
-            reset_memory=args.reset_memory,
             memory_init=args.memory_init,
         )
     except ValueError as e:

@@ -121,10 +121,7 @@ def make_parser():
     add("--source-layer", type=int,
         help="memory is read after this layer, 0-based (default: 3/4 of the way up)")
     add("--inject", choices=["kv", "residual", "both"], default="both", help="how memory enters a layer")
-    add("--memory-path", choices=["both", "layer0"], help="tried")
-    add("--reset-memory", action="store_true", help="tried")
-    add("--align-documents", action="store_true", help="tried")
-    add("--first-memory", choices=["zero", "embedding", "value-embedding"], default="zero",
+    add("--first-memory", choices=["zero", "embedding"], default="zero",
         help="what a token reads where no memory has been computed yet: zero, or the embedding of the token "
         "before")
     add("--memory-init", type=float, default=0.1,
@@ -336,7 +333,7 @@ def check_same_data(data, checkpoint, path):
 def make_rows(data, plan, args):
     """The training rows and the validation rows, (N, T+1) int64. Raises UserError if there are too few."""
     T = plan.config.sequence_len
-    rows = Rows(data.train, T, args.seed, data.meta["bos_id"] if args.align_documents else None)
+    rows = Rows(data.train, T, args.seed)
     val_rows = first_rows(data.val, T, max(args.eval_tokens // T, 1))
     if rows.per_epoch < plan.rows_per_step:
         raise UserError(f"{data.folder} has {rows.per_epoch} training rows of {T} tokens, "

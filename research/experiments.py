@@ -184,13 +184,6 @@ def control():
         equal_flops = round(0.86 * steps)
         runs[f"draft_kv_{equal_flops}"] = run(equal_flops, f"{shared_kv} {draft}")
     runs["draft_kv_500"] = run(500, f"{shared_kv} {draft}")
-    control_500 = f"--num-iterations 500 {shared_kv} --schedule plain"
-    runs["kv_500_value_embedding"] = f"{SIZE} {control_500} --first-memory value-embedding"
-    runs["kv_500_layer0"] = f"{SIZE} {control_500} --memory-path layer0"
-    runs["kv_500_reset"] = f"{SIZE} {control_500} {first} --reset-memory"
-    runs["kv_500_aligned"] = f"{SIZE} {control_500} {first} --align-documents"
-    runs["none_500_aligned"] = f"{SIZE} --num-iterations 500 --lrt none --align-documents"
-    runs["draft_kv_500_both"] = run(500, f"{shared_kv} {draft} --memory-path both")
     for steps in (250, 500, 1000):
         runs[f"s2_kv_{steps}"] = run(steps, shared_kv)
     for steps in (500, 1000):
