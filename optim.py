@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.distributed as dist
 
-from common import compute_dtype
+from common import training_dtype
 
 BUCKET = 2**25  # parameters of at least this many elements together are sent in one message
 
@@ -110,16 +110,9 @@ POLAR_EXPRESS = [
 
 def product_dtype(p):
     """
-    The dtype in which matrices like p are multiplied: its own, but bf16 for float32 where that is fast. On a
-    CPU with bf16 instructions it is 4 times as fast, on others 20 times as slow (research/SPEED.md).
+    The dtype in which matrices like p are multiplied: its own, but bf16 for float32 where that is fast.
     """
-    if p.dtype != torch.float32:
-        return p.dtype
-    if p.device.type != "cpu":
-        return compute_dtype(p.device)
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    kernels = torch.backends.cpu.get_cpu_capability()  # AVX2 if ATEN_CPU_CAPABILITY=avx2 says so
-    return torch.bfloat16 if has_bf16 and kernels == "AVX512" else torch.float32
+    return training_dtype(p.device) if p.dtype == torch.float32 else p.dtype
 
 def norms(x):
     """The Frobenius norms of matrices (.., m, n), (.., 1, 1)."""

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from attention import KVCache
-from common import UserError, compute_dtype, pick_device
+from common import UserError, pick_device, training_dtype
 from dataset import Rows, open_data
 from interleave import Schedule, TrainStep
 from model import GPT, GPTConfig
@@ -297,7 +297,7 @@ def dry_run(args):
     assumed.
     """
     device = pick_device(args.device)
-    dtype = compute_dtype(device)
+    dtype = training_dtype(device, args.dtype)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     vocab_size = DEFAULT_VOCAB_SIZE
     rows_per_epoch = None

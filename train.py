@@ -49,7 +49,6 @@ from common import (
     at_least,
     at_most,
     check_new_folder,
-    compute_dtype,
     end_processes,
     flag,
     from_rank_0,
@@ -59,6 +58,7 @@ from common import (
     peak_flops,
     run_main,
     say,
+    training_dtype,
     write_atomic,
 )
 from core import describe_core, evaluate_core, load_tasks
@@ -95,6 +95,8 @@ def make_parser():
         "so that the same command starts and restarts")
     add("--seed", type=int, default=0, help="of the weights and of the order of the data")
     add("--device", help="cuda | mps | cpu (default: the best there is)")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="of the activations; weights are float32 (auto: bfloat16 on GPUs and CPUs where it is fast)")
     add("--compile", action=BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--dry-run", action="store_true",
         help="print the plan, parameters to KV cache, and end: nothing is trained or written")
@@ -222,7 +224,7 @@ MOST = dict(
 
 # flags that may change when a run is resumed; a change of any other would make it another run
 MAY_CHANGE = {
-    "resume", "data", "device", "compile", "dry_run",
+    "resume", "data", "device", "dtype", "compile", "dry_run",
     "device_batch_size", "activation_checkpointing", "on_nonfinite",
     "eval_every", "eval_tokens", "decode_tokens", "core_every", "core_bundle", "core_max_per_task",
     "save_every", "keep", "log_every",
@@ -230,6 +232,9 @@ MAY_CHANGE = {
 
 # flags that older checkpoints have and this file no longer knows, with the default that they had
 REMOVED_FLAGS = {"memory_start": 0.0, "memory_share": 1.0}
+
+# flags that older checkpoints do not have, where their default is not what was done then
+NEWER_FLAGS = {"dtype": None}
 
 def parse_args():
     """The flags, and the checkpoint to go on with or None. Raises UserError."""
@@ -271,10 +276,11 @@ def check_restarts(args):
 
 def saved_args(parser, checkpoint, path):
     """
-    The flags that a checkpoint was trained with, a dict; flags that are newer than it have their defaults.
+    The flags that a checkpoint was trained with, a dict; flags that are newer than it have their defaults,
+    or what NEWER_FLAGS says.
     Raises UserError if it used a flag that this version no longer has.
     """
-    args = vars(parser.parse_args([]))
+    args = vars(parser.parse_args([])) | NEWER_FLAGS
     for name, value in checkpoint["args"].items():
         if name in args:
             args[name] = value
@@ -590,7 +596,8 @@ def main():
 
     # device, process group, data
     device, rank, world_size = init_processes(args.device, TIMEOUT)
-    dtype = compute_dtype(device)
+    dtype = training_dtype(device, args.dtype)
+    args.dtype = str(dtype)[6:]  # a resumed run goes on in it
     data = open_data(args.data, rank=rank, world_size=world_size)
     if checkpoint:
         check_same_data(data, checkpoint, args.resume)

@@ -18,7 +18,8 @@ PARITY = Path(os.environ.get("PARITY_DIR", ROOT.parent / "shared/parity"))
 
 # train.py's flags for a model of two layers that takes seconds to train on a CPU
 TINY = "--depth 2 --aspect-ratio 16 --head-dim 16 --max-seq-len 32 --window-pattern SL".split()
-SMALL = TINY + "--total-batch-size 512 --eval-tokens 2048 --decode-tokens 512 --device cpu".split()
+SMALL = TINY + "--total-batch-size 512 --eval-tokens 2048 --decode-tokens 512".split()
+SMALL += "--device cpu --dtype float32".split()  # the same on every machine
 
 
 def shell(script, *args, **env):

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import optim
 import train
 from checkpointing import load_checkpoint, load_optimizers
+from common import training_dtype
 from model import GPT, GPTConfig
 from optim import Muon, OptimizerConfig, Sharded, make_optimizers, set_learning_rates
 from plan import make_plan
@@ -179,7 +180,7 @@ def test_a_parameter_without_a_gradient_stays():
     assert torch.equal(b, before)
     assert list(optimizer.state_dict()["state"]) == [0]
 
-def test_the_dtype_of_products(monkeypatch):
+def test_the_fast_dtype(monkeypatch):
     """bf16 where the CPU has it and its kernels may be used, float32 elsewhere; other dtypes stay."""
     p = torch.zeros(2, 2)
     for amx, avx512_bf16, kernels, dtype in [
@@ -191,7 +192,9 @@ def test_the_dtype_of_products(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=amx: answer)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=avx512_bf16: answer)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda answer=kernels: answer)
-        assert optim.product_dtype(p) == dtype
+        assert optim.product_dtype(p) == training_dtype("cpu") == dtype
+        assert training_dtype("cpu", None) == training_dtype("cpu", "float32") == torch.float32
+        assert training_dtype("cpu", "bfloat16") == torch.bfloat16
         assert optim.product_dtype(p.double()) == torch.float64
 
 @pytest.mark.parametrize("name", ["v0_layerwise", "v0_recurrent"])
@@ -423,7 +426,7 @@ def test_resumed_on_gpus(group_of_one, monkeypatch):
     On fake CUDA tensors: a checkpoint's state gets to the GPU, AdamW's step as well (pytorch issue 124133);
     the fused step takes it, and saving it moves nothing that is in use.
     """
-    monkeypatch.setattr(optim, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(optim, "training_dtype", lambda device: torch.bfloat16)
     cpu = random_parameters()
     saved = []
     for optimizer in (torch.optim.AdamW(cpu, fused=True), torch.optim.Muon(cpu)):
