@@ -15,6 +15,7 @@ import common
 
 ROOT = Path(__file__).resolve().parent.parent
 PARITY = Path(os.environ.get("PARITY_DIR", ROOT.parent / "shared/parity"))
+PARITY_NANOCHAT = Path(os.environ.get("PARITY_NANOCHAT_DIR", ROOT.parent / "shared/parity_nanochat"))
 
 # train.py's flags for a model of two layers that takes seconds to train on a CPU
 TINY = "--depth 2 --aspect-ratio 16 --head-dim 16 --max-seq-len 32 --window-pattern SL".split()
