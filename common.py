@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import stat
 import subprocess
 import sys
@@ -149,12 +150,15 @@ def run_main(main):
     """
     Call main() with streams that can be used. A UserError becomes `error: <message>` on stderr and exit code
     2, and so do memory that runs out and output that cannot be written; Ctrl-C is exit code 130; a reader
-    that has read enough, as in `| head`, is exit code 1.
+    that has read enough, as in `| head`, is exit code 1. Before main() and after it, Ctrl-C ends the process
+    at once: there is nothing to lose, and Python would only show where it was.
     """
     prepare_streams()
     code = 0
     output_error = None
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # since the first line of the script
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
     except SystemExit as e:  # --help, and errors of the command line
         code = e.code
@@ -179,6 +183,7 @@ def run_main(main):
         if not isinstance(e, BrokenPipeError) and e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
         output_error = e
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     output_error = flush_streams() or output_error
     if output_error and not code:
         code = 1

@@ -53,7 +53,7 @@ from common import (
     write_atomic,
     write_json,
 )
-from dataset import BOS
+from dataset import BOS, encode_text
 from interleave import prefill
 from prepare_data import download
 from sample import new_cache
@@ -278,7 +278,7 @@ def render(task, i):
 def last_word_start(text):
     """
     The position of the last space in text that follows a non-space, 0 if there is none. Cutting there changes
-    no token, because no token crosses from a non-space to a space (see prepare_data.segments).
+    no token, because no token crosses from a non-space to a space (see dataset.segments).
     """
     cut = text.rfind(" ")
     while cut > 0 and text[cut - 1].isspace():
@@ -289,8 +289,8 @@ def encode(tokenizer, prompts):
     """The tokens of each prompt, BOS first: a list of int64 arrays. What they all share is encoded once."""
     shared = os.path.commonprefix(prompts)
     cut = last_word_start(shared)
-    head = [tokenizer.encode_single_token(BOS)] + tokenizer.encode_ordinary(shared[:cut])
-    return [np.array(head + tokenizer.encode_ordinary(prompt[cut:])) for prompt in prompts]
+    head = [tokenizer.encode_single_token(BOS)] + encode_text(tokenizer, shared[:cut])
+    return [np.array(head + encode_text(tokenizer, prompt[cut:])) for prompt in prompts]
 
 def common_length(rows):
     """How many tokens the arrays have in common at their beginning."""

@@ -29,6 +29,7 @@ import tiktoken
 from common import UserError, is_whole, raise_if_unreadable, sha256_file, write_atomic, write_json
 
 BOS = "<|bos|>"
+SEGMENT = 50_000  # characters that are handed to tiktoken at once, see segments()
 OPEN_SHARDS = 8  # memory maps open at a time: each holds one of the files that a process may open, often 1024
 
 
@@ -55,7 +56,7 @@ def save_tokenizer(folder, enc):
 def load_tokenizer(folder):
     """
     The tiktoken.Encoding saved in folder; enc.encode_single_token("<|bos|>") is its last id. Text from
-    outside goes through enc.encode_ordinary. Raises UserError if the two files are missing or damaged.
+    outside goes through encode_text(). Raises UserError if the two files are missing or damaged.
     """
     folder = Path(folder)
     try:
@@ -105,6 +106,37 @@ def token_bytes(enc):
     for token in enc.token_byte_values():
         sizes[enc.encode_single_token(token)] = len(token)
     return sizes
+
+def segments(text, size=SEGMENT):
+    """
+    Cut text into segments of at most `size` characters, because tiktoken's regex overflows its stack on
+    very long runs of spaces and one document may be 100 MB. Cutting before a space that follows a non-space
+    cannot change the tokens: no pattern of tiktoken or rustbpe matches across that place. Text without one
+    is cut anywhere.
+    """
+    start = 0
+    while len(text) - start > size:
+        end = start + size
+        # the last such space among the 1000 characters before the end
+        lowest = end - min(1000, size // 2)
+        cut = text.rfind(" ", lowest, end)
+        while cut > 0 and text[cut - 1].isspace():
+            cut = text.rfind(" ", lowest, cut)
+        if cut <= 0:
+            cut = end
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+def encode_text(enc, text):
+    """
+    The token ids of a text of any length, a list of int, without BOS. All of it is text, also where it spells
+    a special token. (Not enc.encode_ordinary, which panics on a million spaces.)
+    """
+    ids = []
+    for segment in segments(text):
+        ids += enc.encode_ordinary(segment)
+    return ids
 
 
 # -----------------------------------------------------------------------------

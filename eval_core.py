@@ -11,6 +11,11 @@ generates, with the exact recurrence: by parallel prefill, and with --referee al
 core.py.
 """
 
+import signal
+
+if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import json
 import math
 

@@ -13,6 +13,11 @@ In this file, in this order: making a tokenizer, sources and readers of their fo
 downloads, what an earlier run left in the folder, and the command.
 """
 
+import signal
+
+if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import hashlib
 import itertools
 import json
@@ -58,6 +63,7 @@ from dataset import (
     load_tokenizer,
     open_data,
     save_tokenizer,
+    segments,
     shard_dtype,
     token_bytes,
     tokenizer_sha256,
@@ -72,7 +78,6 @@ SMALL_SOURCE = 100_000_000  # bytes
 MAX_VOCAB = 2**24  # no text needs more
 TOKENIZER_CHARS = 1_000_000_000  # the tokenizer is trained on at most this much text
 VAL_EVERY = 20  # every 20th document is for validation
-SEGMENT = 50_000  # characters that are handed to tiktoken at once, see segments()
 
 # How text is cut into words, which no token crosses: the pattern of tiktoken's cl100k_base, except for how
 # many digits a token may hold. Small vocabularies have better uses for 1,000 tokens than three digits:
@@ -374,27 +379,6 @@ def local_streams(files, text_key, shard_tokens, source):
     val = Stream("val", 0, partial(documents, "val"), shard_tokens)
     next(train.documents())  # raises UserError if there is too little text for two splits
     return [train, val], n_chars
-
-def segments(text, size=SEGMENT):
-    """
-    Cut text into segments of at most `size` characters, because tiktoken's regex overflows its stack on
-    very long runs of spaces and one document may be 100 MB. Cutting before a space that follows a non-space
-    cannot change the tokens: no pattern of tiktoken or rustbpe matches across that place. Text without one
-    is cut anywhere.
-    """
-    start = 0
-    while len(text) - start > size:
-        end = start + size
-        # the last such space among the 1000 characters before the end
-        lowest = end - min(1000, size // 2)
-        cut = text.rfind(" ", lowest, end)
-        while cut > 0 and text[cut - 1].isspace():
-            cut = text.rfind(" ", lowest, cut)
-        if cut <= 0:
-            cut = end
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
 
 def tokenize(enc, docs):
     """

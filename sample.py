@@ -6,9 +6,13 @@ the KV cache.
     python sample.py --checkpoint runs/d4_shared --prompt "The history of" --num-samples 3
 """
 
+import signal
+
+if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import codecs
 import io
-import itertools
 import json
 import os
 import sys
@@ -34,9 +38,8 @@ from common import (
     text_of,
     write_atomic,
 )
-from dataset import BOS, load_tokenizer
+from dataset import BOS, encode_text, load_tokenizer
 from interleave import prefill
-from prepare_data import segments
 
 MAX_SAMPLES = 10**6  # of a prompt; all of them are one batch
 
@@ -68,10 +71,7 @@ def encode_prompts(tokenizer, prompts, context):
     for n, prompt in enumerate(prompts, 1):
         if not is_text(prompt):
             raise UserError(f"prompt {n} is not UTF-8 text: {ascii(prompt)}")
-    encoded = []
-    for prompt in prompts:
-        pieces = [tokenizer.encode_ordinary(segment) for segment in segments(prompt)]
-        encoded.append([bos, *itertools.chain.from_iterable(pieces)])
+    encoded = [[bos, *encode_text(tokenizer, prompt)] for prompt in prompts]
     for n, tokens in enumerate(encoded, 1):
         if len(tokens) > context:
             raise UserError(f"prompt {n} has {len(tokens)} tokens with BOS, "

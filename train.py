@@ -11,11 +11,15 @@ the passes of a step; dataset.py the rows; checkpointing.py the run folder. This
 setup, and the loop.
 """
 
+import signal
+
+if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import faulthandler
 import math
 import os
-import signal
 import time
 import warnings
 from argparse import BooleanOptionalAction, Namespace

@@ -12,10 +12,14 @@ by hand and is part of its row. A run that has a row is not run again; one that 
 its newest checkpoint.
 """
 
+import signal
+
+if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time

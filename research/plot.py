@@ -10,6 +10,11 @@ times passes. In the tables, `compute` and `same compute` count a pass as the pa
 counts all FLOPs.
 """
 
+import signal
+
+if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import re
 from collections import defaultdict
 from itertools import cycle

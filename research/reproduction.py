@@ -12,6 +12,11 @@ memory from the last layer. Model, training step and optimizers are those of tra
 what was tuned is in TUNED. Each run adds a row to research/results/reproduction.jsonl.
 """
 
+import signal
+
+if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import shlex
 import sys

@@ -19,6 +19,11 @@ that it was not trained on. Whatever reaches further has to go through recurrenc
 --window 128 is full attention.
 """
 
+import signal
+
+if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import itertools
 import math
 import shlex

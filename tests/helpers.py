@@ -14,6 +14,9 @@ from pathlib import Path
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
+# all scripts that can be run, as shell() takes them: train.py, research.plot, ..
+COMMANDS = [path.name for path in sorted(ROOT.glob("*.py")) if "\n    run_main(main)" in path.read_text()]
+COMMANDS += [f"research.{path.stem}" for path in sorted(ROOT.glob("research/*.py"))]
 PARITY = Path(os.environ.get("PARITY_DIR", ROOT.parent / "shared/parity"))
 PARITY_NANOCHAT = Path(os.environ.get("PARITY_NANOCHAT_DIR", ROOT.parent / "shared/parity_nanochat"))
 

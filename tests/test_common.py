@@ -4,6 +4,7 @@ import errno
 import fcntl
 import gzip
 import os
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_refused, no_open_files, shell
+from helpers import COMMANDS, ROOT, assert_refused, no_open_files, shell
 
 import common
 from common import (
@@ -52,6 +53,32 @@ def test_how_a_script_ends():
     code, _, err = run("1 / 0")  # a bug shows its traceback
     assert code == 1
     assert err.splitlines()[-1].startswith("ZeroDivisionError")
+
+# a sitecustomize.py: Ctrl-C in the middle of a script's imports
+INTERRUPTER = """
+import os, signal, sys
+class Interrupter:
+    @staticmethod
+    def find_spec(name, *_):
+        if name in ("numpy", "torch"):
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupter)
+"""
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_ctrl_c_while_a_script_is_imported(script, here):
+    """It ends by that signal, which a shell calls exit code 130, and says nothing."""
+    Path("sitecustomize.py").write_text(INTERRUPTER)
+    done = shell(script, PYTHONPATH=f"{here}:{ROOT}")
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+def test_ctrl_c_after_the_work(here):
+    """While Python clears up, say."""
+    Path("script.py").write_text("import atexit, os, signal, common\n"
+                                 "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+                                 "common.run_main(lambda: print('done'))\n")
+    done = shell(sys.executable, "script.py")
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "done\n", "")
 
 def with_streams(main, redirections, **env):
     """

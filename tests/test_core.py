@@ -117,6 +117,13 @@ def test_prompts_are_those_of_the_established_evaluator(tasks, tokenizer):
             for row, prompt in zip(encode(tokenizer, prompts), prompts):
                 assert row.tolist() == [tokenizer.n_vocab - 1] + tokenizer.encode_ordinary(prompt)
 
+def test_prompts_of_any_length_have_tokens(tokenizer):
+    """A million spaces, which tiktoken cannot take at once, within the shared part and behind it."""
+    spaces = " " * 1_000_000
+    prompts = [f"a{spaces}b {choice}{spaces}c" for choice in "xy"]
+    for row, prompt in zip(encode(tokenizer, prompts), prompts):
+        assert tokenizer.decode(row[1:].tolist()) == prompt
+
 @real
 def test_what_is_scored(tasks, tokenizer):
     """

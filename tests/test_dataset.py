@@ -20,12 +20,15 @@ from dataset import (
     BOS,
     OPEN_SHARDS,
     Rows,
+    encode_text,
     first_rows,
     load_tokenizer,
     open_data,
+    segments,
     token_bytes,
     tokenizer_sha256,
 )
+from prepare_data import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,33 @@ def test_damaged_specification_is_refused(copy):
     path.unlink()
     with pytest.raises(UserError, match="no tokenizer in .* run `python prepare_data.py"):
         load_tokenizer(copy)
+
+
+def test_segments_do_not_change_tokens():
+    rng = random.Random(1)
+    parts = [" ", "  ", " " * 7, "\n", " \n  ", "!\n", "word", "'s", "12345", "...", "中", "é"]
+    text = "".join(rng.choice(parts) for _ in range(60_000))
+    enc = train_tokenizer([text], 400, 2)  # one that knows runs of spaces
+    pieces = list(segments(text, 5000))
+    assert "".join(pieces) == text
+    assert len(pieces) > 20
+    assert max(map(len, pieces)) <= 5000
+    assert sum((enc.encode_ordinary(piece) for piece in pieces), []) == enc.encode_ordinary(text)
+
+@pytest.mark.parametrize("text", ["", "ab", "x" * 25, " " * 25, "abc d" * 5])
+def test_segments_of_short_text(text):
+    pieces = list(segments(text, 10))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 10
+
+def test_text_of_any_length_has_tokens():
+    """A million spaces are more than tiktoken's regular expression can take at once."""
+    enc = train_tokenizer(["a b  c   " * 100], 300, 2)
+    text = "a" * 70_000 + " " * 1_000_000 + "\n" * 70_000 + BOS
+    ids = encode_text(enc, text)
+    assert enc.decode(ids) == text
+    assert max(ids) < enc.encode_single_token(BOS)
+    assert encode_text(enc, "") == []
 
 
 # -----------------------------------------------------------------------------

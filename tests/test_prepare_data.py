@@ -23,7 +23,6 @@ from helpers import ROOT, assert_refused, cli, no_open_files, shell
 import prepare_data
 from common import Unreadable, UserError
 from dataset import BOS, open_data, save_tokenizer
-from prepare_data import segments
 
 CORPUS = Path(os.environ.get("CORPUS_DIR", ROOT.parent / "shared/corpus"))
 SMALL = ["--vocab-size", "400", "--shard-tokens", "2000"]
@@ -311,23 +310,6 @@ def test_giant_single_line(tmp_path):
     train_bytes = int(data.token_bytes[data.train[0]].sum())
     val_bytes = int(data.token_bytes[data.val[0]].sum())
     assert train_bytes + val_bytes == len(text.encode())
-
-def test_segments_do_not_change_tokens():
-    rng = random.Random(1)
-    parts = [" ", "  ", " " * 7, "\n", " \n  ", "!\n", "word", "'s", "12345", "...", "中", "é"]
-    text = "".join(rng.choice(parts) for _ in range(60_000))
-    enc = prepare_data.train_tokenizer([text], 400, 2)  # one that knows runs of spaces
-    pieces = list(segments(text, 5000))
-    assert "".join(pieces) == text
-    assert len(pieces) > 20
-    assert max(map(len, pieces)) <= 5000
-    assert sum((enc.encode_ordinary(piece) for piece in pieces), []) == enc.encode_ordinary(text)
-
-@pytest.mark.parametrize("text", ["", "ab", "x" * 25, " " * 25, "abc d" * 5])
-def test_segments_of_short_text(text):
-    pieces = list(segments(text, 10))
-    assert "".join(pieces) == text
-    assert max(map(len, pieces)) <= 10
 
 # encodings that tiktoken finds as a plugin: like p50k_base, a special token sits in a hole of the ranks
 ENCODINGS = '''
