@@ -87,6 +87,14 @@ class KVStore:
         """
         raise NotImplementedError
 
+    def previous_tokens(self, positions, idx):
+        """
+        Take note of the tokens idx (B, P) int64 at `positions`. Returns the tokens before them (B, P), -1
+        where there is none, at position 0 and where a row starts; None: idx are whole rows, from position 0
+        on.
+        """
+        raise NotImplementedError
+
 
 class KVBuffer(KVStore):
     """The store of training. Writing makes new parts, and gradients flow through all of them."""
@@ -105,6 +113,12 @@ class KVBuffer(KVStore):
         self.write(layer, positions, k, v)
         return attend(q, positions, self.parts[layer], window)
 
+    def previous_tokens(self, positions, idx):
+        if positions != range(len(positions)):
+            raise ValueError(f"a KVBuffer keeps no tokens: what is before {positions} is not known, "
+                             "embed whole rows once for all passes")
+        return None
+
     def copy(self):
         """A store that can be written without changing this one."""
         other = KVBuffer(len(self.parts))
@@ -122,7 +136,7 @@ class KVBuffer(KVStore):
 
 class KVCache(KVStore):
     """
-    The store of inference: preallocated tensors (B, n_kv_head, slots, d), written in place.
+    The store of inference: preallocated tensors (B, n_kv_head, slots, d), written in place, and the tokens.
     length: how many positions it holds. rolling: layers with a window keep only that window, position p in
     slot p mod slots; one position is then written at a time.
     start (B,) int64: rows of different lengths are aligned at their ends, and this is where each begins.
@@ -143,6 +157,7 @@ class KVCache(KVStore):
             shape = batch_size, config.n_kv_head, self.slots[window], config.head_dim
             self.k.append(torch.zeros(shape, device=device, dtype=dtype))
             self.v.append(torch.zeros(shape, device=device, dtype=dtype))
+        self.tokens = torch.full((batch_size, length), -1, device=device)  # by position; noted for smear only
         self.masks = {}  # by window, for the positions of the latest pass: all its layers share them
         self.masked_positions = None
 
@@ -153,6 +168,12 @@ class KVCache(KVStore):
             positions = range(slot, slot + 1)
         take(self.k[layer], positions, dim=2).copy_(k)
         take(self.v[layer], positions, dim=2).copy_(v)
+
+    def previous_tokens(self, positions, idx):
+        take(self.tokens, positions).copy_(idx)
+        index = torch.arange(positions.start, positions.stop, positions.step, device=idx.device)
+        start = 0 if self.start is None else self.start[:, None]
+        return self.tokens[:, index - 1].masked_fill(index <= start, -1)
 
     def attend(self, layer, positions, q, k, v, window):
         self.write(layer, positions, k, v)
@@ -191,6 +212,7 @@ class KVCache(KVStore):
         for mine, theirs in zip(self.k + self.v, other.k + other.v):
             kept = torch.arange(max(n - mine.size(2), 0), n, device=mine.device)
             mine[:, :, kept % mine.size(2)] = theirs[:, :, kept].repeat_interleave(repeats, dim=0)
+        self.tokens[:, :n] = other.tokens[:, :n].repeat_interleave(repeats, dim=0)
 
 
 # -----------------------------------------------------------------------------

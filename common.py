@@ -535,11 +535,26 @@ def pick_device(name=None):
     return device
 
 def compute_dtype(device):
-    """The dtype of activations: bf16 on GPUs that have it, fp32 elsewhere. Weights are fp32 everywhere."""
+    """The dtype of inference: bf16 on GPUs that have it, fp32 elsewhere, so that every CPU scores alike."""
     import torch
     if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float32
+
+def training_dtype(device, name="auto"):
+    """
+    The dtype of activations while training; weights are fp32 in any case. auto: bf16 where it is fast, on
+    GPUs and CPUs that have it, fp32 elsewhere. name None: that of runs from before there was a choice.
+    """
+    import torch
+    if name not in ("auto", None):
+        return getattr(torch, name)
+    if name == "auto" and torch.device(device).type == "cpu":
+        # twice as fast as fp32 on CPUs with such instructions, 20 times as slow on others (research/SPEED.md)
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        kernels = torch.backends.cpu.get_cpu_capability()  # AVX2 if ATEN_CPU_CAPABILITY=avx2 says so
+        return torch.bfloat16 if has_bf16 and kernels == "AVX512" else torch.float32
+    return compute_dtype(device)
 
 def init_processes(device_name=None, timeout=None):
     """

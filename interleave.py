@@ -247,8 +247,9 @@ def run(model, idx, passes, kv_refresh=False, detach=False, forward_passes=0, we
     memories = []
 
     # what is looked up by token, once for all passes
-    x0, value_embeds = model.embed(idx)
-    first_memory = x0 if config.first_memory == "embedding" else None
+    embedding, x0, value_embeds = model.embed(idx)
+    first_memory = embedding if config.first_memory == "embedding" else None
+    embedding = gather_positions(embedding, passes)
     x0 = gather_positions(x0, passes)
     gathered = []
     for x in value_embeds:
@@ -264,7 +265,7 @@ def run(model, idx, passes, kv_refresh=False, detach=False, forward_passes=0, we
 
         # the pass
         n_layer = layers_needed(config, passes, i, weights, kv_refresh)
-        embedded = x0[i], [x[i] for x in gathered]
+        embedded = embedding[i], x0[i], [x[i] for x in gathered]
         with torch.set_grad_enabled(torch.is_grad_enabled() and i >= forward_passes):
             hidden, source = model(take(idx, positions), positions, kv, memory, n_layer, embedded)
         memories = [(positions, source), *left]

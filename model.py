@@ -18,8 +18,17 @@ RMSNorm, D the width, G the key/value heads, and zero memory before the first to
     logits = 15 * tanh(norm(h) @ Wu / 15);   m_t = norm(h after the source layer)   (3)
 
 lrt="shared" has one Rk and one Rv for all layers, "layerwise" one of each per layer. lrt="none" is the
-baseline, without m, g_loc and g_mem. memory="embedding" is the control: it hands on m_t = x0_t instead, so it
-has the same parameters and the same path, and no recurrence.
+baseline, without m, g_loc and g_mem. memory="embedding" is the control: it hands on norm(embed(token_t))
+instead of m_t, so it has the same parameters and the same path, and no recurrence.
+
+This is the backbone of the LRT release. nanochat, which that was forked from, has moved on: NANOCHAT_BACKBONE
+has the choices of its code of 2026-07-03. Memory enters either backbone the same way. What differs in form,
+with e_t = norm(embed(token_t)), scalars s and r, and h_mid = h after layer L // 2:
+
+    x0 = e_t + s * sigmoid(e_t[:24] @ Ws) * e_{t-1}               smear
+    g_loc, g_mem, g_tok = 2, 2, 3 * sigmoid(u[:12] @ Wg_l)        narrow gates, g_tok on every other layer
+    h = h + attention(1.2 * q, 1.2 * k, v) @ Wo_l
+    logits = 15 * tanh(norm(h - r * h_mid) @ Wu / 15)             backout
 
 There is ONE forward. It computes the positions it is given, writes their fresh keys and values into a store,
 and attends to what the store then holds. A training pass, a subset of it, a decoding step and a prefill
@@ -41,6 +50,8 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import take
 
+SMEAR_CHANNELS = 24  # of an embedding are read by the gate of smear
+
 
 @dataclass
 class GPTConfig:
@@ -50,7 +61,8 @@ class GPTConfig:
     n_head: int = 6  # query heads
     n_kv_head: int = 6  # key/value heads: n_head / n_kv_head query heads share one
     n_embd: int = 768
-    window_pattern: str = "SSSL"  # tiled over the layers: S sees half the context, L and the last layer all
+    window_pattern: str = "SSSL"  # tiled over the layers: S sees a part of the context, L and the last all
+    short_window: str = "half"  # what S sees: half the context | quarter (up to a multiple of 128 positions)
     value_embeds: str = "all"  # none | alternate (every other layer, the last one included) | all
     lrt: str = "none"  # none: plain GPT | shared: one memory projection for all | layerwise: one a layer
     source_layer: int | None = None  # 0-based: memory is read after this layer; None: 3/4 of the way up
@@ -58,6 +70,13 @@ class GPTConfig:
     memory: str = "hidden"  # what is handed on: hidden (m_t of equation 3) | embedding (x0_t: no recurrence)
     first_memory: str = "zero"  # what is read before any pass has computed it: zero | embedding (x0_{t-1})
     memory_init: float = 0.1  # c of equation (1) at the start
+    smear: bool = False  # add a gated part of the previous token's embedding to that of each token
+    backout: bool = False  # take a part of the middle layer's output off that of the last
+    gate_channels: int | None = None  # gates read so many channels of their input; None: all
+    value_gate: float = 2.0  # the largest value of g_tok
+    query_scale: float = 1.0  # queries are multiplied by it after their norm
+    rotary_base: float = 10000.0
+    init: str = "release"  # initial values: release | nanochat, see GPT.init_weights
 
     def __post_init__(self):
         """Raises ValueError, in one line, for a model that cannot be built."""
@@ -79,6 +98,7 @@ class GPTConfig:
               f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         check(self.window_pattern and set(self.window_pattern) <= set("SL"),
               f"window_pattern {self.window_pattern!r} must be made of the letters S and L")
+        check_choice("short_window", "half", "quarter")
         check_choice("value_embeds", "none", "alternate", "all")
         check_choice("lrt", "none", "shared", "layerwise")
         check_choice("inject", "kv", "residual", "both")
@@ -89,6 +109,15 @@ class GPTConfig:
               "memory embedding goes with first_memory embedding: there is no other memory to begin with")
         check(math.isfinite(self.memory_init), f"memory_init must be a number, not {self.memory_init}")
         check(abs(self.memory_init) <= 1e6, f"memory_init {self.memory_init} is larger than 1000000")
+        check_choice("init", "release", "nanochat")
+        check(not self.smear or self.n_embd >= SMEAR_CHANNELS,
+              f"smear reads {SMEAR_CHANNELS} channels, n_embd is only {self.n_embd}")
+        if self.gate_channels is not None:
+            check(1 <= self.gate_channels <= self.n_embd,
+                  f"gate_channels {self.gate_channels} is out of range: n_embd is {self.n_embd}")
+        for name in ("value_gate", "query_scale", "rotary_base"):
+            value = getattr(self, name)
+            check(0 < value < math.inf, f"{name} must be a positive number, not {value}")
         if self.source_layer is None:  # the paper finds an upper-middle layer strongest
             self.source_layer = max(round(0.75 * self.n_layer) - 1, 0)
         check(0 <= self.source_layer < self.n_layer,
@@ -123,12 +152,28 @@ class GPTConfig:
         """How many positions back a query of `layer` sees beside its own; sequence_len means all of them."""
         if layer == self.n_layer - 1 or self.window_pattern[layer % len(self.window_pattern)] == "L":
             return self.sequence_len
-        return self.sequence_len // 2
+        if self.short_window == "half":
+            return self.sequence_len // 2
+        quarter = math.ceil(self.sequence_len / 4 / 128) * 128
+        return min(quarter, self.sequence_len)
 
     def has_value_embed(self, layer):
         if self.value_embeds == "alternate":
             return (self.n_layer - 1 - layer) % 2 == 0
         return self.value_embeds == "all"
+
+# the fields in which nanochat's backbone of 2026-07-03 differs (github.com/karpathy/nanochat, commit 92d63d4)
+NANOCHAT_BACKBONE = dict(
+    short_window="quarter",
+    value_embeds="alternate",
+    smear=True,
+    backout=True,
+    gate_channels=12,
+    value_gate=3.0,
+    query_scale=1.2 * 1.2,  # of queries and of keys there
+    rotary_base=100000.0,
+    init="nanochat",
+)
 
 
 # -----------------------------------------------------------------------------
@@ -167,6 +212,9 @@ class Attention(nn.Module):
         self.n_kv_head = config.n_kv_head
         self.head_dim = config.head_dim
         self.kv_memory = config.kv_memory
+        self.gate_channels = config.gate_channels
+        self.value_gate = config.value_gate
+        self.query_scale = config.query_scale
         self.c_q = Linear(D, D)
         self.c_k = Linear(D, self.n_kv_head * self.head_dim)
         self.c_v = Linear(D, self.n_kv_head * self.head_dim)
@@ -177,7 +225,7 @@ class Attention(nn.Module):
             n_gates += 2
         if config.has_value_embed(layer):
             n_gates += 1
-        self.gate = Linear(D, n_gates * self.n_kv_head) if n_gates else None
+        self.gate = Linear(self.gate_channels or D, n_gates * self.n_kv_head) if n_gates else None
 
     def local_kv(self, u, value_embed):
         """
@@ -190,15 +238,16 @@ class Attention(nn.Module):
         v = self.c_v(u).view(heads)
         g_mem = None
         if self.gate is not None:
-            gates = 2 * torch.sigmoid(self.gate(u)).unsqueeze(-1)  # (B, P, n_gates * G, 1)
+            if self.gate_channels is not None:
+                u = u[:, :, :self.gate_channels]
+            gates = torch.sigmoid(self.gate(u)).unsqueeze(-1)  # (B, P, n_gates * G, 1)
             if self.kv_memory:
-                g_loc = gates[:, :, :G]
-                g_mem = gates[:, :, G:2 * G]
+                g_loc, g_mem = (2 * gates[:, :, :2 * G]).chunk(2, dim=2)
                 gates = gates[:, :, 2 * G:]
                 k = g_loc * k
                 v = g_loc * v
             if value_embed is not None:
-                v = torch.addcmul(v, gates, value_embed.view(heads))
+                v = torch.addcmul(v, self.value_gate * gates, value_embed.view(heads))
         return k, v, g_mem
 
     def finish_kv(self, k, v, g_mem, memory_kv, rotary):
@@ -213,10 +262,11 @@ class Attention(nn.Module):
         return norm(rotate(k, *rotary)).transpose(1, 2), v.transpose(1, 2)
 
     def query(self, u, rotary):
-        """u (B, P, D) -> queries (B, H, P, d), rotated and normed."""
+        """u (B, P, D) -> queries (B, H, P, d), rotated, normed and scaled."""
         B, P, _ = u.shape
         q = self.c_q(u).view(B, P, self.n_head, self.head_dim)
-        return norm(rotate(q, *rotary)).transpose(1, 2)
+        q = norm(rotate(q, *rotary)).transpose(1, 2)
+        return q if self.query_scale == 1 else self.query_scale * q
 
     def forward(self, u, value_embed, memory_kv, rotary, positions, window, kv):
         """u (B, P, D) -> (B, P, D). The other arguments are those of Block.forward."""
@@ -357,6 +407,10 @@ class GPT(nn.Module):
         if config.residual_memory:
             self.mem_lambdas = nn.Parameter(torch.full((L,), config.memory_init))
 
+        self.smear_gate = Linear(SMEAR_CHANNELS, 1) if config.smear else None
+        self.smear_lambda = nn.Parameter(torch.zeros(1)) if config.smear else None
+        self.backout_lambda = nn.Parameter(torch.full((1,), 0.2)) if config.backout else None
+
         # Rk and Rv of equation (2)
         n_pairs = 0
         if config.kv_memory:
@@ -365,7 +419,8 @@ class GPT(nn.Module):
         self.mem_v = nn.ModuleList(Linear(D, kv_dim) for _ in range(n_pairs))
 
         # rotary tables (2 * sequence_len, 1, d): a row that is padded on its left ends beyond the context
-        frequencies = 10000.0 ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+        channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+        frequencies = config.rotary_base ** (-channels / config.head_dim)
         positions = torch.arange(2 * config.sequence_len, dtype=torch.float32)
         angles = torch.outer(positions, frequencies)[:, None]
         self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False)
@@ -376,8 +431,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        As in the LRT release. Output projections and gates start at zero, so every block starts as the
-        identity.
+        As in the LRT release: output projections and gates start at zero, so every block starts as the
+        identity. nanochat has smaller embeddings and MLPs, gates a little above their middle, and scalars
+        that fall with depth.
         """
         bound = math.sqrt(3 / self.config.n_embd)  # uniform with standard deviation 1/sqrt(D)
         for name, module in self.named_modules():
@@ -388,31 +444,57 @@ class GPT(nn.Module):
                     nn.init.uniform_(module.weight, -bound, bound)
         nn.init.normal_(self.wte.weight, std=1.0)
         nn.init.normal_(self.lm_head.weight, std=0.001)
+        if self.config.init == "nanochat":
+            self.wte.weight.mul_(0.8)
+            for block in self.h:
+                block.mlp.c_fc.weight.mul_(0.4)
+            for name, p in self.named_parameters():
+                if name.endswith("gate.weight"):
+                    nn.init.uniform_(p, 0.0, 0.02)
+            self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, self.config.n_layer))
+            self.x0_lambdas.copy_(torch.linspace(0.2, 0.05, self.config.n_layer))
 
     # -------------------------------------------------------------------------
     # The forward
 
-    def embed(self, idx):
+    def token_embedding(self, idx):
+        """norm(embed(token)) of tokens idx (B, P): (B, P, D)."""
+        return norm(self.wte(idx).to(self.compute_dtype or self.wte.weight.dtype))
+
+    def smeared(self, embedding, previous):
         """
-        All that is looked up by token: idx (B, P) int64 -> x0 (B, P, D), and a tuple of every layer's value
-        embedding (B, P, G*d), None where a layer has none.
+        x0 (B, P, D) with smear: to every token's embedding (B, P, D), a part of that of the token before it
+        is added. previous (B, P) int64: these tokens, -1 for none; None: the embeddings are those of whole
+        rows, from position 0 on.
         """
-        dtype = self.compute_dtype or self.wte.weight.dtype
-        x0 = norm(self.wte(idx).to(dtype))
+        if previous is None:
+            before = F.pad(embedding[:, :-1], (0, 0, 1, 0))
+        else:
+            before = self.token_embedding(previous.clamp(min=0))
+            before = before.masked_fill((previous < 0).unsqueeze(-1), 0)
+        gate = torch.sigmoid(self.smear_gate(embedding[:, :, :SMEAR_CHANNELS]))
+        return torch.addcmul(embedding, self.smear_lambda.to(gate.dtype) * gate, before)
+
+    def embed(self, idx, previous=None):
+        """
+        All that is looked up by token: idx (B, P) int64 -> the tokens' embeddings (B, P, D), x0 (B, P, D),
+        which is the same without smear, and a tuple of every layer's value embedding (B, P, G*d), None where
+        a layer has none. previous: the tokens before, as for smeared().
+        """
+        embedding = self.token_embedding(idx)
+        x0 = self.smeared(embedding, previous) if self.config.smear else embedding
         value_embeds = []
         for l in range(self.config.n_layer):
             has_one = self.config.has_value_embed(l)
-            value_embeds.append(self.value_embeds[str(l)](idx).to(dtype) if has_one else None)
-        return x0, tuple(value_embeds)
+            value_embeds.append(self.value_embeds[str(l)](idx).to(x0.dtype) if has_one else None)
+        return embedding, x0, tuple(value_embeds)
 
     def first_memory(self, idx):
         """
-        What tokens idx (B, P) hand on before a pass has computed their memory: x0 (B, P, D), or None for
-        zero.
+        What tokens idx (B, P) hand on before a pass has computed their memory: their embeddings (B, P, D),
+        or None for zero.
         """
-        if self.config.first_memory == "zero":
-            return None
-        return norm(self.wte(idx).to(self.compute_dtype or self.wte.weight.dtype))
+        return None if self.config.first_memory == "zero" else self.token_embedding(idx)
 
     def project_memory(self, memory, n_layer):
         """
@@ -445,7 +527,10 @@ class GPT(nn.Module):
             n_layer = config.n_layer
         rotary = take(self.cos, positions, dim=0), take(self.sin, positions, dim=0)
         memory_kv = self.project_memory(memory, n_layer)
-        x0, value_embeds = embedded or self.embed(idx)
+        if embedded is None:
+            previous = kv.previous_tokens(positions, idx) if config.smear else None
+            embedded = self.embed(idx, previous)
+        embedding, x0, value_embeds = embedded
 
         # a, b and c of equation (1): one unbind each, whose backward is one stack
         resid_lambdas = self.resid_lambdas.to(x0.dtype).unbind()
@@ -463,7 +548,11 @@ class GPT(nn.Module):
                           memory_kv=memory_kv[l], lambdas=lambdas, rotary=rotary, positions=positions)
             if l == config.source_layer:
                 source = norm(h)
-        return norm(h), source if config.memory == "hidden" else x0
+            if l == config.n_layer // 2:
+                middle = h
+        if config.backout and n_layer == config.n_layer:
+            h = torch.addcmul(h, self.backout_lambda.to(h.dtype), middle, value=-1)
+        return norm(h), source if config.memory == "hidden" else embedding
 
     def layer(self, l, kv, h, x0, value_embed, memory, memory_kv, lambdas, rotary, positions):
         """Layer l: equation (1), with lambdas its a, b and c, and the block. h (B, P, D) -> (B, P, D)."""
@@ -541,6 +630,8 @@ class GPT(nn.Module):
             "residual scalars": [self.resid_lambdas],
             "x0 scalars": [self.x0_lambdas],
             "memory scalars": [self.mem_lambdas] if self.mem_lambdas is not None else [],
+            "smear": [*self.smear_gate.parameters(), self.smear_lambda] if self.config.smear else [],
+            "backout": [self.backout_lambda] if self.config.backout else [],
         }
         assert sum(map(len, groups.values())) == len(list(self.parameters()))
         return groups
@@ -560,7 +651,7 @@ class GPT(nn.Module):
         context) through the first n_layer layers (default: all), with or without the output head.
         Schedule.flops_per_token() adds up the passes of a step. A matrix entry costs 6 FLOPs a position,
         and attention 12 * D for each key in the window (PaLM, arXiv 2204.02311, appendix B; causality is
-        not taken off).
+        not taken off). Smear's gate, a few numbers, is left out like all scalars.
         """
         if T is None:
             T = self.config.sequence_len

@@ -2,18 +2,20 @@
 The optimizers of training: Muon for the matrices, AdamW for everything else, their work shared out over the
 ranks, and their schedules over the run.
 
-The recipe is nanochat's at the time when the LRT release forked it; every rate is a field of
-OptimizerConfig, and train.py has a flag for each.
+OptimizerConfig has the choices. Its defaults are those of nanochat at the time when the LRT release forked
+it; NANOCHAT_OPTIMIZER has those of its code of 2026-07-03. train.py has a flag for every rate.
 """
 
+import math
 from collections import defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
-from common import compute_dtype
+from common import training_dtype
 
+BATCH_AT_DEPTH_12 = 2**19  # tokens a step, at which the learning rates were tuned
 BUCKET = 2**25  # parameters of at least this many elements together are sent in one message
 
 
@@ -22,74 +24,153 @@ BUCKET = 2**25  # parameters of at least this many elements together are sent in
 
 @dataclass
 class OptimizerConfig:
-    """Learning rates before they are scaled, and how they change over the run."""
+    """Learning rates before they are scaled, how they change over the run, and options of the optimizers."""
     matrix_lr: float = 0.02  # Muon: the matrices of attention and MLP
     memory_lr: float | None = None  # Muon: the memory projections Rk and Rv; None: as the matrices
     embedding_lr: float = 0.3  # AdamW, like all that follow: token embedding and value embeddings
+    value_embedding_lr_frac: float | None = None  # the latter's share of that; None: all of it, in one group
     head_lr: float = 0.004  # output head
-    gate_lr: float = 0.02  # gates of keys and values, too thin for Muon
+    gate_lr: float | None = 0.02  # gates of keys and values, too thin for Muon; None: Muon, with the matrices
     scalar_lr: float = 0.5  # b and c of equation (1); a, the residual scalars, gets a hundredth of it
-    weight_decay: float = 0.2  # of the matrices, for depths up to 12; falls with depth, and to 0 over the run
+    smear_lr: float = 0.2  # smear and backout, for any batch
     warmup_steps: int = 40  # steps over which the rates rise linearly
     warmdown_ratio: float = 0.5  # share of the run, at its end, over which they fall linearly
     final_lr_frac: float = 0.0  # where they end, as a share of where they were
 
-    @classmethod
-    def from_args(cls, args):
-        """From the flags of the same names."""
-        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+    weight_decay: float = 0.2  # of the matrices
+    decay_scaling: str = "depth"  # by what weight_decay is scaled: depth | horizon, see weight_decay_scale()
+    decay_schedule: str = "linear"  # how it falls to 0 over the run: linear | cosine
+    momentum_rise: float = 0.10  # Muon's momentum rises from 0.85 by so much
+    momentum_steps: int = 300  # over so many steps
+    final_momentum: float | None = None  # where it falls to, as the rates fall; None: it stays
 
-def make_optimizers(model, config, batch_scale=1.0):
+    muon_options: dict = field(default_factory=dict)  # of the class below
+    adamw_options: dict = field(default_factory=dict)  # of AdamW, a dict for a role of parameters
+
+    @classmethod
+    def from_args(cls, args, recipe):
+        """The flags, and what has no flag as in `recipe`, an OptimizerConfig."""
+        given = {name: value for name, value in vars(args).items() if name in cls.__dataclass_fields__}
+        return replace(recipe, **given)
+
+# nanochat's optimizer of 2026-07-03 (github.com/karpathy/nanochat, commit 92d63d4)
+NANOCHAT_OPTIMIZER = OptimizerConfig(
+    value_embedding_lr_frac=0.5,
+    head_lr=0.008,
+    gate_lr=None,
+    warmup_steps=39,  # there, the first step at the full rate is one of the 40
+    warmdown_ratio=0.65,
+    final_lr_frac=0.05,
+    weight_decay=0.28,
+    decay_scaling="horizon",
+    decay_schedule="cosine",
+    momentum_rise=0.12,
+    momentum_steps=400,
+    final_momentum=0.90,
+    muon_options=dict(polar_express=True, rescale=True, beta2=0.9, cautious=True),
+    adamw_options={
+        "embedding": dict(betas=(0.8, 0.995), weight_decay=0.001),
+        "value embeddings": dict(betas=(0.8, 0.995), weight_decay=0.01),
+        "head": dict(betas=(0.8, 0.96), weight_decay=0.01),
+        "residual scalars": dict(weight_decay=0.05),
+    },
+)
+
+def learning_rate_scale(total_batch):
+    """What learning rates are multiplied by: the root of the batch over that of depth 12, at least 1."""
+    return max(math.sqrt(total_batch / BATCH_AT_DEPTH_12), 1.0)
+
+def weight_decay_scale(config, n_layer, total_batch, growth):
     """
-    The two optimizers of a GPT, (adamw, muon). All learning rates are multiplied by batch_scale, which is
-    the square root of the batch in units of 2^19 tokens, and at least 1; those of embeddings and head
-    also by sqrt(768 / n_embd). Every group keeps its `initial_lr` and `initial_weight_decay`, of which
-    set_learning_rates() makes the current ones. In a process group, both are Sharded.
+    What the weight decay is multiplied by. By depth: (12 / n_layer)^2, at most 1. By horizon: so that the
+    time over which a weight is forgotten, batch / (learning rate * weight decay * tokens of the run), is
+    the same share of every run (arXiv 2405.13698). total_batch: tokens a step; growth: the tokens of the run
+    over those of depth 12, both of the same number a parameter.
+    """
+    if config.decay_scaling == "depth":
+        return min((12 / n_layer) ** 2, 1.0)
+    return total_batch / BATCH_AT_DEPTH_12 / learning_rate_scale(total_batch) / growth
+
+def make_optimizers(model, config, batch_scale=1.0, decay_scale=1.0):
+    """
+    The two optimizers of a GPT, (adamw, muon). Learning rates are multiplied by batch_scale, those of
+    embeddings and head also by sqrt(768 / n_embd), weight decay by decay_scale. Every group keeps its
+    `initial_lr` and, in Muon, `initial_weight_decay`, of which set_learning_rates() makes the current ones.
+    In a process group, both are Sharded.
     """
     groups = model.parameter_groups()
     width_scale = (model.config.n_embd / 768) ** -0.5
-    depth_scale = min((12 / model.config.n_layer) ** 2, 1.0)
-    memory_lr = config.matrix_lr if config.memory_lr is None else config.memory_lr
 
-    adamw_groups = [
-        dict(params=groups["embedding"] + groups["value embeddings"], lr=config.embedding_lr * width_scale),
-        dict(params=groups["head"], lr=config.head_lr * width_scale),
-        dict(params=groups["gates"], lr=config.gate_lr),
-        dict(params=groups["residual scalars"], lr=config.scalar_lr * 0.01),
-        dict(params=groups["x0 scalars"], lr=config.scalar_lr, betas=(0.96, 0.95)),
-        dict(params=groups["memory scalars"], lr=config.scalar_lr),
-    ]
+    def group(lr, *roles, **options):
+        """A group of AdamW with the parameters of some roles; config's options are those of the first."""
+        params = [p for role in roles for p in groups[role]]
+        return dict(params=params, lr=lr) | options | config.adamw_options.get(roles[0], {})
+
+    # Muon
+    matrices = list(groups["matrices"])
+    if config.gate_lr is None:
+        matrices += groups["gates"]
+    memory_lr = config.matrix_lr if config.memory_lr is None else config.memory_lr
     muon_groups = [
-        dict(params=groups["matrices"], lr=config.matrix_lr),
-        dict(params=groups["memory projections"], lr=memory_lr),
+        dict(params=matrices, lr=config.matrix_lr * batch_scale),
+        dict(params=groups["memory projections"], lr=memory_lr * batch_scale),
     ]
+
+    # AdamW
+    embedding_lr = config.embedding_lr * width_scale * batch_scale
+    if config.value_embedding_lr_frac is None:
+        adamw_groups = [group(embedding_lr, "embedding", "value embeddings")]
+    else:
+        value_embedding_lr = config.value_embedding_lr_frac * embedding_lr
+        adamw_groups = [group(embedding_lr, "embedding"), group(value_embedding_lr, "value embeddings")]
+    adamw_groups.append(group(config.head_lr * width_scale * batch_scale, "head"))
+    if config.gate_lr is not None:
+        adamw_groups.append(group(config.gate_lr * batch_scale, "gates"))
+    adamw_groups += [
+        group(config.scalar_lr * 0.01 * batch_scale, "residual scalars"),
+        group(config.scalar_lr * batch_scale, "x0 scalars", betas=(0.96, 0.95)),
+        group(config.scalar_lr * batch_scale, "memory scalars"),
+    ]
+    if groups["smear"] or groups["backout"]:
+        adamw_groups.append(group(config.smear_lr, "smear", "backout"))
+
     adamw = torch.optim.AdamW(adamw_groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
-    muon = Muon(muon_groups, weight_decay=config.weight_decay * depth_scale)
+    muon = Muon(muon_groups, weight_decay=config.weight_decay * decay_scale, **config.muon_options)
     if dist.is_initialized():
         adamw = Sharded(adamw, work=torch.numel)
         muon = Sharded(muon, work=lambda p: p.numel() * min(p.shape))
     for optimizer in (adamw, muon):
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"] * batch_scale
-            group["initial_weight_decay"] = group["weight_decay"]
+        for param_group in optimizer.param_groups:
+            param_group["initial_lr"] = param_group["lr"]
+            param_group["initial_weight_decay"] = param_group["weight_decay"]
     return adamw, muon
 
 def set_learning_rates(optimizers, step, num_iterations, config):
     """
-    Set learning rates, momentum and weight decay of this step, in place, from config's warm-up and warm-down.
-    Returns the multiplier of the learning rates.
+    Set learning rates and, of Muon, momentum and weight decay of this step, in place, from config's
+    schedules. Returns the multiplier of the learning rates.
     """
+    # the rates
     warmup = min((step + 1) / (config.warmup_steps + 1), 1.0)
     warmdown_steps = config.warmdown_ratio * num_iterations
     left = min((num_iterations - step) / warmdown_steps, 1.0) if warmdown_steps else 1.0
     multiplier = warmup * (left + (1 - left) * config.final_lr_frac)
-    momentum = 0.85 + 0.10 * min(step / 300, 1.0)
+
+    # Muon's momentum and weight decay
+    momentum = 0.85 + config.momentum_rise * min(step / config.momentum_steps, 1.0)
+    if config.final_momentum is not None and step >= config.momentum_steps:
+        momentum = left * momentum + (1 - left) * config.final_momentum
+    if config.decay_schedule == "linear":
+        decay = 1 - step / num_iterations
+    else:
+        decay = (1 + math.cos(math.pi * step / num_iterations)) / 2
+
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
-            group["weight_decay"] = group["initial_weight_decay"] * (1 - step / num_iterations)
             if "momentum" in group:  # Muon
                 group["momentum"] = momentum
+                group["weight_decay"] = group["initial_weight_decay"] * decay
     return multiplier
 
 
@@ -110,16 +191,9 @@ POLAR_EXPRESS = [
 
 def product_dtype(p):
     """
-    The dtype in which matrices like p are multiplied: its own, but bf16 for float32 where that is fast. On a
-    CPU with bf16 instructions it is 4 times as fast, on others 20 times as slow (research/SPEED.md).
+    The dtype in which matrices like p are multiplied: its own, but bf16 for float32 where that is fast.
     """
-    if p.dtype != torch.float32:
-        return p.dtype
-    if p.device.type != "cpu":
-        return compute_dtype(p.device)
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    kernels = torch.backends.cpu.get_cpu_capability()  # AVX2 if ATEN_CPU_CAPABILITY=avx2 says so
-    return torch.bfloat16 if has_bf16 and kernels == "AVX512" else torch.float32
+    return training_dtype(p.device) if p.dtype == torch.float32 else p.dtype
 
 def norms(x):
     """The Frobenius norms of matrices (.., m, n), (.., 1, 1)."""

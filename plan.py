@@ -6,23 +6,67 @@ anything of that size is allocated. `train.py --dry-run` prints it and ends.
 import gc
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from attention import KVCache
-from common import UserError, compute_dtype, pick_device
+from common import UserError, pick_device, training_dtype
 from dataset import Rows, open_data
 from interleave import Schedule, TrainStep
-from model import GPT, GPTConfig
+from model import GPT, NANOCHAT_BACKBONE, GPTConfig
+from optim import (
+    BATCH_AT_DEPTH_12,
+    NANOCHAT_OPTIMIZER,
+    OptimizerConfig,
+    learning_rate_scale,
+    weight_decay_scale,
+)
 from recurrent import RecurrentConfig, build_model
 
 DEFAULT_VOCAB_SIZE = 32768  # what --dry-run assumes where there is no data yet
-BATCH_AT_DEPTH_12 = 2**19  # tokens a step
 MAX_POSITIONS = 2**15  # of a forward, over all passes and rows, for the default device batch
 MAX_PASSES_COUNTED = 16  # --dry-run does not count the activations of longer schedules: it would take minutes
+
+
+# -----------------------------------------------------------------------------
+# Recipes
+
+@dataclass
+class Recipe:
+    """What a run has where no flag says otherwise."""
+    flags: dict  # values of flags
+    model: dict = field(default_factory=dict)  # fields of GPTConfig that are not its defaults
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def value_of(self, flag):
+        """The value of a flag that was not given; None if that is no matter of the recipe."""
+        if flag in self.flags:
+            return self.flags[flag]
+        return getattr(self.optimizer, flag, None)
+
+RECIPES = {
+    # the LRT paper's: nanochat's at the time when its code was forked
+    "paper": Recipe(dict(value_embeds="all", target_param_data_ratio=10.0, grad_clip=1.0)),
+    # nanochat's of 2026-07-03
+    "nanochat": Recipe(
+        flags=dict(value_embeds="alternate", target_param_data_ratio=12.0, grad_clip=0.0),
+        model=NANOCHAT_BACKBONE,
+        optimizer=NANOCHAT_OPTIMIZER,
+    ),
+}
+
+def fill_in(args):
+    """Give the flags that were not given, None, the values of args.recipe, in place."""
+    for name, value in vars(args).items():
+        if value is None:
+            setattr(args, name, RECIPES[args.recipe].value_of(name))
+
+def make_optimizer_config(args):
+    """The optimizers' configuration from train.py's flags and the recipe."""
+    return OptimizerConfig.from_args(args, RECIPES[args.recipe].optimizer)
 
 
 # -----------------------------------------------------------------------------
@@ -39,23 +83,24 @@ def make_config(args, vocab_size):
                         "an LRT needs --first-memory embedding with it")
     n_head = math.ceil(args.depth * args.aspect_ratio / args.head_dim)
     config_class = RecurrentConfig if args.arch == "recurrent" else GPTConfig
+    fields = dict(
+        sequence_len=args.max_seq_len,
+        vocab_size=vocab_size,
+        n_layer=args.depth,
+        n_head=n_head,
+        n_kv_head=n_head if args.n_kv_head is None else args.n_kv_head,
+        n_embd=n_head * args.head_dim,
+        window_pattern=args.window_pattern,
+        value_embeds=args.value_embeds,
+        lrt=args.lrt,
+        source_layer=args.source_layer,
+        inject=args.inject,
+        memory="embedding" if without_recurrence(args) else "hidden",
+        first_memory=args.first_memory,
+        memory_init=args.memory_init,
+    )
     try:
-        return config_class(
-            sequence_len=args.max_seq_len,
-            vocab_size=vocab_size,
-            n_layer=args.depth,
-            n_head=n_head,
-            n_kv_head=n_head if args.n_kv_head is None else args.n_kv_head,
-            n_embd=n_head * args.head_dim,
-            window_pattern=args.window_pattern,
-            value_embeds=args.value_embeds,
-            lrt=args.lrt,
-            source_layer=args.source_layer,
-            inject=args.inject,
-            memory="embedding" if without_recurrence(args) else "hidden",
-            first_memory=args.first_memory,
-            memory_init=args.memory_init,
-        )
+        return config_class(**RECIPES[args.recipe].model | fields)
     except ValueError as e:
         raise UserError(e) from e
 
@@ -91,7 +136,11 @@ def make_schedule(args):
 @dataclass
 class Plan:
     """A run before anything of its size is allocated."""
+    recipe: str  # a key of RECIPES
     config: GPTConfig
+    optimizer: OptimizerConfig
+    batch_scale: float  # of the learning rates, see learning_rate_scale()
+    decay_scale: float  # of the weight decay, see weight_decay_scale()
     schedule: Schedule
     deepen: float  # this share of the steps, the last ones, runs schedule.deeper()
     counts: dict  # parameters by group, see GPT.parameter_counts()
@@ -121,7 +170,7 @@ def make_plan(args, vocab_size, world_size, dtype):
     try:
         with torch.device("meta"):  # shapes without storage
             model = build_model(config)
-            depth_12 = GPT(GPTConfig(vocab_size=vocab_size, lrt=args.lrt))
+            depth_12 = GPT(GPTConfig(vocab_size=vocab_size, lrt=args.lrt, **RECIPES[args.recipe].model))
     except RuntimeError as e:
         raise UserError(f"no model of width {config.n_embd} can be built ({e})") from e
     counts = model.parameter_counts()
@@ -137,9 +186,9 @@ def make_plan(args, vocab_size, world_size, dtype):
     cost = mean_over_steps(lambda schedule: schedule.cost(model, T))
 
     # the batch: tokens a step, then sequences of each rank and micro-batch
+    growth = counts["scaling"] / depth_12.parameter_counts()["scaling"]
     total_batch = args.total_batch_size
     if total_batch is None:
-        growth = counts["scaling"] / depth_12.parameter_counts()["scaling"]
         total_batch = automatic_batch(growth, world_size * T)
     if total_batch % (world_size * T):
         raise UserError(f"--total-batch-size {total_batch} is not divisible by {world_size} processes * "
@@ -158,9 +207,14 @@ def make_plan(args, vocab_size, world_size, dtype):
     else:
         num_iterations = max(round(args.target_param_data_ratio * counts["scaling"] / total_batch), 1)
 
+    optimizer = make_optimizer_config(args)
     kv = KVCache(config, 1, T, "meta", dtype, rolling=True)
     return Plan(
+        recipe=args.recipe,
         config=config,
+        optimizer=optimizer,
+        batch_scale=learning_rate_scale(total_batch),
+        decay_scale=weight_decay_scale(optimizer, config.n_layer, total_batch, growth),
         schedule=schedule,
         deepen=args.deepen,
         counts=counts,
@@ -215,6 +269,8 @@ def describe(plan, world_size, device, dtype, rows_per_epoch):
     if config.recurrent_memory:
         n_passes = len(schedule.passes(T))
         model += f", memory from layer {config.source_layer}, {schedule.kind}, {n_passes} passes"
+    if plan.recipe != "paper":
+        model += f", recipe {plan.recipe}"
     if config.first_memory == "embedding":
         model += ", first memory from the previous token's embedding"
 
@@ -271,6 +327,8 @@ def memory_estimate(plan, world_size, dtype, recompute):
     """
     total, T = plan.counts["total"], plan.config.sequence_len
     muon = plan.counts["matrices"] + plan.counts["memory projections"]
+    if plan.optimizer.gate_lr is None:
+        muon += plan.counts["gates"]
     adamw = total - muon
     parts = dict(
         weights=4 * total,
@@ -297,7 +355,7 @@ def dry_run(args):
     assumed.
     """
     device = pick_device(args.device)
-    dtype = compute_dtype(device)
+    dtype = training_dtype(device, args.dtype)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     vocab_size = DEFAULT_VOCAB_SIZE
     rows_per_epoch = None

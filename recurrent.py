@@ -61,6 +61,9 @@ class RecurrentConfig(GPTConfig):
         if self.lrt != "none":
             raise ValueError(f"arch recurrent goes with lrt none, not with {self.lrt}: "
                              "one recurrence at a time")
+        if (self.gate_channels, self.value_gate, self.query_scale) != (None, 2.0, 1.0):
+            raise ValueError("arch recurrent goes with the paper's gates and queries, not with nanochat's: "
+                             "choose recipe paper")
 
     @property
     def label(self):

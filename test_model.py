@@ -1,7 +1,8 @@
 """
 The mathematics of model.py and interleave.py, as a specification: the numbers of the authors' implementation
-(folder PARITY_DIR, default ../shared/parity), a second, slow implementation of the equations, what schedules
-are equal to, causality, gradients, sizes. The other tests are in tests/.
+(folder PARITY_DIR, default ../shared/parity) and of nanochat's, with its optimizer (PARITY_NANOCHAT_DIR,
+default ../shared/parity_nanochat); a second, slow implementation of the equations, what schedules are equal
+to, causality, gradients, sizes. The other tests are in tests/.
 """
 
 import copy
@@ -12,12 +13,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import PARITY
+from helpers import PARITY, PARITY_NANOCHAT
 
 import interleave
+import optim
 from attention import KVCache, attention_mask, take
 from interleave import Schedule, TrainStep, pass_losses, run
-from model import GPT, GPTConfig
+from model import GPT, NANOCHAT_BACKBONE, GPTConfig
 
 FIXTURES = [p for p in sorted(PARITY.glob("*.npz")) if not p.stem.startswith("recurrent_block")]
 
@@ -172,6 +174,83 @@ def test_parity(path):
     assert np.abs(logits.numpy() - z["sequential_logits"][..., :vocab]).max() < 1e-5
     assert np.abs(memory.numpy() - z["sequential_memory"]).max() < 1e-5
 
+NANOCHAT_FIXTURES = sorted(PARITY_NANOCHAT.glob("*.npz"))
+
+def our_name(nanochats):
+    """Our name of a parameter of nanochat's."""
+    return nanochats.replace("transformer.", "").replace("ve_gate", "gate")
+
+@pytest.mark.skipif(not NANOCHAT_FIXTURES,
+                    reason=f"no fixtures in {PARITY_NANOCHAT} (set PARITY_NANOCHAT_DIR)")
+@pytest.mark.parametrize("path", NANOCHAT_FIXTURES, ids=lambda p: p.stem)
+def test_parity_with_nanochat(path, monkeypatch):
+    z = np.load(path)
+    meta = json.loads(str(z["meta"]))
+    vocab = meta["config"]["vocab_size"]
+    model = GPT(GPTConfig(**meta["config"], **NANOCHAT_BACKBONE))
+    params = dict(model.named_parameters())
+
+    def values(kind):
+        """The fixture's arrays of a kind, by our names; it pads the vocabulary."""
+        found = {}
+        for key in z.files:
+            if key.startswith(f"{kind}/"):
+                name = our_name(key.removeprefix(f"{kind}/"))
+                value = torch.from_numpy(z[key])
+                found[name] = value[:vocab] if name in ("wte.weight", "lm_head.weight") else value
+        assert found.keys() == params.keys()
+        return found
+
+    for name, value in values("weight").items():
+        assert params[name].shape == value.shape, name
+        params[name].data.copy_(value)
+    assert [model.config.window(l) for l in range(model.config.n_layer)] == meta["windows"]
+
+    idx, targets = (torch.from_numpy(z[name]).long() for name in ("idx", "targets"))
+    step = TrainStep(model, Schedule("plain"))
+    if meta["kind"] == "nanochat":  # the backbone
+        loss, _ = step(idx, targets)
+        loss.backward()
+        assert abs(loss.item() - z["loss"].item()) < 1e-5
+        for name, expected in values("grad").items():
+            assert (params[name].grad - expected).norm() < 1e-5 * expected.norm(), name
+        (_, hidden, _), = run(model, idx, interleave.plain(idx.size(1)))
+        assert (model.logits(hidden) - torch.from_numpy(z["logits"])[..., :vocab]).abs().max() < 1e-5
+    elif meta["kind"] == "nanochat_optimizer":  # its optimizer, a few steps on one batch
+        monkeypatch.setattr(optim, "product_dtype", lambda p: torch.float32)
+        optimizers = optim.make_optimizers(model, optim.NANOCHAT_OPTIMIZER)
+        assert_same_groups(optimizers, params, meta["groups"])
+        losses = []
+        for multiplier, momentum in zip(meta["multipliers"], meta["momenta"], strict=True):
+            loss, _ = step(idx, targets)
+            losses.append(loss.item())
+            loss.backward()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = multiplier * group["initial_lr"]
+                    if "momentum" in group:
+                        group["momentum"] = momentum
+                optimizer.step()
+                optimizer.zero_grad()
+        assert losses == pytest.approx(z["losses"].tolist(), rel=1e-5)
+        for name, after in values("after").items():
+            assert (params[name] - after).norm() < 5e-4 * after.norm(), name
+    else:
+        pytest.fail(f"a fixture of an unknown kind: {meta['kind']}")
+
+def assert_same_groups(optimizers, params, expected):
+    """Rates, betas, eps and weight decay of every parameter are those of nanochat's groups."""
+    ours = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            ours.update({p: group for p in group["params"]})
+    assert ours.keys() == set(params.values())
+    for group in expected:
+        for name in group["params"]:
+            mine = ours[params[our_name(name)]]
+            for key in ("initial_lr", "betas", "eps", "weight_decay", "beta2"):
+                if key in group:
+                    assert mine[key] == pytest.approx(group[key]), (name, key)
 
 # -----------------------------------------------------------------------------
 # Against a second, slow implementation that follows the equations position by position
@@ -398,7 +477,7 @@ def test_the_control_is_exact_in_one_pass(options):
     with torch.no_grad():
         once, source = last_pass(model, idx, interleave.plain(10))
         again, _ = last_pass(model, idx, interleave.refine(10, 1))
-        x0, _ = model.embed(idx)
+        _, x0, _ = model.embed(idx)
     torch.testing.assert_close(model.logits(once), logits, rtol=0, atol=1e-11)
     torch.testing.assert_close(once, again, rtol=0, atol=1e-11)
     assert torch.equal(memory, x0) and torch.equal(source, x0)
@@ -565,9 +644,9 @@ class FrozenFirst:
     def __call__(self, *args):
         if not self.frozen:
             return self.live(*args)
-        *args, (x0, value_embeds) = args
+        *args, (embedding, x0, value_embeds) = args
         value_embeds = [None if x is None else x.detach() for x in value_embeds]
-        return self.frozen.pop()(*args, (x0.detach(), value_embeds))
+        return self.frozen.pop()(*args, (embedding.detach(), x0.detach(), value_embeds))
 
 def bytes_saved_by_autograd(model, schedule, idx, targets):
     sizes = []

@@ -6,9 +6,9 @@ Train a Latent Recurrent Transformer, or the plain GPT under it. --depth is the 
     python train.py --resume runs/d4_shared                                     go on with a run
     python train.py --name x --resume auto                                      start it, or go on with it
 
-From the flags, plan.py makes sizes, batch and horizon; optim.py the optimizers; interleave.py the passes
-of a step; dataset.py the rows; checkpointing.py the run folder. This file is the flags, the setup, and
-the loop.
+From the flags and a recipe, plan.py makes sizes, batch and horizon; optim.py the optimizers; interleave.py
+the passes of a step; dataset.py the rows; checkpointing.py the run folder. This file is the flags, the
+setup, and the loop.
 """
 
 import signal
@@ -53,7 +53,6 @@ from common import (
     at_least,
     at_most,
     check_new_folder,
-    compute_dtype,
     end_processes,
     flag,
     from_rank_0,
@@ -63,14 +62,15 @@ from common import (
     peak_flops,
     run_main,
     say,
+    training_dtype,
     write_atomic,
 )
 from core import describe_core, evaluate_core, load_tasks
 from dataset import BOS, Rows, first_rows, open_data
 from eval_core import evaluate_bpb
 from interleave import TrainStep
-from optim import OptimizerConfig, make_optimizers, set_learning_rates
-from plan import describe, dry_run, make_plan
+from optim import make_optimizers, set_learning_rates
+from plan import RECIPES, describe, dry_run, fill_in, make_plan
 from recurrent import build_model
 from sample import complete
 
@@ -83,13 +83,30 @@ MAX_PASSES_LOGGED = 16  # the losses of longer schedules, pass by pass, would ma
 # -----------------------------------------------------------------------------
 # Flags
 
+class RecipeParser(ArgumentParser):
+    """A parser of flags, of which those that are not given have the recipe's values."""
+
+    def parse_args(self, *args, **options):
+        flags = super().parse_args(*args, **options)
+        fill_in(flags)
+        return flags
+
+def of_recipe(flag):
+    """For the help of a flag: its default in each recipe."""
+    values = {name: recipe.value_of(flag) for name, recipe in RECIPES.items()}
+    if len(set(values.values())) == 1:
+        return f"(default: {values['paper']})"
+    return "(default: " + ", ".join(f"{name} {value}" for name, value in values.items()) + ")"
+
 def make_parser():
     """The flags of train.py, with their defaults."""
-    parser = ArgumentParser(
+    parser = RecipeParser(
         description="Train a Latent Recurrent Transformer. "
         "--depth is the one dial; the rest follows from it.")
 
     add = parser.add_argument_group("run").add_argument
+    add("--recipe", choices=list(RECIPES), default="paper",
+        help="backbone, optimizer and schedule: the paper's or nanochat's of 2026-07-03; flags go on top")
     add("--data", default="data", help="folder that prepare_data.py made")
     add("--name", metavar="NAME", help="the run's folder is OUT/NAME "
         "(default: d<depth>_<lrt>, or d<depth>_recurrent; numbered if it exists)")
@@ -100,6 +117,8 @@ def make_parser():
         "so that the same command starts and restarts")
     add("--seed", type=int, default=0, help="of the weights and of the order of the data")
     add("--device", help="cuda | mps | cpu (default: the best there is)")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="of the activations; weights are float32 (auto: bfloat16 on GPUs and CPUs where it is fast)")
     add("--compile", action=BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--dry-run", action="store_true",
         help="print the plan, parameters to KV cache, and end: nothing is trained or written")
@@ -116,8 +135,8 @@ def make_parser():
     add("--max-seq-len", type=int, default=2048, help="context, and tokens a row")
     add("--window-pattern", default="SSSL",
         help="tiled over layers: L full attention, S half the context; the last layer is always L")
-    add("--value-embeds", choices=["none", "alternate", "all"], default="all",
-        help="which layers have a value embedding")
+    add("--value-embeds", choices=["none", "alternate", "all"],
+        help=f"which layers have a value embedding {of_recipe('value_embeds')}")
 
     add = parser.add_argument_group("latent recurrence").add_argument
     add("--lrt", choices=["none", "shared", "layerwise"],
@@ -156,36 +175,38 @@ def make_parser():
     add = parser.add_argument_group("horizon", "the first one given counts").add_argument
     add("--num-iterations", type=int, help="optimizer steps")
     add("--target-flops", type=float, help="as many steps as this many training FLOPs buy")
-    add("--target-param-data-ratio", type=float, default=10,
-        help="tokens per parameter of the matrices and the head")
+    add("--target-param-data-ratio", type=float,
+        help=f"tokens per parameter of the matrices and the head {of_recipe('target_param_data_ratio')}")
 
-    recipe = "matrices: Muon; embeddings, head and scalars: AdamW, all scaled with batch size and width"
-    add = parser.add_argument_group("optimization", recipe).add_argument
+    what = "matrices: Muon; embeddings, head and scalars: AdamW, all scaled with batch size and width"
+    add = parser.add_argument_group("optimization", what).add_argument
     add("--total-batch-size", type=int, help="tokens a step (default: from the horizon, 524288 at depth 12)")
     add("--device-batch-size", type=int,
         help="rows a forward and device; lower it when memory runs out (default: the largest of 16, 8, .. "
         "that divides, with at most 32768 positions in all passes)")
     add("--activation-checkpointing", action="store_true",
         help="save memory: keep each layer's input only, and run the layer again in the backward")
-    add("--matrix-lr", type=float, default=OptimizerConfig.matrix_lr, help="Muon")
+    add("--matrix-lr", type=float, help=f"Muon {of_recipe('matrix_lr')}")
     add("--memory-lr", type=float, help="Muon, memory projections (default: as the matrices)")
-    add("--embedding-lr", type=float, default=OptimizerConfig.embedding_lr,
-        help="embedding and value embeddings")
-    add("--head-lr", type=float, default=OptimizerConfig.head_lr, help="output head")
-    add("--gate-lr", type=float, default=OptimizerConfig.gate_lr, help="gates of keys and values")
-    add("--scalar-lr", type=float, default=OptimizerConfig.scalar_lr,
-        help="x0 and memory scalars; the residual scalars get a hundredth")
-    add("--weight-decay", type=float, default=OptimizerConfig.weight_decay,
-        help="of the matrices, up to depth 12, less for deeper ones; falls to 0 over the run")
-    add("--grad-clip", type=float, default=1.0, help="largest gradient norm, 0: no clipping")
+    add("--embedding-lr", type=float,
+        help=f"embedding and value embeddings {of_recipe('embedding_lr')}")
+    add("--head-lr", type=float, help=f"output head {of_recipe('head_lr')}")
+    add("--gate-lr", type=float,
+        help=f"gates of keys and values; None: Muon, as the matrices {of_recipe('gate_lr')}")
+    add("--scalar-lr", type=float,
+        help=f"x0 and memory scalars; the residual scalars get a hundredth {of_recipe('scalar_lr')}")
+    add("--weight-decay", type=float,
+        help="of the matrices, scaled with depth (nanochat: with batch and horizon); falls to 0 over the run "
+        f"{of_recipe('weight_decay')}")
+    add("--grad-clip", type=float, help=f"largest gradient norm, 0: no clipping {of_recipe('grad_clip')}")
     add("--on-nonfinite", choices=["stop", "skip"], default="stop",
         help="a step whose loss or gradient is not finite: stop, or leave the weights as they are "
         f"({MAX_SKIPS} in a row stop in any case)")
-    add("--warmup-steps", type=int, default=OptimizerConfig.warmup_steps, help="steps of linear warm-up")
-    add("--warmdown-ratio", type=float, default=OptimizerConfig.warmdown_ratio,
-        help="share of the run over which the learning rates fall linearly")
-    add("--final-lr-frac", type=float, default=OptimizerConfig.final_lr_frac,
-        help="where they end, as a share of where they were")
+    add("--warmup-steps", type=int, help=f"steps of linear warm-up {of_recipe('warmup_steps')}")
+    add("--warmdown-ratio", type=float,
+        help=f"share of the run over which the learning rates fall linearly {of_recipe('warmdown_ratio')}")
+    add("--final-lr-frac", type=float,
+        help=f"where they end, as a share of where they were {of_recipe('final_lr_frac')}")
 
     add = parser.add_argument_group("evaluation and saving", "in steps; 0: only at the end").add_argument
     add("--eval-every", type=int, default=250, help="validation BPB")
@@ -227,7 +248,7 @@ MOST = dict(
 
 # flags that may change when a run is resumed; a change of any other would make it another run
 MAY_CHANGE = {
-    "resume", "data", "device", "compile", "dry_run",
+    "resume", "data", "device", "dtype", "compile", "dry_run",
     "device_batch_size", "activation_checkpointing", "on_nonfinite",
     "eval_every", "eval_tokens", "decode_tokens", "core_every", "core_bundle", "core_max_per_task",
     "save_every", "keep", "log_every",
@@ -235,6 +256,9 @@ MAY_CHANGE = {
 
 # flags that older checkpoints have and this file no longer knows, with the default that they had
 REMOVED_FLAGS = {"memory_start": 0.0, "memory_share": 1.0}
+
+# flags that older checkpoints do not have, where their default is not what was done then
+NEWER_FLAGS = {"dtype": None}
 
 def parse_args():
     """The flags, and the checkpoint to go on with or None. Raises UserError."""
@@ -276,10 +300,11 @@ def check_restarts(args):
 
 def saved_args(parser, checkpoint, path):
     """
-    The flags that a checkpoint was trained with, a dict; flags that are newer than it have their defaults.
+    The flags that a checkpoint was trained with, a dict; flags that are newer than it have their defaults,
+    or what NEWER_FLAGS says.
     Raises UserError if it used a flag that this version no longer has.
     """
-    args = vars(parser.parse_args([]))
+    args = vars(parser.parse_args([])) | NEWER_FLAGS
     for name, value in checkpoint["args"].items():
         if name in args:
             args[name] = value
@@ -351,8 +376,8 @@ def make_rows(data, plan, args):
 
 def setup_training(args, plan, device, dtype):
     """
-    The model, its optimizers, their config, and the training step, compiled and wrapped in DDP as asked:
-    all passes of a step are one forward.
+    The model, its optimizers, and the training step, compiled and wrapped in DDP as asked: all passes of a
+    step are one forward.
     """
     torch.manual_seed(args.seed)
     with torch.device(device):
@@ -363,9 +388,7 @@ def setup_training(args, plan, device, dtype):
         torch._functorch.config.activation_memory_budget = COMPILED_MEMORY_BUDGET
     model.recompute = args.activation_checkpointing and not use_compile
 
-    optimizer_config = OptimizerConfig.from_args(args)
-    batch_scale = max(math.sqrt(plan.total_batch / 2**19), 1.0)
-    optimizers = make_optimizers(model, optimizer_config, batch_scale)
+    optimizers = make_optimizers(model, plan.optimizer, plan.batch_scale, plan.decay_scale)
 
     train_step = TrainStep(model, plan.schedule)
     if use_compile:
@@ -386,7 +409,7 @@ def setup_training(args, plan, device, dtype):
         device_ids = [device.index] if device.type == "cuda" else None
         train_step = DDP(train_step, device_ids=device_ids, broadcast_buffers=False,
                          gradient_as_bucket_view=True)
-    return model, optimizers, optimizer_config, train_step
+    return model, optimizers, train_step
 
 def resume(checkpoint, path, model, optimizers):
     """
@@ -595,7 +618,8 @@ def main():
 
     # device, process group, data
     device, rank, world_size = init_processes(args.device, TIMEOUT)
-    dtype = compute_dtype(device)
+    dtype = training_dtype(device, args.dtype)
+    args.dtype = str(dtype)[6:]  # a resumed run goes on in it
     data = open_data(args.data, rank=rank, world_size=world_size)
     if checkpoint:
         check_same_data(data, checkpoint, args.resume)
@@ -610,7 +634,7 @@ def main():
         peak *= world_size
 
     # model, optimizers, and the state of a resumed run
-    model, optimizers, optimizer_config, train_step = setup_training(args, plan, device, dtype)
+    model, optimizers, train_step = setup_training(args, plan, device, dtype)
     state = resume(checkpoint, args.resume, model, optimizers) if checkpoint else TrainState()
     del checkpoint
     check_same_step(state.step, args.out)
@@ -655,7 +679,7 @@ def main():
 
         # forward and backward: the gradients of all micro-batches add up, those of all ranks in the last one
         t0 = time.perf_counter()
-        multiplier = set_learning_rates(optimizers, state.step, plan.num_iterations, optimizer_config)
+        multiplier = set_learning_rates(optimizers, state.step, plan.num_iterations, plan.optimizer)
         schedule = plan.schedule_at(state.step)
         losses = 0
         for micro_step in range(plan.micro_steps):

@@ -49,7 +49,8 @@ BATCH_SIZE = 16  # rows scored at a time
 SIZE = (
     "train.py --depth 4 --aspect-ratio 32 --head-dim 64 --max-seq-len 256 --window-pattern L "
     "--total-batch-size 4096 --matrix-lr 0.04 --embedding-lr 0.2 --weight-decay 0 --grad-clip 0 "
-    "--warmup-steps 0 --eval-every 0 --eval-tokens 4096 --decode-tokens 0 --save-every 50 --keep 1")
+    "--warmup-steps 0 --eval-every 0 --eval-tokens 4096 --decode-tokens 0 --save-every 50 --keep 1 "
+    "--dtype float32")
 
 
 # -----------------------------------------------------------------------------

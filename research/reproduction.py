@@ -4,11 +4,12 @@ compared with its result.
 
     python -m research.reproduction --lrt none --num-iterations 1000     and 2000; --lrt layerwise; --seed
     0, 1, 2
+    python -m research.reproduction --recipe nanochat
 
-../shared/reference has the tokens, the protocol and the results of the released code: depth 4, width 128,
-context 256, random windows of the tokens, no warm-up, weight decay or clipping, memory from the last layer.
-Model, training step and optimizers are those of train.py, with train.py's flags; what was tuned is in TUNED.
-Each run adds a row to research/results/reproduction.jsonl.
+../shared/reference has the tokens, the protocol and the results of the released code and of nanochat's:
+depth 4, width 128, context 256, random windows of the tokens, no weight decay of the matrices or clipping,
+memory from the last layer. Model, training step and optimizers are those of train.py, with train.py's flags;
+what was tuned is in TUNED. Each run adds a row to research/results/reproduction.jsonl.
 """
 
 import signal
@@ -29,45 +30,31 @@ import train
 from common import UserError, append_row, at_least, machine, read_rows, run_main, write_atomic
 from dataset import first_rows
 from interleave import TrainStep
-from optim import Muon, OptimizerConfig, make_optimizers, set_learning_rates
-from plan import make_config, make_schedule
+from optim import make_optimizers, set_learning_rates
+from plan import make_config, make_optimizer_config, make_schedule
 from recurrent import build_model
 from research.experiments import curve, same_run, score
 
-# merged BPB of the released code on one seed, by --lrt and --num-iterations
-RELEASE = {
-    ("none", 1000): 1.7148,
-    ("none", 2000): 1.6365,
-    ("layerwise", 400): 1.8325,
-    ("layerwise", 1000): 1.6839,
+# merged BPB on one seed of the LRT release and of nanochat, by --recipe, --lrt and --num-iterations
+REFERENCE = {
+    ("paper", "none", 1000): 1.7148,
+    ("paper", "none", 2000): 1.6365,
+    ("paper", "layerwise", 400): 1.8325,
+    ("paper", "layerwise", 1000): 1.6839,
+    ("nanochat", "none", 1000): 1.7128,
 }
 PROTOCOL = dict(
     depth=4, aspect_ratio=32, head_dim=64, max_seq_len=256, window_pattern="L", source_layer=3,
-    total_batch_size=4096, num_iterations=1000, embedding_lr=0.2, weight_decay=0.0, grad_clip=0.0,
-    warmup_steps=0,
+    total_batch_size=4096, num_iterations=1000, weight_decay=0.0, grad_clip=0.0,
 )
-TUNED = dict(matrix_lr=0.04)  # the release has 0.02, with another variant of Muon
+PAPER = dict(embedding_lr=0.2, warmup_steps=0)  # with --recipe paper
+TUNED = dict(matrix_lr=0.04)  # as well; the release has 0.02, with another variant of Muon
 
 SCORED_ROWS = 192  # of the validation tokens
 SAVE_EVERY = 200  # steps
 
-
-# -----------------------------------------------------------------------------
-# The released code's Muon
-
-# what the released code's has and torch's lacks (see optim.Muon), to see what that is worth; no weight decay
+# what the released code's Muon has and torch's lacks (see optim.Muon), to see what that is worth
 RELEASE_MUON = dict(polar_express=True, beta2=0.95)
-
-def make_release_optimizers(model, config):
-    """AdamW as in train.py, and the released code's Muon, which has the gates among its matrices, too."""
-    adamw, _ = make_optimizers(model, config)
-    groups = model.parameter_groups()
-    matrices = groups["matrices"] + groups["memory projections"] + groups["gates"]
-    muon = Muon(matrices, config.matrix_lr, **RELEASE_MUON)
-    for group in muon.param_groups:
-        group["initial_lr"] = group["lr"]
-        group["initial_weight_decay"] = 0.0
-    return adamw, muon
 
 
 # -----------------------------------------------------------------------------
@@ -125,8 +112,13 @@ def parse_args():
     parser.add_argument("--muon", choices=["torch", "release"], default="torch",
                         help="release: its variant of Muon, for the gates as well")
     parser.add_argument("--results", default="research/results", help="where reproduction.jsonl is")
-    parser.set_defaults(**PROTOCOL, **TUNED)
+    parser.set_defaults(**PROTOCOL)
     args = parser.parse_args()
+    if args.recipe == "paper":
+        parser.set_defaults(**PAPER, **TUNED)
+        args = parser.parse_args()
+    elif args.muon == "release":
+        raise UserError(f"--muon release goes with --recipe paper, not with {args.recipe}")
     at_least(args, depth=1, num_iterations=1, seed=0, matrix_lr=0)
     if args.lrt is None:
         args.lrt = "none"
@@ -141,12 +133,10 @@ def setup_training(args, vocab_size):
     if args.compile:
         train_step = torch.compile(train_step, dynamic=False)
 
-    config = OptimizerConfig.from_args(args)
+    config = make_optimizer_config(args)
     if args.muon == "release":
-        config.gate_lr = 0.0  # in AdamW: the gates are Muon's
-        optimizers = make_release_optimizers(model, config)
-    else:
-        optimizers = make_optimizers(model, config)
+        config = dataclasses.replace(config, gate_lr=None, muon_options=RELEASE_MUON)
+    optimizers = make_optimizers(model, config)
     return model, schedule, train_step, optimizers, config
 
 def main():
@@ -157,6 +147,8 @@ def main():
         print(f"{results} has a row of {command}")
         return
     name = f"{args.lrt}_{args.num_iterations}"
+    if args.recipe != "paper":
+        name += f"_{args.recipe}"
     if args.muon == "release":
         name += "_release_muon"
 
@@ -189,7 +181,7 @@ def main():
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-        model.zero_grad(set_to_none=True)  # after both optimizers: the release's Muon has the gates, too
+            optimizer.zero_grad(set_to_none=True)
 
         state.step = step + 1
         state.log.append(dict(kind="train", step=step, passes=passes.tolist()))
@@ -210,7 +202,7 @@ def main():
         tokens=tokens_seen,
         compute=tokens_seen * schedule.cost(model, T),
         train_seconds=round(state.seconds),
-        release=RELEASE.get((args.lrt, num_iterations)),
+        release=REFERENCE.get((args.recipe, args.lrt, num_iterations)),
         curve=curve(state.log),
         **score(model, first_rows([val], T, SCORED_ROWS), token_bytes, schedule),
     )
@@ -218,7 +210,7 @@ def main():
     append_row(results, row)
     unfinished.unlink(missing_ok=True)
     bpb = ", ".join(f"{key} {value:.4f}" for key, value in row["bpb"].items())
-    print(f"{name} seed {args.seed}: BPB {bpb}; the release: {row['release']}")
+    print(f"{name} seed {args.seed}: BPB {bpb}; the reference: {row['release']}")
 
 if __name__ == "__main__":
     run_main(main)

@@ -18,10 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [path.name for path in sorted(ROOT.glob("*.py")) if "\n    run_main(main)" in path.read_text()]
 COMMANDS += [f"research.{path.stem}" for path in sorted(ROOT.glob("research/*.py"))]
 PARITY = Path(os.environ.get("PARITY_DIR", ROOT.parent / "shared/parity"))
+PARITY_NANOCHAT = Path(os.environ.get("PARITY_NANOCHAT_DIR", ROOT.parent / "shared/parity_nanochat"))
 
 # train.py's flags for a model of two layers that takes seconds to train on a CPU
 TINY = "--depth 2 --aspect-ratio 16 --head-dim 16 --max-seq-len 32 --window-pattern SL".split()
-SMALL = TINY + "--total-batch-size 512 --eval-tokens 2048 --decode-tokens 512 --device cpu".split()
+SMALL = TINY + "--total-batch-size 512 --eval-tokens 2048 --decode-tokens 512".split()
+SMALL += "--device cpu --dtype float32".split()  # the same on every machine
 
 
 def shell(script, *args, **env):

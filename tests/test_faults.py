@@ -635,7 +635,7 @@ def products_in_float32():
 
 def in_float64():
     torch.set_default_dtype(torch.float64)
-    train.compute_dtype = lambda device: torch.float64
+    train.training_dtype = lambda device, name: torch.float64
 
 def worst_difference(fork, data, names, world_sizes, prelude):
     """

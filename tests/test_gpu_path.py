@@ -57,7 +57,7 @@ def test_the_compiled_step_is_one_graph_under_ddp(process_group, monkeypatch):
     counts = [0, 0]
     torch._dynamo.reset()
     compile_with(graph_counter(counts), monkeypatch)
-    model, _, _, step = setup(f"{DDP_FLAGS} --compile")
+    model, _, step = setup(f"{DDP_FLAGS} --compile")
     assert isinstance(step, torch.nn.parallel.DistributedDataParallel)
     assert 4 * sum(p.numel() for p in model.parameters()) > 2 * 2**20
     idx = torch.randint(512, (2, 32))
@@ -69,7 +69,7 @@ def test_the_compiled_step_is_one_graph_under_ddp(process_group, monkeypatch):
 
 def test_gradients_live_in_the_buckets_of_ddp(process_group):
     """From before the first micro-batch: there is never a second copy of all of them."""
-    model, optimizers, _, step = setup(f"{DDP_FLAGS} --no-compile")
+    model, optimizers, step = setup(f"{DDP_FLAGS} --no-compile")
 
     def bytes_of_gradients():
         storages = {p.grad.untyped_storage()._cdata: p.grad.untyped_storage() for p in model.parameters()}
@@ -97,7 +97,7 @@ def test_a_deep_recurrent_transformer_stays_compiled(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     compile_with("eager", monkeypatch)
     flags = "--arch recurrent --depth 12 --aspect-ratio 2 --head-dim 2 --max-seq-len 8 --num-iterations 1"
-    _, _, _, step = setup(f"{flags} --lrt none --total-batch-size 16 --compile")
+    _, _, step = setup(f"{flags} --lrt none --total-batch-size 16 --compile")
     idx = torch.zeros(2, 8, dtype=torch.int64)
     for _ in range(2):
         step(idx, idx)[0].backward()

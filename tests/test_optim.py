@@ -1,34 +1,38 @@
 """
-The optimizers' groups and rates, and how they change over a run (design.md, section 8); Muon against torch's,
-and its variants against nanochat's own trajectory (folder PARITY_NANOCHAT_DIR, default
-../shared/parity_nanochat); and the same bits in one process and several.
+The optimizers' groups and rates, and how they change over a run (design.md, section 8); Muon against torch's;
+and the same bits in one process and several. nanochat's own trajectory is in test_model.py.
 """
 
-import json
+import math
 import multiprocessing
-import os
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn.functional as F
 from helpers import ROOT, assert_refused, cli
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import optim
 import train
 from checkpointing import load_checkpoint, load_optimizers
+from common import training_dtype
 from model import GPT, GPTConfig
-from optim import Muon, OptimizerConfig, Sharded, make_optimizers, set_learning_rates
+from optim import (
+    NANOCHAT_OPTIMIZER,
+    Muon,
+    OptimizerConfig,
+    Sharded,
+    learning_rate_scale,
+    make_optimizers,
+    set_learning_rates,
+    weight_decay_scale,
+)
 from plan import make_plan
 from recurrent import build_model, config_from_dict
 
 STEPS = 1000
-NANOCHAT = Path(os.environ.get("PARITY_NANOCHAT_DIR", ROOT.parent / "shared/parity_nanochat"))
-ALL_VARIANTS = dict(polar_express=True, rescale=True, beta2=0.9, cautious=True)  # nanochat's Muon
+ALL_VARIANTS = NANOCHAT_OPTIMIZER.muon_options
 
 
 def layerwise_gpt(n_layer):
@@ -59,7 +63,7 @@ def group_of(optimizers, parameter):
 def test_rates_of_every_parameter(role, lr, betas):
     """At depth 24, a batch four times 2^19 tokens, and where the multiplier of the rates is 1."""
     model = layerwise_gpt(n_layer=24)
-    optimizers = make_optimizers(model, OptimizerConfig(), batch_scale=2.0)
+    optimizers = make_optimizers(model, OptimizerConfig(), batch_scale=2.0, decay_scale=0.25)
     set_learning_rates(optimizers, 0, STEPS, OptimizerConfig(warmup_steps=0))
     parameters = model.parameter_groups()[role]
     assert parameters
@@ -67,15 +71,22 @@ def test_rates_of_every_parameter(role, lr, betas):
         group = group_of(optimizers, parameter)
         assert group["lr"] == pytest.approx(2 * lr)
         if betas is None:
-            assert group["weight_decay"] == pytest.approx(0.2 * (12 / 24) ** 2)
+            assert group["weight_decay"] == pytest.approx(0.2 * 0.25)
             assert not any(group[variant] for variant in ALL_VARIANTS)  # as torch.optim.Muon by default
         else:
             assert group["betas"] == betas
             assert group["weight_decay"] == 0 and group["eps"] == 1e-10
 
-def test_weight_decay_does_not_grow_in_shallow_models():
-    _, muon = make_optimizers(layerwise_gpt(n_layer=2), OptimizerConfig())
-    assert [group["weight_decay"] for group in muon.param_groups] == [0.2, 0.2]
+@pytest.mark.parametrize("total_batch, rates", [(2**19, 1), (2**21, 2), (2**12, 1)])
+def test_scales_of_the_batch(total_batch, rates):
+    assert learning_rate_scale(total_batch) == rates
+    # by depth: less for deeper models, not more for shallow ones
+    for n_layer, expected in ((24, 0.25), (12, 1), (2, 1)):
+        assert weight_decay_scale(OptimizerConfig(), n_layer, total_batch, growth=9) == expected
+    # by horizon: rate * decay * tokens / batch stays
+    for growth in (0.1, 1, 9):
+        decay = weight_decay_scale(NANOCHAT_OPTIMIZER, 24, total_batch, growth)
+        assert rates * decay * growth / total_batch == pytest.approx(1 / 2**19)
 
 @pytest.mark.parametrize("step, multiplier, momentum, decay", [
     (0, 1 / 41, 0.85, 0.2),  # the first of 40 steps of warm-up
@@ -107,6 +118,26 @@ def test_a_run_of_1000_steps(step, multiplier, momentum, decay):
 def test_other_warm_ups_and_warm_downs(options, step, multiplier):
     assert set_learning_rates([], step, STEPS, OptimizerConfig(**options)) == pytest.approx(multiplier)
 
+def test_nanochats_run_of_1000_steps():
+    """Warm-up over 40 steps; momentum from 0.85 to 0.97, and from step 400 on to where it falls to 0.90."""
+    config = NANOCHAT_OPTIMIZER
+    adamw, muon = optimizers = make_optimizers(layerwise_gpt(n_layer=2), config)
+    for step in range(STEPS):
+        multiplier = min((step + 1) / 40, 1)
+        momentum = 0.85 + 0.12 * min(step / 400, 1)
+        progress = (step - 350) / 650  # of the warm-down
+        if progress > 0:
+            multiplier = 1 - 0.95 * progress
+        if step >= 400:
+            momentum = 0.97 * (1 - progress) + 0.90 * progress
+        assert set_learning_rates(optimizers, step, STEPS, config) == pytest.approx(multiplier)
+        for group in adamw.param_groups:
+            assert group["lr"] == pytest.approx(multiplier * group["initial_lr"])
+            assert group["weight_decay"] == group["initial_weight_decay"]  # only Muon's falls
+        for group in muon.param_groups:
+            assert group["momentum"] == pytest.approx(momentum)
+            assert group["weight_decay"] == pytest.approx(0.14 * (1 + math.cos(math.pi * step / 1000)))
+
 @pytest.mark.parametrize("flags, memory_init, memory_lr", [
     ([], 0.1, 0.02),
     (["--memory-init", "1", "--memory-lr", "0.005"], 1.0, 0.005),
@@ -114,7 +145,7 @@ def test_other_warm_ups_and_warm_downs(options, step, multiplier):
 def test_the_memory_can_start_and_train_otherwise(flags, memory_init, memory_lr):
     args = train.make_parser().parse_args(["--depth", "2", "--lrt", "layerwise", *flags])
     plan = make_plan(args, 32, 1, torch.float32)
-    model, optimizers, _, _ = train.setup_training(args, plan, torch.device("cpu"), torch.float32)
+    model, optimizers, _ = train.setup_training(args, plan, torch.device("cpu"), torch.float32)
     groups = model.parameter_groups()
     assert model.mem_lambdas.tolist() == pytest.approx([memory_init, memory_init])
     n_parameters = sum(len(group["params"]) for group in optimizers[1].param_groups)
@@ -179,7 +210,7 @@ def test_a_parameter_without_a_gradient_stays():
     assert torch.equal(b, before)
     assert list(optimizer.state_dict()["state"]) == [0]
 
-def test_the_dtype_of_products(monkeypatch):
+def test_the_fast_dtype(monkeypatch):
     """bf16 where the CPU has it and its kernels may be used, float32 elsewhere; other dtypes stay."""
     p = torch.zeros(2, 2)
     for amx, avx512_bf16, kernels, dtype in [
@@ -191,7 +222,9 @@ def test_the_dtype_of_products(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=amx: answer)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=avx512_bf16: answer)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda answer=kernels: answer)
-        assert optim.product_dtype(p) == dtype
+        assert optim.product_dtype(p) == training_dtype("cpu") == dtype
+        assert training_dtype("cpu", None) == training_dtype("cpu", "float32") == torch.float32
+        assert training_dtype("cpu", "bfloat16") == torch.bfloat16
         assert optim.product_dtype(p.double()) == torch.float64
 
 @pytest.mark.parametrize("name", ["v0_layerwise", "v0_recurrent"])
@@ -214,89 +247,6 @@ def test_states_of_torchs_muon_are_gone_on_with(name, monkeypatch):
 
     for p, q in zip(go_on(False), go_on(True), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-4)
-
-
-# -----------------------------------------------------------------------------
-# nanochat's Muon, on its own backbone
-
-def nanochat_loss(w, config, idx, targets):
-    """
-    The loss of nanochat's backbone with weights w, a dict by its names: a slow implementation of what the
-    fixtures' README.md says. No window is as short as these rows.
-    """
-    B, T = idx.shape
-    L, H, G, D = (config[name] for name in ("n_layer", "n_head", "n_kv_head", "n_embd"))
-    d = D // H
-    angles = torch.outer(torch.arange(T), 100000 ** (-torch.arange(0, d, 2) / d))[:, None]
-    cos, sin = angles.cos(), angles.sin()
-
-    def norm(x):
-        return F.rms_norm(x, x.shape[-1:])
-
-    def rotate(x):
-        a, b = x.chunk(2, -1)
-        return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
-
-    x = norm(w["transformer.wte.weight"][idx])
-    smear = w["smear_lambda"] * torch.sigmoid(x[:, 1:, :24] @ w["smear_gate.weight"].T)
-    x = x0 = torch.cat([x[:, :1], x[:, 1:] + smear * x[:, :-1]], 1)
-    for l in range(L):
-        layer = {name.split(f"h.{l}.")[1]: p for name, p in w.items() if f"h.{l}." in name}
-        x = w["resid_lambdas"][l] * x + w["x0_lambdas"][l] * x0
-        u = norm(x)
-        q = (u @ layer["attn.c_q.weight"].T).view(B, T, H, d)
-        k = (u @ layer["attn.c_k.weight"].T).view(B, T, G, d)
-        v = (u @ layer["attn.c_v.weight"].T).view(B, T, G, d)
-        if "attn.ve_gate.weight" in layer:
-            gate = 3 * torch.sigmoid(u[..., :12] @ layer["attn.ve_gate.weight"].T)
-            v = v + gate[..., None] * w[f"value_embeds.{l}.weight"][idx].view(B, T, G, d)
-        q, k = 1.2 * norm(rotate(q)), 1.2 * norm(rotate(k))
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + y.transpose(1, 2).reshape(B, T, D) @ layer["attn.c_proj.weight"].T
-        x = x + F.relu(norm(x) @ layer["mlp.c_fc.weight"].T).square() @ layer["mlp.c_proj.weight"].T
-        if l == L // 2:
-            middle = x
-    x = norm(x - w["backout_lambda"] * middle)
-    logits = (x @ w["lm_head.weight"].T)[..., :config["vocab_size"]]
-    return F.cross_entropy((15 * torch.tanh(logits / 15)).flatten(0, 1), targets.flatten())
-
-@pytest.mark.skipif(not NANOCHAT.is_dir(), reason=f"no fixtures in {NANOCHAT} (set PARITY_NANOCHAT_DIR)")
-def test_parity_with_nanochats_optimizer(monkeypatch):
-    """Six steps of its model, by our Muon with all variants and torch's AdamW."""
-    monkeypatch.setattr(optim, "product_dtype", lambda p: torch.float32)
-    fixture = np.load(NANOCHAT / "nanochat_optimizer.npz")
-    meta = json.loads(str(fixture["meta"]))
-    w = {}
-    for key in fixture.files:
-        if key.startswith("weight/"):
-            w[key.removeprefix("weight/")] = torch.nn.Parameter(torch.from_numpy(fixture[key]))
-
-    groups = {"adamw": [], "muon": []}
-    for group in meta["groups"]:
-        options = {key: group[key] for key in ("betas", "eps", "beta2", "weight_decay") if key in group}
-        params = [w[name] for name in group["params"]]
-        groups[group["kind"]].append(options | dict(params=params, lr=0.0, initial_lr=group["initial_lr"]))
-    optimizers = [torch.optim.AdamW(groups["adamw"], fused=True), Muon(groups["muon"], **ALL_VARIANTS)]
-
-    idx, targets = (torch.from_numpy(fixture[name]).long() for name in ("idx", "targets"))
-    losses = []
-    for multiplier, momentum in zip(meta["multipliers"], meta["momenta"], strict=True):
-        loss = nanochat_loss(w, meta["config"], idx, targets)
-        losses.append(loss.item())
-        loss.backward()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = multiplier * group["initial_lr"]
-                if "momentum" in group:
-                    group["momentum"] = momentum
-            optimizer.step()
-            optimizer.zero_grad()
-
-    assert losses == pytest.approx(fixture["losses"].tolist(), rel=1e-5)
-    for name, p in w.items():
-        after = torch.from_numpy(fixture[f"after/{name}"])
-        assert (p - after).norm() < 5e-4 * after.norm(), name
 
 
 # -----------------------------------------------------------------------------
@@ -423,7 +373,7 @@ def test_resumed_on_gpus(group_of_one, monkeypatch):
     On fake CUDA tensors: a checkpoint's state gets to the GPU, AdamW's step as well (pytorch issue 124133);
     the fused step takes it, and saving it moves nothing that is in use.
     """
-    monkeypatch.setattr(optim, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(optim, "training_dtype", lambda device: torch.bfloat16)
     cpu = random_parameters()
     saved = []
     for optimizer in (torch.optim.AdamW(cpu, fused=True), torch.optim.Muon(cpu)):

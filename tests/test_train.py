@@ -25,7 +25,8 @@ TORCHRUN = Path(sys.executable).parent / "torchrun"
 
 def train(data, *flags):
     """Train a small model, in this process, to the end; what it printed."""
-    code, out, err = cli("train.py", "--data", data, *SMALL, *flags)
+    size = [] if "--resume" in flags else SMALL
+    code, out, err = cli("train.py", "--data", data, *size, *flags)
     assert code == 0, err
     return out
 
@@ -101,6 +102,23 @@ def test_horizon(data, here):
     flops = float(out.split(" FLOPs")[0].splitlines()[-1])
     assert 0.8e9 < flops < 1.2e9  # whole steps
     assert sorted(path.name for path in (here / "runs").iterdir()) == ["d2_shared", "d2_shared_2"]
+
+def test_a_run_goes_on_in_its_dtype(data, here, monkeypatch):
+    """Whatever is fast on the machine where it is resumed. Runs from before --dtype were float32 on CPUs."""
+    train(data, "--num-iterations", 2, "--save-every", 1, "--dtype", "bfloat16", "--name", "x")
+    checkpoint = torch.load("runs/x/ckpt_0000001.pt")
+    assert checkpoint["args"]["dtype"] == "bfloat16"
+    Path("runs/x/ckpt_0000002.pt").unlink()
+    train(data, "--resume", "runs/x")
+    assert torch.load("runs/x/ckpt_0000002.pt")["args"]["dtype"] == "bfloat16"
+
+    Path("runs/x/ckpt_0000002.pt").unlink()
+    del checkpoint["args"]["dtype"]
+    torch.save(checkpoint, "runs/x/ckpt_0000001.pt")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    train(data, "--resume", "runs/x")
+    assert torch.load("runs/x/ckpt_0000002.pt")["args"]["dtype"] == "float32"
 
 def test_the_last_steps_refine_once_more(data, here):
     """--deepen: evaluations and checkpoints go by the schedule of the last step that was trained."""
