@@ -3,7 +3,8 @@ The run folder: what a run leaves on disk, and how it is found, checked, loaded 
 checkpoint.
 
     ckpt_0001000.pt                       a checkpoint after so many steps: a dict with the keys of CHECKPOINT
-    log.jsonl                             JSON lines: training steps, evaluations, CORE, skipped steps
+    log.jsonl                             JSON lines: the run's id, training steps, evaluations, CORE,
+                                          skipped steps
     tokenizer.tiktoken, tokenizer.json    those of the data it was trained on
     core_0001000.json, .csv               CORE, if it was scored (core.py)
     set_aside/                            checkpoints that were newer when the run went back to an older one
@@ -22,8 +23,10 @@ from common import (
     UserError,
     compute_dtype,
     fsync,
+    is_in_place,
     is_text,
     is_whole,
+    lock,
     raise_if_unreadable,
     read_rows,
     say,
@@ -51,6 +54,7 @@ CHECKPOINT = dict(
     torch_rng=torch.Tensor,  # state of torch's random generator
     tokenizer_sha256=str,  # of the data's tokenizer
     shards_sha256=list,  # of the data's training shards, in order
+    run_id=str,  # drawn when the run began; empty for those that began before there were any
 )
 
 
@@ -86,6 +90,7 @@ def load_checkpoint(path, verify=False):
                 raise ValueError(f"{damaged} does not match its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         checkpoint.setdefault("version", 0)
+        checkpoint.setdefault("run_id", "")
         newer = checkpoint["version"] > VERSION
         if not newer:  # a newer version may have other keys
             check_content(checkpoint)
@@ -171,23 +176,39 @@ def find_checkpoint(path=None):
 def newest_checkpoint(path):
     """
     (path, checkpoint) of the file `path`, or of the newest checkpoint in the run folder `path` that is
-    whole: damaged ones are passed over with a warning. Raises UserError if there is none, and for one that
-    cannot be read now or is of a newer version: it may be whole, and an older one would take its place.
+    whole: damaged ones are passed over with a warning. Raises UserError if there is none, if it is of another
+    run than the log beside it, and for one that cannot be read now or is of a newer version: it may be whole,
+    and an older one would take its place.
     """
     newest = find_checkpoint(path)
     folder = newest.absolute().parent
     if folder.name == SET_ASIDE:
         raise UserError(f"{newest} was set aside: move it to {folder.parent} to go on with it")
     if Path(path).is_file():
-        return newest, load_checkpoint(newest, verify=True)
+        checkpoint = load_checkpoint(newest, verify=True)
+        check_same_run(newest, checkpoint)
+        return newest, checkpoint
     error = None
     for candidate in reversed(list_checkpoints(newest.parent)):
         try:
-            return candidate, load_checkpoint(candidate, verify=True)
+            checkpoint = load_checkpoint(candidate, verify=True)
         except Damaged as e:
             error = e
             say(f"warning: {e}")
+        else:
+            check_same_run(candidate, checkpoint)
+            return candidate, checkpoint
     raise error
+
+def check_same_run(path, checkpoint):
+    """
+    Raise UserError if a checkpoint lies beside the log of another run. That somebody put it there cannot be
+    an accident, so it is neither gone on with nor passed over.
+    """
+    there = read_run_id(path.parent)
+    if there is not None and there != checkpoint["run_id"]:
+        raise UserError(f"{path} is of another run than the log beside it: move it out of {path.parent}, "
+                        "or into a folder of its own to go on with it")
 
 
 # -----------------------------------------------------------------------------
@@ -256,15 +277,40 @@ def new_run_folder(out, name, default, exist_ok=False):
         except OSError as e:
             raise UserError(f"cannot make {folder}: {e.strerror}") from e
 
+class RunFolder:
+    """The folder of a run that is being trained: locked, and with the files of its tokenizer."""
+
+    def __init__(self, path, files):
+        self.path = Path(path)
+        self.files = files  # the bytes of files that belong there, by their names
+        self.lock = None
+
+    def hold(self):
+        """
+        Make the folder, lock it, and write its files; again, if somebody has moved or removed it since then.
+        Raises UserError.
+        """
+        if self.lock is not None and is_in_place(self.lock, self.path / ".lock"):
+            return
+        self.lock = lock(self.path, "training")
+        for name, raw in self.files.items():
+            write_atomic(self.path / name, lambda f, raw=raw: f.write(raw))
+
 class Log:
     """
     log.jsonl of a run, open for appending on rank 0; on other ranks it takes rows and writes nothing. What a
-    full disk does not take is tried again with the next row.
+    full disk does not take is tried again with the next row. The first row has the run's id. A log that
+    somebody moves or removes, with its folder perhaps, is put back by flush(): the open file still has it.
     """
 
-    def __init__(self, folder, rank=0):
-        self.file = open(Path(folder) / "log.jsonl", "ab", buffering=0) if rank == 0 else None
+    def __init__(self, folder, rank=0, run_id="", run_folder=None):
+        self.path = Path(folder) / "log.jsonl"
+        self.run_id = run_id
+        self.run_folder = run_folder  # a RunFolder, which goes on holding the folder
+        self.file = open(self.path, "a+b", buffering=0) if rank == 0 else None
         self.unwritten = b""
+        if rank == 0 and run_id and read_run_id(folder) is None:
+            self.add(kind="run", step=0, run_id=run_id)
 
     def add(self, **row):
         """Append one row."""
@@ -272,16 +318,37 @@ class Log:
             return
         self.unwritten += json.dumps(row).encode() + b"\n"
         with suppress(OSError):
-            self.flush()
+            self.write()
+
+    def put_back(self):
+        """
+        Write the log again if it is no longer in its place. Raises UserError, also if the folder is that of
+        another run now.
+        """
+        if is_in_place(self.file, self.path):
+            return
+        if self.run_folder is not None:
+            self.run_folder.hold()
+        if read_run_id(self.path.parent) not in (None, self.run_id):
+            raise UserError(f"{self.path.parent} is the folder of another run now")
+        rows = os.pread(self.file.fileno(), os.fstat(self.file.fileno()).st_size, 0)
+        write_atomic(self.path, lambda f: f.write(rows))
+        self.file = open(self.path, "a+b", buffering=0)
+        say(f"warning: {self.path} was moved or removed: it was written again")
 
     def flush(self):
-        """Write what is not written yet. Raises OSError if the disk is full."""
+        """Write what is not written yet. Raises OSError if the disk is full, and what put_back() raises."""
+        self.put_back()
+        self.write()
+
+    def write(self):
+        """Write what is not written yet into the open file, wherever that is. Raises OSError."""
         while self.unwritten:
             written = self.file.write(self.unwritten)
             self.unwritten = self.unwritten[written:]
 
     def sync(self):
-        """Make sure that all rows are on the disk. Raises OSError."""
+        """Make sure that all rows are on the disk. Raises OSError, and what put_back() raises."""
         self.flush()
         fsync(self.file.fileno())
 
@@ -295,6 +362,13 @@ def read_log(folder):
         if isinstance(row, dict) and is_whole(row.get("step"), 0, 2**63 - 1) and "kind" in row:
             rows.append(row)
     return rows
+
+def read_run_id(folder):
+    """The id of the run whose log.jsonl is in the folder; None without one, or from before there were ids."""
+    for row in read_log(folder):
+        if row["kind"] == "run":
+            return row.get("run_id")
+    return None
 
 def set_aside(paths):
     """

@@ -405,6 +405,13 @@ def lock(folder, what):
         raise UserError(f"another {what} is writing {folder}: wait for it or choose another folder")
     return f
 
+def is_in_place(f, path):
+    """Is an open file still the one at `path`? It is not if somebody moved or removed it."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(f.fileno()))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
 
 # -----------------------------------------------------------------------------
 # Text from outside

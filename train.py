@@ -20,6 +20,7 @@ import dataclasses
 import faulthandler
 import math
 import os
+import secrets
 import time
 import warnings
 from argparse import BooleanOptionalAction, Namespace
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 from checkpointing import (
     Log,
+    RunFolder,
     default_name,
     list_checkpoints,
     load_optimizers,
@@ -58,12 +60,10 @@ from common import (
     from_rank_0,
     init_processes,
     is_text,
-    lock,
     peak_flops,
     run_main,
     say,
     training_dtype,
-    write_atomic,
 )
 from core import describe_core, evaluate_core, load_tasks
 from dataset import BOS, Rows, first_rows, open_data
@@ -445,13 +445,12 @@ class StopRequest:
         self.made = True
         print0("stopping after this step (once more: at once, without saving)")
 
-def open_run_folder(args, step, data, rank):
+def open_run_folder(args, step, run_id, data, rank):
     """
-    Make the run's folder, or take it back to the checkpoint of this step. Rank 0 does it, holds the
-    folder's lock, and writes the log. Returns the folder, the lock, the log, and the last step that was
-    evaluated (-1: none).
+    Make the run's folder, or take it back to the checkpoint of this step. Rank 0 does it, holds the folder,
+    and writes the log. Returns the folder, the log, and the last step that was evaluated (-1: none).
     """
-    folder = folder_lock = None
+    folder = run_folder = None
     evaluated = -1
     if rank == 0:
         if step > 0:
@@ -459,13 +458,12 @@ def open_run_folder(args, step, data, rank):
         else:
             may_exist = args.resume == "auto"  # it may have ended before its first checkpoint
             folder = new_run_folder(args.out, args.name, default_name(args), exist_ok=may_exist)
-        folder_lock = lock(folder, "training")
+        names = ("tokenizer.tiktoken", "tokenizer.json")
+        run_folder = RunFolder(folder, {name: (data.folder / name).read_bytes() for name in names})
+        run_folder.hold()
         evaluated = rewind(folder, step if step > 0 else -1)
-        for name in ("tokenizer.tiktoken", "tokenizer.json"):
-            raw = (data.folder / name).read_bytes()
-            write_atomic(folder / name, lambda f, raw=raw: f.write(raw))
     folder, evaluated = from_rank_0((folder, evaluated))
-    return folder, folder_lock, Log(folder, rank), evaluated
+    return folder, Log(folder, rank, run_id, run_folder), evaluated
 
 
 # -----------------------------------------------------------------------------
@@ -636,18 +634,20 @@ def main():
     # model, optimizers, and the state of a resumed run
     model, optimizers, train_step = setup_training(args, plan, device, dtype)
     state = resume(checkpoint, args.resume, model, optimizers) if checkpoint else TrainState()
+    run_id = checkpoint["run_id"] if checkpoint else secrets.token_hex(8)
     del checkpoint
     check_same_step(state.step, args.out)
     start = state.step
 
     # the run folder
-    folder, folder_lock, log, evaluated = open_run_folder(args, state.step, data, rank)
+    folder, log, evaluated = open_run_folder(args, state.step, run_id, data, rank)
     print0(f"{folder}: " + "\n".join(describe(plan, world_size, device, dtype, rows.per_epoch)))
     checkpoint_header = dict(
         config=dataclasses.asdict(plan.config),
         args=vars(args),
         tokenizer_sha256=data.meta["tokenizer_sha256"],
         shards_sha256=[shard["sha256"] for shard in data.meta["train"]],
+        run_id=run_id,
     )
 
     stop = StopRequest()

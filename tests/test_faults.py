@@ -35,7 +35,7 @@ import dataset
 import optim
 import prepare_data
 import train
-from checkpointing import load_checkpoint, new_run_folder, newest_checkpoint, read_log
+from checkpointing import load_checkpoint, new_run_folder, newest_checkpoint, read_log, read_run_id
 from common import UserError
 from eval_core import evaluate_bpb
 from interleave import Schedule
@@ -132,6 +132,7 @@ def numbers(folder):
     rows = read_log(folder)
     for row in rows:
         row.pop("dt", None)
+        row.pop("run_id", None)
     return rows
 
 def same_bits(path_a, path_b):
@@ -528,6 +529,85 @@ def test_a_disk_that_stays_full(data, trained, here, fork):
     codes, said = run(fork, "out.txt", "--resume", "runs/x")
     assert codes == [0], said
     assert_as_trained("runs/x", trained)
+
+
+def at_step_5(action):
+    at_step({5: action})
+
+def remove_log():
+    os.unlink("runs/x/log.jsonl")
+
+def remove_folder():
+    shutil.rmtree("runs")
+
+def move_folder():
+    os.rename("runs/x", "runs/y")
+
+@pytest.mark.parametrize("action", [remove_log, remove_folder, move_folder])
+def test_the_run_folder_is_removed_or_moved(action, data, trained, here, fork):
+    """It is put back at the next save, with the whole log, its tokenizer, and its lock; which is said."""
+    codes, said = run(fork, "out.txt", "--data", data, *TWELVE, prelude=at_step_5, args=(action,))
+    assert codes == [0], said
+    assert said.count("warning: runs/x/log.jsonl was moved or removed: it was written again") == 1
+    assert_as_trained("runs/x", trained)
+    for name in ("tokenizer.json", "tokenizer.tiktoken", ".lock"):
+        assert Path("runs/x", name).exists()
+    codes, said = run(fork, "out.txt", "--resume", "runs/x")
+    assert codes == [0], said
+
+def other_run_in_its_place():
+    shutil.rmtree("runs/x")
+    Path("runs/x").mkdir()
+    Path("runs/x/log.jsonl").write_text('{"kind": "run", "step": 0, "run_id": "another"}\n')
+
+def training_in_its_place():
+    """What the lock is held for."""
+    shutil.rmtree("runs/x")
+    training_in_its_place.lock = common.lock("runs/x", "test")
+
+@pytest.mark.parametrize("action, words", [
+    (other_run_in_its_place, "runs/x is the folder of another run now"),
+    (training_in_its_place, "another training is writing runs/x"),
+])
+def test_another_run_takes_the_place_of_the_folder(action, words, data, here, fork):
+    """Nothing of it is touched."""
+    codes, said = run(fork, "out.txt", "--data", data, *TWELVE, prelude=at_step_5, args=(action,))
+    assert codes == [2], said
+    assert words in said.splitlines()[-1]
+    assert checkpoints("runs/x") == []
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_with(data, trained, here, fork):
+    """Under the right name, with the right step, and even of the same flags but for the seed."""
+    codes, said = run(fork, "out.txt", "--data", data, *TWELVE, "--seed", 1)
+    assert codes == [0], said
+    shutil.copy(trained / "ckpt_0000012.pt", "runs/x")
+    before = {path.name: path.read_bytes() for path in Path("runs/x").iterdir()}
+    for path in ("runs/x", "runs/x/ckpt_0000012.pt"):
+        codes, said = run(fork, "out.txt", "--resume", path)
+        assert codes == [2]
+        assert "ckpt_0000012.pt is of another run than the log beside it" in said
+    assert {path.name: path.read_bytes() for path in Path("runs/x").iterdir()} == before
+
+    # in a folder of its own it is gone on with, and begins the log of its run
+    Path("y").mkdir()
+    os.rename("runs/x/ckpt_0000012.pt", "y/ckpt_0000012.pt")
+    codes, said = run(fork, "out.txt", "--resume", "y")
+    assert codes == [0], said
+    assert read_run_id("y") == read_run_id(trained) != read_run_id("runs/x")
+
+def test_a_run_from_before_there_were_ids(data, trained, here, fork):
+    shutil.copytree(trained, "run")
+    Path("run/ckpt_0000012.pt").unlink()
+    for path in Path("run").glob("*.pt"):
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["run_id"]
+        torch.save(checkpoint, path)
+    lines = Path("run/log.jsonl").read_text().splitlines(keepends=True)
+    Path("run/log.jsonl").write_text("".join(lines[1:]))
+    codes, said = run(fork, "out.txt", "--resume", "run")
+    assert codes == [0], said
+    assert numbers("run") == numbers(trained)[1:]
+    assert read_run_id("run") is None
 
 
 def die_in_evaluation(step):
