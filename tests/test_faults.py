@@ -42,6 +42,7 @@ from interleave import Schedule
 from model import GPT, GPTConfig
 
 TINY = (
+    "--dtype float32 "  # the same on every machine
     "--depth 1 --aspect-ratio 16 --head-dim 8 --max-seq-len 16 --total-batch-size 128 --eval-tokens 112 "
     "--decode-tokens 32 --device cpu --warmup-steps 0 --eval-every 0 --save-every 0"
 ).split()
