@@ -73,9 +73,10 @@ from optim import make_optimizers, set_learning_rates
 from plan import RECIPES, describe, dry_run, fill_in, make_plan
 from recurrent import build_model
 from sample import complete
+from watchdog import Watchdog
 
 MAX_SKIPS = 10  # --on-nonfinite skip: this many steps in a row are no accident
-TIMEOUT = timedelta(minutes=10)  # of a collective, for a process that hangs; one that dies is noticed at once
+TIMEOUT = timedelta(minutes=10)  # of a collective, for what the watchdog does not time: evaluations, saves
 COMPILED_MEMORY_BUDGET = 0.2  # --activation-checkpointing with --compile: share of activations that is kept
 MAX_PASSES_LOGGED = 16  # the losses of longer schedules, pass by pass, would make log.jsonl large
 
@@ -550,6 +551,26 @@ def not_finite(what, folder, step):
     return UserError(f"step {step}: {what}; {last_good}: "
                      "lower --matrix-lr, --embedding-lr, --head-lr or --scalar-lr")
 
+def compute_gradients(train_step, plan, schedule, batch, batches, watch):
+    """
+    Forward and backward of a step: the gradients of all micro-batches add up, those of all ranks in the last
+    one. batch: the first micro-batch, of which `batches` has the others. Returns the losses of this rank, of
+    the step and of every pass, (1 + passes,), and the first micro-batch of the next step.
+    """
+    losses = 0
+    for micro_step in range(plan.micro_steps):
+        watch.at("forward")
+        idx, targets = batch
+        last = micro_step == plan.micro_steps - 1
+        with nullcontext() if last or not dist.is_initialized() else train_step.no_sync():
+            loss, pass_losses = train_step(idx, targets, schedule)
+            watch.at("backward")
+            (loss / plan.micro_steps).backward()
+        losses = losses + torch.cat([loss.detach().view(1), pass_losses]) / plan.micro_steps
+        watch.at("loading")
+        batch = next(batches)  # loaded while a GPU still computes
+    return losses, batch
+
 def mean_over_ranks(x):
     """The mean of a tensor over all ranks, the same bits in each of them."""
     if dist.is_initialized():
@@ -614,8 +635,17 @@ def main():
         return
     check_new_folder(args.out)
 
-    # device, process group, data
     device, rank, world_size = init_processes(args.device, TIMEOUT)
+    with Watchdog(rank, world_size) as watch:
+        train(args, checkpoint, device, rank, world_size, watch)
+    end_processes()
+
+def train(args, checkpoint, device, rank, world_size, watch):
+    """
+    A run from its setup to its last words: by the flags and, to go on, a checkpoint, with a Watchdog. Raises
+    UserError.
+    """
+    # data
     dtype = training_dtype(device, args.dtype)
     args.dtype = str(dtype)[6:]  # a resumed run goes on in it
     data = open_data(args.data, rank=rank, world_size=world_size)
@@ -661,43 +691,41 @@ def main():
         finished = state.step >= plan.num_iterations
         save_now = state.step > start and (finished or stopping or due(args.save_every, state.step))
         if save_now:
+            watch.between("save", state.step)
             schedule = dataclasses.asdict(plan.schedule_at(state.step - 1))
             save(folder, log, state, model, optimizers, final=finished or stopping,
                  schedule=schedule, **checkpoint_header)
         if state.step > evaluated and (finished or (due(args.eval_every, state.step) and not stopping)):
+            watch.between("evaluation", state.step)
             bpb, decoded = evaluate(model, val_rows, data, plan, args, folder, state.step)
             tokens = state.step * plan.total_batch
             log.add(kind="eval", step=state.step, tokens=tokens, bpb=bpb, decode_rows=decoded)
         if save_now or state.step == start:  # not before: an evaluation may find that the newest is no good
             remove_old_checkpoints(folder, args.keep, rank)
         if tasks and state.step > 0 and (finished or (due(args.core_every, state.step) and not stopping)):
+            watch.between("CORE", state.step)
             core = evaluate_tasks(model, data.tokenizer, tasks, folder, state.step, args.core_max_per_task,
                                   plan.device_batch)
             log.add(kind="core", step=state.step, **core)
         if finished or stopping:
             break
 
-        # forward and backward: the gradients of all micro-batches add up, those of all ranks in the last one
+        # forward and backward
         t0 = time.perf_counter()
         multiplier = set_learning_rates(optimizers, state.step, plan.num_iterations, plan.optimizer)
         schedule = plan.schedule_at(state.step)
-        losses = 0
-        for micro_step in range(plan.micro_steps):
-            idx, targets = batch
-            last = micro_step == plan.micro_steps - 1
-            with nullcontext() if last or not dist.is_initialized() else train_step.no_sync():
-                loss, pass_losses = train_step(idx, targets, schedule)
-                (loss / plan.micro_steps).backward()
-            losses = losses + torch.cat([loss.detach().view(1), pass_losses]) / plan.micro_steps
-            batch = next(batches)  # loaded while a GPU still computes
+        watch.begin_step(state.step, schedule)
+        losses, batch = compute_gradients(train_step, plan, schedule, batch, batches, watch)
 
         # clip; all ranks act on the same numbers, a request to stop among them
+        watch.at("exchange")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         figures = torch.cat([losses, norm.view(1), losses.new_tensor([float(stop.made)])])
         *losses, norm, stop_votes = mean_over_ranks(figures).tolist()
         stopping = stop_votes > 0
 
         # step, unless a number is not finite
+        watch.at("update")
         finite = math.isfinite(losses[0]) and math.isfinite(norm)
         if finite:
             state.skipped = 0
@@ -717,6 +745,7 @@ def main():
         state.rows_seen += plan.rows_per_step
         bar.update()
 
+    watch.close()
     bar.close()
     if rank == 0:
         try:
@@ -725,7 +754,6 @@ def main():
             raise UserError(f"cannot write {folder / 'log.jsonl'}: {e.strerror}; "
                             f"make room, then --resume {folder}") from e
         finish(finished, model, data.tokenizer, folder, state)
-    end_processes()
 
 if __name__ == "__main__":
     faulthandler.enable(2)  # a bus error or a segmentation fault says where
