@@ -102,11 +102,13 @@ def describe_hanging(numbers, ranks, now):
     parts = []
     for number in numbers[:4]:
         rank = ranks[number]
-        part = f"rank {number} hangs in {rank.progress} for {now - rank.moved:.0f} s"
+        seconds = f"{now - rank.moved:.0f} s"
         if now - rank.heard > SILENT:
-            part += ", stopped or stuck outside Python"
-        elif rank.progress.frame:
-            part += f", at {rank.progress.frame}"
+            part = f"rank {number} is stopped or stuck outside Python since {rank.progress}, {seconds} ago"
+        else:
+            part = f"rank {number} hangs in {rank.progress} for {seconds}"
+            if rank.progress.frame:
+                part += f", at {rank.progress.frame}"
         parts.append(part)
     if len(numbers) > 4:
         parts.append(f"and so do {len(numbers) - 4} more")
@@ -173,7 +175,7 @@ class Connection:
                 pass
 
     def receive(self):
-        """What has come, a list of messages. Raises EOFError if the other end is gone."""
+        """What has come, a list of messages. Raises EOFError if the other end is gone, or no rank."""
         try:
             data = self.sock.recv(1 << 16)
         except OSError as e:
@@ -181,7 +183,10 @@ class Connection:
         if not data:
             raise EOFError
         *lines, self.unread = (self.unread + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as e:  # a stranger's
+            raise EOFError from e
 
 def listen():
     """A socket on a free port of all addresses of this machine."""
@@ -266,12 +271,12 @@ class Watchdog:
         self.ranks = {}
         for number, (fields, _, _) in enumerate(everybody):
             self.ranks[number] = Rank(**fields, moved=now, heard=now)
-        _, port, token = everybody[0]
+        _, port, self.token = everybody[0]
 
         self.connections = []
         self.selector = selectors.DefaultSelector()
         if self.rank == 0:
-            self.accept(server, token, world_size - 1)
+            self.selector.register(server, selectors.EVENT_READ, None)
         else:
             address = os.environ["MASTER_ADDR"], port
             try:
@@ -280,27 +285,9 @@ class Watchdog:
                 raise UserError(f"rank {self.rank} cannot connect to rank 0 at {address} ({e}): "
                                 "let the nodes reach each other on all ports") from e
             connection.number = 0
-            connection.send(token=token, rank=self.rank)
+            connection.send(token=self.token, number=self.rank)
             self.add(connection)
         threading.Thread(target=self.watch, daemon=True).start()
-
-    def accept(self, server, token, n):
-        """Wait for the n other ranks; strangers that happen to knock are turned away."""
-        server.settimeout(60)
-        while len(self.connections) < n:
-            try:
-                connection = Connection(server.accept()[0])
-                hello, = connection.receive()
-                if hello["token"] != token:
-                    continue
-                connection.number = hello["rank"]
-            except TimeoutError as e:
-                raise UserError(f"only {len(self.connections)} of {n} ranks have connected to rank 0: "
-                                "let the nodes reach each other on all ports") from e
-            except (EOFError, ValueError, KeyError, TypeError):
-                continue
-            self.add(connection)
-        server.close()
 
     def add(self, connection):
         self.connections.append(connection)
@@ -334,7 +321,10 @@ class Watchdog:
         next_beat = 0.0
         while not self.closed:
             for key, _ in self.selector.select(max(next_beat - time.monotonic(), 0)):
-                self.read(key.data)
+                if key.data is None:  # rank 0 is called
+                    self.add(Connection(key.fileobj.accept()[0]))
+                else:
+                    self.read(key.data)
             now = time.monotonic()
             if now < next_beat:
                 continue
@@ -353,15 +343,17 @@ class Watchdog:
 
     def read(self, connection):
         """Take note of what another rank tells, of its end, and of the verdict about a third one."""
-        rank = self.ranks[connection.number]
         now = time.monotonic()
+        rank = self.ranks.get(connection.number)
         try:
             messages = connection.receive()
+            if rank is None and messages:
+                rank = self.identify(connection, messages.pop(0))
         except EOFError:
             self.selector.unregister(connection.sock)
             self.connections.remove(connection)
             connection.sock.close()
-            if rank.left is None:
+            if rank is not None and rank.left is None:
                 self.end(f"rank {connection.number} died in {rank.progress}", [connection.number])
             return
         for message in messages:
@@ -372,6 +364,13 @@ class Watchdog:
                 rank.reason = message["reason"]
             else:
                 rank.hear(Progress(**message), now)
+
+    def identify(self, connection, hello):
+        """The Rank at the other end, from its first message. Raises EOFError if it is a stranger."""
+        if not isinstance(hello, dict) or hello.get("token") != self.token:
+            raise EOFError
+        connection.number = hello["number"]
+        return self.ranks[connection.number]
 
     def judge(self, now):
         """Does a rank hang, or has one left that the others still wait for?"""
