@@ -34,6 +34,7 @@ from common import (
 )
 from interleave import Schedule
 from recurrent import build_model, config_from_dict
+from sharding import load_whole_state_dict
 
 VERSION = 1  # of the checkpoint's format; checkpoints from before it was counted have none and are version 0
 
@@ -217,7 +218,7 @@ def check_same_run(path, checkpoint):
 def load_weights(model, checkpoint):
     """Put a checkpoint's weights into a model. Raises UserError if they are those of another model."""
     try:
-        model.load_state_dict(checkpoint["model"])
+        load_whole_state_dict(model, checkpoint["model"])
     except (RuntimeError, AttributeError, TypeError) as e:
         reason = str(e).split("\n")[-1].strip()
         raise UserError(f"the checkpoint's weights are not of its own configuration: {reason}") from e

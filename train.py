@@ -73,6 +73,7 @@ from optim import make_optimizers, set_learning_rates
 from plan import RECIPES, describe, dry_run, fill_in, make_plan
 from recurrent import build_model
 from sample import complete
+from sharding import clip_gradients, shard, share, whole_model, whole_state_dict
 from watchdog import Watchdog
 
 MAX_SKIPS = 10  # --on-nonfinite skip: this many steps in a row are no accident
@@ -185,6 +186,9 @@ def make_parser():
     add("--device-batch-size", type=int,
         help="rows a forward and device; lower it when memory runs out (default: the largest of 16, 8, .. "
         "that divides, with at most 32768 positions in all passes)")
+    add("--shard", action="store_true",
+        help="cut up weights, gradients and optimizer state over the processes, for models that are too large "
+        "for one GPU otherwise (--dry-run says); not compiled")
     add("--activation-checkpointing", action="store_true",
         help="save memory: keep each layer's input only, and run the layer again in the backward")
     add("--matrix-lr", type=float, help=f"Muon {of_recipe('matrix_lr')}")
@@ -250,7 +254,7 @@ MOST = dict(
 # flags that may change when a run is resumed; a change of any other would make it another run
 MAY_CHANGE = {
     "resume", "data", "device", "dtype", "compile", "dry_run",
-    "device_batch_size", "activation_checkpointing", "on_nonfinite",
+    "device_batch_size", "activation_checkpointing", "shard", "on_nonfinite",
     "eval_every", "eval_tokens", "decode_tokens", "core_every", "core_bundle", "core_max_per_task",
     "save_every", "keep", "log_every",
 }
@@ -281,11 +285,25 @@ def parse_args():
     if not is_text(args.out + (args.name or "")):
         raise UserError("torch cannot open checkpoints in a folder whose name is not UTF-8: "
                         "choose another --out or --name")
+    check_shard(args)
     if args.core_every is None and (args.core_bundle or args.core_max_per_task):
         raise UserError("--core-bundle and --core-max-per-task go with --core-every")
     if args.core_every is not None and args.max_seq_len < 2:
         raise UserError("CORE needs a context of 2 tokens or more: raise --max-seq-len")
     return args, checkpoint
+
+def check_shard(args):
+    """Raise UserError for what does not go with --shard."""
+    if not args.shard:
+        return
+    if args.arch == "recurrent":
+        raise UserError("--shard does not go with --arch recurrent: its layers keep their weights at hand")
+    if args.compile:
+        raise UserError("--shard does not go with --compile: its layers are put together and taken apart "
+                        "between what would be compiled")
+    if args.loss_weights is not None and 0 in args.loss_weights[args.forward_passes:]:
+        raise UserError("--shard needs a loss in every pass that has a gradient: the last layer of a pass "
+                        "without one would not be put together for the backward")
 
 def check_restarts(args):
     """Under torchrun --max-restarts, refuse now what would only fail when the first process has died."""
@@ -377,21 +395,23 @@ def make_rows(data, plan, args):
 
 def setup_training(args, plan, device, dtype):
     """
-    The model, its optimizers, and the training step, compiled and wrapped in DDP as asked: all passes of a
-    step are one forward.
+    The model, its optimizers, and the training step, compiled and wrapped in DDP, or sharded, as asked: all
+    passes of a step are one forward.
     """
     torch.manual_seed(args.seed)
-    with torch.device(device):
+    with torch.device("cpu" if args.shard else device):  # a sharded model is moved unit by unit
         model = build_model(plan.config)
     model.compute_dtype = dtype
-    use_compile = device.type == "cuda" if args.compile is None else args.compile
+    use_compile = device.type == "cuda" and not args.shard if args.compile is None else args.compile
     if args.activation_checkpointing and use_compile:  # the compiler picks what to compute again
         torch._functorch.config.activation_memory_budget = COMPILED_MEMORY_BUDGET
     model.recompute = args.activation_checkpointing and not use_compile
 
-    optimizers = make_optimizers(model, plan.optimizer, plan.batch_scale, plan.decay_scale)
-
     train_step = TrainStep(model, plan.schedule)
+    if args.shard:
+        shard(train_step, device)
+    optimizers = make_optimizers(model, plan.optimizer, plan.batch_scale, plan.decay_scale,
+                                 share=share if args.shard else None)
     if use_compile:
         # One graph. By default Dynamo would cut it up under DDP, to reduce a bucket while the backward still
         # runs; it counts a parameter once for every pass, which makes 202 graphs at depth 20. What is not
@@ -401,7 +421,7 @@ def setup_training(args, plan, device, dtype):
         # their number, and it gives up on a function after 8 times.
         torch._dynamo.config.recompile_limit = 8 + plan.config.n_layer
         train_step = torch.compile(train_step, dynamic=False)
-    if dist.is_initialized():
+    if dist.is_initialized() and not args.shard:
         # the gradients are views of DDP's buckets, from the start and for good: there is no second copy
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
@@ -513,7 +533,9 @@ def save(folder, log, state, model, optimizers, final, **about):
     Write the checkpoint of this step, its log before it. about: what else a checkpoint holds. A disk that
     is full now may have room at the next save: a warning, unless this one is final, which raises UserError.
     """
-    optimizer_states = [optimizer.state_dict() for optimizer in optimizers]  # all ranks send theirs to rank 0
+    # all ranks send theirs to rank 0
+    weights = whole_state_dict(model)
+    optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
     if log.file is None:  # not rank 0
         return
     path = folder / f"ckpt_{state.step:07d}.pt"
@@ -521,7 +543,7 @@ def save(folder, log, state, model, optimizers, final, **about):
         log.sync()  # a checkpoint is never ahead of its log
         save_checkpoint(
             path,
-            model=model.state_dict(),
+            model=weights,
             optimizers=optimizer_states,
             step=state.step,
             rows_seen=state.rows_seen,
@@ -562,7 +584,7 @@ def compute_gradients(train_step, plan, schedule, batch, batches, watch):
         watch.at("forward")
         idx, targets = batch
         last = micro_step == plan.micro_steps - 1
-        with nullcontext() if last or not dist.is_initialized() else train_step.no_sync():
+        with nullcontext() if last or not isinstance(train_step, DDP) else train_step.no_sync():
             loss, pass_losses = train_step(idx, targets, schedule)
             watch.at("backward")
             (loss / plan.micro_steps).backward()
@@ -636,6 +658,8 @@ def main():
     check_new_folder(args.out)
 
     device, rank, world_size = init_processes(args.device, TIMEOUT)
+    if args.shard and not dist.is_initialized():
+        raise UserError("--shard needs several processes: start it with torchrun")
     with Watchdog(rank, world_size) as watch:
         train(args, checkpoint, device, rank, world_size, watch)
     end_processes()
@@ -697,15 +721,15 @@ def train(args, checkpoint, device, rank, world_size, watch):
                  schedule=schedule, **checkpoint_header)
         if state.step > evaluated and (finished or (due(args.eval_every, state.step) and not stopping)):
             watch.between("evaluation", state.step)
-            bpb, decoded = evaluate(model, val_rows, data, plan, args, folder, state.step)
+            bpb, decoded = evaluate(whole_model(model), val_rows, data, plan, args, folder, state.step)
             tokens = state.step * plan.total_batch
             log.add(kind="eval", step=state.step, tokens=tokens, bpb=bpb, decode_rows=decoded)
         if save_now or state.step == start:  # not before: an evaluation may find that the newest is no good
             remove_old_checkpoints(folder, args.keep, rank)
         if tasks and state.step > 0 and (finished or (due(args.core_every, state.step) and not stopping)):
             watch.between("CORE", state.step)
-            core = evaluate_tasks(model, data.tokenizer, tasks, folder, state.step, args.core_max_per_task,
-                                  plan.device_batch)
+            core = evaluate_tasks(whole_model(model), data.tokenizer, tasks, folder, state.step,
+                                  args.core_max_per_task, plan.device_batch)
             log.add(kind="core", step=state.step, **core)
         if finished or stopping:
             break
@@ -719,7 +743,7 @@ def train(args, checkpoint, device, rank, world_size, watch):
 
         # clip; all ranks act on the same numbers, a request to stop among them
         watch.at("exchange")
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        norm = clip_gradients(model, args.grad_clip or math.inf)
         figures = torch.cat([losses, norm.view(1), losses.new_tensor([float(stop.made)])])
         *losses, norm, stop_votes = mean_over_ranks(figures).tolist()
         stopping = stop_votes > 0
@@ -747,6 +771,7 @@ def train(args, checkpoint, device, rank, world_size, watch):
 
     watch.close()
     bar.close()
+    model = whole_model(model)
     if rank == 0:
         try:
             log.sync()

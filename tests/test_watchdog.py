@@ -4,7 +4,6 @@ only waits, compiles, evaluates or saves.
 """
 
 import ctypes
-import json
 import os
 import re
 import signal
@@ -106,7 +105,9 @@ def start(fork, data, world_size, prelude, *args):
     return processes
 
 def said(world_size):
-    return "".join(Path(f"{rank}.txt").read_text() for rank in range(world_size) if Path(f"{rank}.txt").exists())
+    """What all processes have printed."""
+    paths = [Path(f"{rank}.txt") for rank in range(world_size)]
+    return "".join(path.read_text() for path in paths if path.exists())
 
 @pytest.mark.parametrize("victim, world_size", [(0, 2), (1, 2), (2, 3)])
 def test_a_rank_that_dies_is_known_at_once(victim, world_size, data, here, fork):
@@ -116,9 +117,8 @@ def test_a_rank_that_dies_is_known_at_once(victim, world_size, data, here, fork)
     codes = wait(*processes)
     assert time.time() - before < 5
     assert codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(world_size)]
-    lines = re.findall(rf"^error: rank {victim} died in step \d+ \([a-z]+\); all processes end", said(world_size),
-                       re.MULTILINE)
-    assert len(lines) == 1, said(world_size)
+    line = rf"^error: rank {victim} died in step \d+ \([a-z]+\); all processes end"
+    assert len(re.findall(line, said(world_size), re.MULTILINE)) == 1, said(world_size)
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_known_and_shows_its_stack(victim, data, here, fork):
@@ -242,7 +242,8 @@ def test_torchrun_goes_on_behind_a_hang(data, here, fork):
     Path("quick.py").write_text("import runpy, sys, watchdog, test_watchdog\ntest_watchdog.quickly()\n"
                                 f"sys.argv[0] = '{test_faults.ROOT}/train.py'\n"
                                 "runpy.run_path(sys.argv[0], run_name='__main__')\n")
-    agent = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=2", "quick.py", *flags, "--name", "x")
+    agent = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=2", "quick.py", *flags,
+                     "--name", "x")
     try:
         end = time.time() + 120
         while len(log("runs/x")) < 12:
