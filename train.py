@@ -187,8 +187,8 @@ def make_parser():
         help="rows a forward and device; lower it when memory runs out (default: the largest of 16, 8, .. "
         "that divides, with at most 32768 positions in all passes)")
     add("--shard", action="store_true",
-        help="cut up weights, gradients and optimizer state over the processes, for models that are too large "
-        "for one GPU otherwise (--dry-run says); not compiled")
+        help="cut up weights, gradients and optimizer state over the processes, for models too large for one "
+        "GPU otherwise (--dry-run says); not compiled")
     add("--activation-checkpointing", action="store_true",
         help="save memory: keep each layer's input only, and run the layer again in the backward")
     add("--matrix-lr", type=float, help=f"Muon {of_recipe('matrix_lr')}")
