@@ -186,7 +186,7 @@ def make_parser():
     add("--device-batch-size", type=int,
         help="rows a forward and device; lower it when memory runs out (default: the largest of 16, 8, .. "
         "that divides, with at most 32768 positions in all passes)")
-    add("--shard", action="store_true",
+    add("--shard", action=BooleanOptionalAction, default=False,
         help="cut up weights, gradients and optimizer state over the processes, for models too large for one "
         "GPU otherwise (--dry-run says); not compiled")
     add("--activation-checkpointing", action="store_true",

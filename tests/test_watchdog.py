@@ -253,7 +253,7 @@ def test_torchrun_goes_on_behind_a_hang(data, here, fork):
         assert agent.wait(120) == 0, Path("agent.txt").read_text()
     finally:
         agent.kill()
-    assert re.search(r"error: rank \d is stopped or stuck outside Python since step", Path("agent.txt").read_text())
+    assert re.search(r"error: rank \d is stopped or stuck outside", Path("agent.txt").read_text())
     assert numbers("runs/x") == numbers("runs/whole")
     assert same_bits("runs/x/ckpt_0000060.pt", "runs/whole/ckpt_0000060.pt")
 
