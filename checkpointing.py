@@ -4,7 +4,7 @@ checkpoint.
 
     ckpt_0001000.pt                       a checkpoint after so many steps: a dict with the keys of CHECKPOINT
     log.jsonl                             JSON lines: the run's id, training steps, evaluations, CORE,
-                                          skipped steps
+                                          skipped steps, loss spikes
     tokenizer.tiktoken, tokenizer.json    those of the data it was trained on
     core_0001000.json, .csv               CORE, if it was scored (core.py)
     set_aside/                            checkpoints that were newer when the run went back to an older one
@@ -36,7 +36,7 @@ from interleave import Schedule
 from recurrent import build_model, config_from_dict
 from sharding import load_whole_state_dict
 
-VERSION = 1  # of the checkpoint's format; checkpoints from before it was counted have none and are version 0
+VERSION = 2  # of the checkpoint's format; checkpoints from before it was counted have none and are version 0
 
 SET_ASIDE = "set_aside"  # the folder, within that of the run, for checkpoints that nothing looks for any more
 MAX_SET_ASIDE = 2  # how many of them stay
@@ -48,6 +48,7 @@ CHECKPOINT = dict(
     optimizers=list,  # the state_dict of each optimizer, AdamW first, with the state of all ranks
     step=int,  # optimizer steps done
     rows_seen=int,  # training rows read, over all ranks: the position in the data (dataset.Rows)
+    left_out=list,  # the first rows of batches that were left out because of a loss spike, of any row number
     seconds=float,  # time in training steps, over all starts
     config=dict,  # the fields of GPTConfig or RecurrentConfig
     schedule=dict,  # the fields of Schedule, of the last step
@@ -92,6 +93,7 @@ def load_checkpoint(path, verify=False):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         checkpoint.setdefault("version", 0)
         checkpoint.setdefault("run_id", "")
+        checkpoint.setdefault("left_out", [])
         newer = checkpoint["version"] > VERSION
         if not newer:  # a newer version may have other keys
             check_content(checkpoint)
@@ -336,6 +338,18 @@ class Log:
         write_atomic(self.path, lambda f: f.write(rows))
         self.file = open(self.path, "a+b", buffering=0)
         say(f"warning: {self.path} was moved or removed: it was written again")
+
+    def taken_back(self, step):
+        """
+        The log after the run is taken back to `step`, see rewind(), and the last step that was evaluated;
+        this one is closed. On other ranks than 0 nothing happens.
+        """
+        if self.file is None:
+            return self, -1
+        self.sync()
+        self.file.close()
+        evaluated = rewind(self.path.parent, step)
+        return Log(self.path.parent, 0, self.run_id, self.run_folder), evaluated
 
     def flush(self):
         """Write what is not written yet. Raises OSError if the disk is full, and what put_back() raises."""

@@ -25,7 +25,7 @@ import time
 import warnings
 from argparse import BooleanOptionalAction, Namespace
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from checkpointing import (
     RunFolder,
     default_name,
     list_checkpoints,
+    load_checkpoint,
     load_optimizers,
     load_weights,
     new_run_folder,
@@ -66,7 +67,7 @@ from common import (
     training_dtype,
 )
 from core import describe_core, evaluate_core, load_tasks
-from dataset import BOS, Rows, first_rows, open_data
+from dataset import BOS, Rows, first_rows, open_data, skip_rows
 from eval_core import evaluate_bpb
 from interleave import TrainStep
 from optim import make_optimizers, set_learning_rates
@@ -74,6 +75,17 @@ from plan import RECIPES, describe, dry_run, fill_in, make_plan
 from recurrent import build_model
 from sample import complete
 from sharding import clip_gradients, shard, share, whole_model, whole_state_dict
+from soundness import (
+    MAX_REWINDS,
+    SPIKE,
+    WINDOW,
+    GradientChecksums,
+    LossSpikes,
+    odd_ranks,
+    suspects,
+    use_deterministic_algorithms,
+    weights_checksum,
+)
 from watchdog import Watchdog
 
 MAX_SKIPS = 10  # --on-nonfinite skip: this many steps in a row are no accident
@@ -207,6 +219,13 @@ def make_parser():
     add("--on-nonfinite", choices=["stop", "skip"], default="stop",
         help="a step whose loss or gradient is not finite: stop, or leave the weights as they are "
         f"({MAX_SKIPS} in a row stop in any case)")
+    add("--on-spike", choices=["report", "rewind"], default="report",
+        help="a loss far above those before it: say so, or also go back to the last checkpoint and leave out "
+        f"the batches that led to it (at most {MAX_REWINDS} times from a checkpoint)")
+    add("--check-every", type=int, default=0, metavar="N",
+        help="run one step in N twice and compare all bits, to find hardware that computes wrongly; 0: never")
+    add("--deterministic", action=BooleanOptionalAction, default=False,
+        help="the same bits every time on the same hardware, a GPU included")
     add("--warmup-steps", type=int, help=f"steps of linear warm-up {of_recipe('warmup_steps')}")
     add("--warmdown-ratio", type=float,
         help=f"share of the run over which the learning rates fall linearly {of_recipe('warmdown_ratio')}")
@@ -236,7 +255,7 @@ LEAST = dict(
     num_iterations=1, target_flops=1, target_param_data_ratio=0,
     total_batch_size=1, device_batch_size=1, grad_clip=0,
     matrix_lr=0, memory_lr=0, embedding_lr=0, head_lr=0, gate_lr=0, scalar_lr=0, weight_decay=0,
-    warmup_steps=0, warmdown_ratio=0, final_lr_frac=0,
+    warmup_steps=0, warmdown_ratio=0, final_lr_frac=0, check_every=0,
     eval_every=0, eval_tokens=1, decode_tokens=0, core_every=0, core_max_per_task=1,
     save_every=0, keep=1, log_every=1,
 )
@@ -255,6 +274,7 @@ MOST = dict(
 MAY_CHANGE = {
     "resume", "data", "device", "dtype", "compile", "dry_run",
     "device_batch_size", "activation_checkpointing", "shard", "on_nonfinite",
+    "on_spike", "check_every", "deterministic",
     "eval_every", "eval_tokens", "decode_tokens", "core_every", "core_bundle", "core_max_per_task",
     "save_every", "keep", "log_every",
 }
@@ -363,6 +383,8 @@ class TrainState:
     rows_seen: int = 0  # training rows read, over all ranks
     seconds: float = 0.0  # time in training steps, over all starts
     smooth_loss: float | None = None  # running mean, for the console only
+    left_out: list = field(default_factory=list)  # batches that are not read, by their first rows
+    rewinds: dict = field(default_factory=dict)  # step of a checkpoint -> how often a spike led back to it
     skipped: int = 0  # steps in a row whose loss or gradient was not finite
 
 def print0(text):
@@ -440,7 +462,8 @@ def resume(checkpoint, path, model, optimizers):
     torch.set_rng_state(checkpoint["torch_rng"])
     load_weights(model, checkpoint)
     load_optimizers(optimizers, checkpoint, path)
-    return TrainState(checkpoint["step"], checkpoint["rows_seen"], checkpoint["seconds"])
+    return TrainState(checkpoint["step"], checkpoint["rows_seen"], checkpoint["seconds"],
+                      left_out=checkpoint["left_out"])
 
 def check_same_step(step, out):
     """Raise UserError unless all ranks found the checkpoint of the same step."""
@@ -548,6 +571,7 @@ def save(folder, log, state, model, optimizers, final, **about):
             step=state.step,
             rows_seen=state.rows_seen,
             seconds=state.seconds,
+            left_out=state.left_out,
             torch_rng=torch.get_rng_state(),
             **about,
         )
@@ -593,6 +617,76 @@ def compute_gradients(train_step, plan, schedule, batch, batches, watch):
         batch = next(batches)  # loaded while a GPU still computes
     return losses, batch
 
+def clear_gradients(optimizers):
+    """Before the next backward; those in DDP's buckets stay there."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=not dist.is_initialized())
+
+def compute_gradients_twice(train_step, model, optimizers, plan, schedule, batch, batches, again, watch):
+    """
+    compute_gradients(), after a first run on the same rows, which `again` has once more. Raises UserError, on
+    all ranks, if the two do not agree in every bit, or if ranks have different weights.
+    """
+    weights = weights_checksum(model)
+    with GradientChecksums(model) as first_sums:
+        first, _ = compute_gradients(train_step, plan, schedule, next(again), again, watch)
+    clear_gradients(optimizers)
+    with GradientChecksums(model) as sums:
+        losses, batch = compute_gradients(train_step, plan, schedule, batch, batches, watch)
+    watch.at("comparison")
+    ranks = odd_ranks((first.tolist(), first_sums.tolist()), (losses.tolist(), sums.tolist()), weights)
+    if ranks:
+        names = ", ".join(map(str, ranks))
+        raise UserError(f"step {watch.progress.step}, run twice, gave different bits on rank {names}: "
+                        "its GPU, CPU or memory is broken; --resume without that machine")
+    return losses, batch
+
+def rewind_target(folder, step, save_every, rewinds):
+    """
+    The checkpoint to go back to from a loss spike in this step, None if there is none. Only those of
+    --save-every count, if there are any: others depend on when a run was stopped.
+    """
+    paths = [path for path in list_checkpoints(folder) if step_of(path) <= step]
+    regular = [path for path in paths if due(save_every, step_of(path))]
+    paths = regular or paths
+    if not paths or rewinds.get(step_of(paths[-1]), 0) == MAX_REWINDS:
+        return None
+    return paths[-1]
+
+def report_spike(args, state, folder, log, loss, score):
+    """
+    Say that a loss is a spike. Returns the checkpoint to go back to, the same on all ranks, None to go on.
+    """
+    target = None
+    if args.on_spike == "rewind":
+        target = from_rank_0(rewind_target(folder, state.step, args.save_every, state.rewinds))
+    what = f"step {state.step:05d}: the loss {loss:.4f} is a spike, {score:.0f} deviations above the median"
+    if target is None:
+        print0(f"warning: {what}")
+        log.add(kind="spike", step=state.step, loss=loss, score=score)
+    else:
+        print0(f"warning: {what}: back to {target}")
+    return target
+
+def go_back(path, state, plan, model, optimizers, log, loss, score):
+    """
+    Take a run back to a checkpoint because of a spike, and leave out the batches that led to it. Returns the
+    TrainState, the log, and the last step that was evaluated.
+    """
+    before = resume(load_checkpoint(path, verify=True), path, model, optimizers)
+    left_out = suspects(state.rows_seen, plan.rows_per_step, before.rows_seen)
+    before.left_out = sorted({*state.left_out, *left_out})
+    before.rewinds = {before.step: state.rewinds.get(before.step, 0) + 1}
+    before.rows_seen = skip_rows(before.rows_seen, before.left_out, plan.rows_per_step)
+    log, evaluated = log.taken_back(before.step)
+    log.add(kind="spike", step=before.step, loss=loss, score=score, seen_in_step=state.step,
+            left_out=before.left_out)
+    return before, log, from_rank_0(evaluated)
+
+def recent_losses(folder):
+    """The losses of the last steps in a run's log, the same list on all ranks."""
+    return from_rank_0([row["loss"] for row in read_log(folder) if row["kind"] == "train"][-WINDOW:])
+
 def mean_over_ranks(x):
     """The mean of a tensor over all ranks, the same bits in each of them."""
     if dist.is_initialized():
@@ -630,7 +724,7 @@ def log_step(args, state, plan, log, losses, norm, multiplier, dt, rows_per_epoc
     print0(f"step {step:05d}/{num_iterations:05d} ({100 * step / num_iterations:.1f}%) "
            f"| loss: {state.smooth_loss:.4f} | norm: {norm:.2f} | lrm: {multiplier:.2f} "
            f"| dt: {1000 * dt:.0f}ms | tok/sec: {rate:,.0f}{mfu} "
-           f"| epoch: {step * plan.rows_per_step / rows_per_epoch:.2f} "
+           f"| epoch: {state.rows_seen / rows_per_epoch:.2f} "
            f"| total time: {state.seconds / 60:.1f}m | eta: {eta / 60:.1f}m")
 
 def finish(finished, model, tokenizer, folder, state):
@@ -657,7 +751,11 @@ def main():
         return
     check_new_folder(args.out)
 
+    if args.deterministic:
+        use_deterministic_algorithms()
     device, rank, world_size = init_processes(args.device, TIMEOUT)
+    if args.check_every and device.type == "cuda" and not args.deterministic:
+        raise UserError("--check-every needs --deterministic on a GPU: without it, bits differ by themselves")
     if args.shard and not dist.is_initialized():
         raise UserError("--shard needs several processes: start it with torchrun")
     with Watchdog(rank, world_size) as watch:
@@ -706,7 +804,14 @@ def train(args, checkpoint, device, rank, world_size, watch):
 
     stop = StopRequest()
     stopping = False  # whether a rank was asked to stop
-    batches = rows.micro_batches(state.rows_seen, plan.device_batch, rank, world_size, device)
+    spikes = LossSpikes(recent_losses(folder))
+
+    def read_rows():
+        """The micro-batches of this rank from where training is."""
+        return rows.micro_batches(state.rows_seen, plan.device_batch, rank, world_size, device,
+                                  state.left_out, plan.rows_per_step)
+
+    batches = read_rows()
     batch = next(batches)
     bar = tqdm(total=plan.num_iterations, initial=state.step, unit="step", dynamic_ncols=True,
                disable=None if rank == 0 else True)
@@ -739,7 +844,11 @@ def train(args, checkpoint, device, rank, world_size, watch):
         multiplier = set_learning_rates(optimizers, state.step, plan.num_iterations, plan.optimizer)
         schedule = plan.schedule_at(state.step)
         watch.begin_step(state.step, schedule)
-        losses, batch = compute_gradients(train_step, plan, schedule, batch, batches, watch)
+        if due(args.check_every, state.step):
+            losses, batch = compute_gradients_twice(train_step, model, optimizers, plan, schedule, batch,
+                                                    batches, read_rows(), watch)
+        else:
+            losses, batch = compute_gradients(train_step, plan, schedule, batch, batches, watch)
 
         # clip; all ranks act on the same numbers, a request to stop among them
         watch.at("exchange")
@@ -748,25 +857,40 @@ def train(args, checkpoint, device, rank, world_size, watch):
         *losses, norm, stop_votes = mean_over_ranks(figures).tolist()
         stopping = stop_votes > 0
 
+        # a loss spike: go on, or back
+        finite = math.isfinite(losses[0]) and math.isfinite(norm)
+        score = spikes.score(losses[0])
+        if finite and score > SPIKE:
+            target = report_spike(args, state, folder, log, losses[0], score)
+            if target is not None:
+                watch.between("rewind", state.step)
+                state, log, evaluated = go_back(target, state, plan, model, optimizers, log, losses[0], score)
+                clear_gradients(optimizers)
+                spikes = LossSpikes(recent_losses(folder))
+                batches = read_rows()
+                batch = next(batches)
+                bar.reset()
+                bar.update(state.step)
+                continue
+
         # step, unless a number is not finite
         watch.at("update")
-        finite = math.isfinite(losses[0]) and math.isfinite(norm)
         if finite:
             state.skipped = 0
             for optimizer in optimizers:
                 optimizer.step()
         else:
             skip_step(f"the loss is {losses[0]}, the gradient's norm {norm}", args, state, folder, log)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=not dist.is_initialized())  # those in DDP's buckets stay there
+        clear_gradients(optimizers)
 
         # log
         dt = time.perf_counter() - t0
         state.seconds += dt
         if finite:
+            spikes.add(losses[0])
             log_step(args, state, plan, log, losses, norm, multiplier, dt, rows.per_epoch, peak)
         state.step += 1
-        state.rows_seen += plan.rows_per_step
+        state.rows_seen = skip_rows(state.rows_seen + plan.rows_per_step, state.left_out, plan.rows_per_step)
         bar.update()
 
     watch.close()
