@@ -8,7 +8,7 @@ Can the numbers of a run be trusted? Three questions, each with a flag of train.
 
 import os
 import statistics
-from collections import Counter, deque
+from collections import deque
 
 import torch
 import torch.distributed as dist
@@ -95,34 +95,14 @@ class GradientChecksums:
     def tolist(self):
         return [int(x) for x in self.sums]
 
-def odd_ranks(first, second, weights):
-    """
-    The ranks on which something is wrong, the same list on all of them: where the numbers `first` and
-    `second` of two runs of a step differ, or else where the weights' checksum is not that of most ranks. If
-    there is no such majority, all ranks. A sharded model has None there.
-    """
+def ranks_that_differ(first, second):
+    """The ranks on which the numbers of two runs of a step differ, the same list on all of them."""
     _, world_size = rank_and_world_size()
-    mine = first != second, weights
-    found = [mine]
+    found = [first != second]
     if world_size > 1:
         found = [None] * world_size
-        dist.all_gather_object(found, mine)
-    odd = [rank for rank, (differs, _) in enumerate(found) if differs]
-    if odd:
-        return odd
-    (usual, count), *_ = Counter(weights for _, weights in found).most_common()
-    if count == world_size:
-        return []
-    if 2 * count <= world_size:
-        return list(range(world_size))
-    return [rank for rank, (_, weights) in enumerate(found) if weights != usual]
-
-def weights_checksum(model):
-    """A checksum of all weights; None for a sharded model, of which every rank has others."""
-    parameters = list(model.parameters())
-    if any(isinstance(p, DTensor) for p in parameters):
-        return None
-    return sum(int(checksum(p)) * (i + 1) for i, p in enumerate(parameters))
+        dist.all_gather_object(found, first != second)
+    return [rank for rank, differs in enumerate(found) if differs]
 
 
 # -----------------------------------------------------------------------------

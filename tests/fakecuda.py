@@ -101,7 +101,7 @@ class OperatorNames(TorchDispatchMode):
 def operators_that_raise():
     """Those that torch refuses under use_deterministic_algorithms(), as it says there: {"cumsum", ..}."""
     doc = torch.use_deterministic_algorithms.__doc__
-    doc = doc[doc.index("will throw a"):doc.index("In addition")]
+    doc = doc[doc.index("operations will throw a"):doc.index("In addition")]
     names = re.findall(r"`torch\.(?:nn\.functional\.|nn\.|Tensor\.)?(\w+)`", doc)
     return {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in names}
 
@@ -110,7 +110,7 @@ def deterministic():
     raising = operators_that_raise()
     assert {"cumsum", "put_", "embedding_bag", "bincount"} <= raising
     called = set()
-    for schedule in SCHEDULES:
+    for schedule in (Schedule(subsets=3), Schedule(kv_refresh=True), Schedule("chunked", chunk=7)):
         with FakeTensorMode(), OperatorNames() as operators:
             step = TrainStep(on_cuda(GPTConfig(**SMALL, lrt="shared")), schedule)
             check_step(step, tokens(2, 12))

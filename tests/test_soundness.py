@@ -27,7 +27,7 @@ from test_faults import (
 import soundness
 import train
 from checkpointing import load_checkpoint
-from soundness import SPIKE, LossSpikes, checksum, odd_ranks, suspects
+from soundness import SPIKE, LossSpikes, checksum, suspects
 
 data, fork, guard = test_faults.data, test_faults.fork, test_gpu_path.guard  # fixtures
 
@@ -36,13 +36,13 @@ data, fork, guard = test_faults.data, test_faults.fork, test_gpu_path.guard  # f
 # What is a spike
 
 def test_noise_is_no_spike():
-    """100,000 losses that fall, with noise that becomes smaller than a thousandth."""
+    """10,000 losses that fall, with noise that becomes smaller than a thousandth."""
     rng = random.Random(0)
     spikes = LossSpikes()
     worst = 0
-    for step in range(100_000):
+    for step in range(10_000):
         loss = 2 + 4 * math.exp(-step / 300)
-        loss *= 1 + max(0.03 * math.exp(-step / 20000), 0.0005) * rng.gauss(0, 1)
+        loss *= 1 + max(0.03 * math.exp(-step / 2000), 0.0005) * rng.gauss(0, 1)
         worst = max(worst, spikes.score(loss))
         spikes.add(loss)
     assert 3 < worst < 0.7 * SPIKE
@@ -76,7 +76,7 @@ def test_suspects():
 # Back, and past the batches
 
 def bad_batches(bad, actions=None):
-    """The loss of these batches, of 8 rows each, is three times too high, whenever they are read."""
+    """The loss of these batches, of 8 rows each, is ten times too high, whenever they are read."""
     soundness.LEAST_LOSSES = 8
     rows = set()
     batch = train.Rows.batch
@@ -88,12 +88,12 @@ def bad_batches(bad, actions=None):
             rows.add(idx.numpy().tobytes())
         return idx, targets
 
-    def tripled(self, idx, *args):
+    def too_high(self, idx, *args):
         loss, pass_losses = forward(self, idx, *args)
-        return loss * 3 if idx.numpy().tobytes() in rows else loss, pass_losses
+        return loss * 10 if idx.numpy().tobytes() in rows else loss, pass_losses
 
     train.Rows.batch = noting
-    train.TrainStep.forward = tripled
+    train.TrainStep.forward = too_high
     at_step(actions or {})
 
 FORTY = [*TINY, "--name", "x", "--num-iterations", 40, "--save-every", 10, "--eval-every", 20, "--keep", 9]
@@ -143,6 +143,7 @@ def test_where_a_run_was_stopped_does_not_matter(data, here, fork):
     codes, said = run(fork, "out.txt", *flags, prelude=bad_batches, args=({25},))
     assert codes == [0], said
     assert numbers("runs/x") == numbers("whole/x")
+    assert len(log("runs/x", "spike")) == 1
 
 def test_spikes_are_reported(data, here, fork):
     """The default: nothing else happens. So it is where there is no checkpoint yet."""
@@ -183,23 +184,6 @@ def test_a_checksum_sees_every_bit():
         assert checksum(x.T) == checksum(x)
         assert checksum(x[:0]) == 0
 
-@pytest.mark.parametrize("differs, weights, odd", [
-    ([0, 0, 0], [5, 5, 5], []),
-    ([0, 1, 0], [5, 5, 5], [1]),
-    ([0, 0, 0], [5, 5, 7], [2]),
-    ([0, 0], [5, 7], [0, 1]),  # one of them, but which?
-    ([0, 0, 0, 0], [5, 7, 5, 7], [0, 1, 2, 3]),
-    ([1, 0, 0], [5, 5, 7], [0]),
-    ([0, 0], [None, None], []),
-])
-def test_which_rank_is_odd(differs, weights, odd, monkeypatch):
-    def all_gather(found, mine):
-        found[:] = [(bool(d), w) for d, w in zip(differs, weights, strict=True)]
-
-    monkeypatch.setattr(soundness, "rank_and_world_size", lambda: (0, len(differs)))
-    monkeypatch.setattr(soundness.dist, "all_gather_object", all_gather)
-    assert odd_ranks(1, 1, weights[0]) == odd
-
 def flip_in_backward(rank, nth):
     """On one rank, the lowest bit of one gradient flips in the nth backward."""
     setup_training = train.setup_training
@@ -220,28 +204,13 @@ def flip_in_backward(rank, nth):
 
     train.setup_training = set_up
 
-def flip_weight(rank):
-    """On one rank, a bit of a weight flips before step 3."""
-    setup_training = train.setup_training
-
-    def set_up(*args):
-        model, *others = setup_training(*args)
-
-        def flip():
-            if os.environ["RANK"] == rank:
-                model.lm_head.weight.data.view(torch.int32)[3, 4] ^= 1 << 20
-
-        at_step({3: flip})
-        return model, *others
-
-    train.setup_training = set_up
-
 TWELVE = [*TINY, "--num-iterations", 12, "--save-every", 6, "--keep", 9, "--name", "x"]
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_steps_that_are_run_twice_change_nothing(world_size, data, here, fork):
-    """On hardware that works; with several micro-batches a step."""
-    flags = ["--data", data, *TWELVE, "--device-batch-size", 2]
+    """On hardware that works; with several micro-batches a step, and with a pass whose loss is nan."""
+    flags = ["--data", data, *TWELVE, "--device-batch-size", 2,
+             *"--schedule refine --refinements 1 --forward-passes 1".split()]
     for out, more in (("once", []), ("twice", ["--check-every", 2])):
         codes, said = run(fork, "out.txt", *flags, "--out", out, *more, world_size=world_size)
         assert codes == [0] * world_size, said
@@ -264,16 +233,6 @@ def test_a_flipped_bit_is_caught(world_size, rank, nth, data, here, fork):
     assert codes == [2] * world_size, said
     assert f"error: step 4, run twice, gave different bits on rank {rank}: its GPU, CPU or memory" in said
     assert [row["step"] for row in log("runs/x")] == [0, 1, 2, 3]
-
-def test_a_flipped_weight_is_caught(data, here, fork):
-    """Ranks would drift apart, and nobody would know."""
-    flags = ["--data", data, *TWELVE, "--total-batch-size", 96]
-    codes, said = run(fork, "out.txt", *flags, prelude=flip_weight, args=("1",), world_size=3)
-    assert codes == [0] * 3, said
-    codes, said = run(fork, "out.txt", *flags, "--check-every", 4, "--out", "checked",
-                      prelude=flip_weight, args=("1",), world_size=3)
-    assert codes == [2] * 3, said
-    assert "error: step 4, run twice, gave different bits on rank 1: " in said
 
 def test_bad_flags(data, here):
     assert_refused(cli("train.py", "--data", data, *TINY, "--check-every", -1), "--check-every must be")
