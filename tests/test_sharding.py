@@ -25,6 +25,7 @@ from test_faults import (
     wait,
 )
 
+import plan as plan_room
 import train
 from checkpointing import load_checkpoint
 from plan import make_plan, memory_estimate
@@ -170,30 +171,32 @@ def test_what_does_not_go_with_it(flags, words, data, here):
 # -----------------------------------------------------------------------------
 # What fits
 
-def plan_of(*flags):
-    args = train.make_parser().parse_args(["--lrt", "shared", *map(str, flags)])
-    return make_plan(args, 32768, 8, torch.bfloat16)
+FLAGS = "--depth 4 --lrt shared --max-seq-len 64 --total-batch-size 512 --num-iterations 1".split()
 
 def test_the_estimate_of_memory():
     """The shards are an eighth; what is put together at a time is small beside the model."""
-    plan = plan_of("--depth", 20)
+    plan = make_plan(train.make_parser().parse_args(FLAGS), 32768, 8, torch.bfloat16)
     whole = memory_estimate(plan, 8, torch.bfloat16, False)
     sharded = memory_estimate(plan, 8, torch.bfloat16, False, shard=True)
     total = plan.counts["total"]
     assert whole["weights"] == whole["gradients"] == 4 * total
     assert sharded["weights"] == sharded["gradients"] == 4 * total // 8
     assert sharded["optimizers"] == whole["optimizers"]
-    assert 8 * plan.counts["head"] < sharded["put together"] < 2 * total
+    assert 8 * plan.counts["head"] < sharded["put together"] < 4 * total
     # without a copy of the layers in bf16 for every pass
     layers = plan.counts["matrices"] + plan.counts["gates"]
-    assert whole["activations"] - sharded["activations"] >= 3 * 2 * 0.9 * layers
+    assert whole["activations"] - sharded["activations"] == pytest.approx(3 * 2 * layers, rel=0.05)
     assert sum(sharded.values()) < sum(whole.values())
 
-def test_dry_run_says_what_fits(here, monkeypatch):
+@pytest.mark.parametrize("gib, answer", [
+    (9, "it fits in 9 GiB"),
+    (1, "it does not fit in 1 GiB, --shard does"),
+    (0.1, "it does not fit in 0.1 GiB, with --shard neither"),
+])
+def test_dry_run_says_what_fits(gib, answer, here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    for depth, answer in ((20, "fits in 80 GiB"), (48, "does not fit in 80 GiB, --shard does")):
-        code, out, err = cli("train.py", "--dry-run", "--depth", depth, "--lrt", "shared", "--device", "cpu",
-                             "--device-batch-size", 1, "--activation-checkpointing")
-        assert code == 0, err
-        assert "memory a process with --shard, bfloat16, 1 rows: weights" in out
-        assert answer in out.splitlines()[-1], out
+    monkeypatch.setattr(plan_room, "GPU_MEMORY", gib)
+    code, out, err = cli("train.py", "--dry-run", *FLAGS, "--device", "cpu", "--dtype", "bfloat16")
+    assert code == 0, err
+    assert "memory a process with --shard, bfloat16, 1 rows: weights" in out
+    assert out.splitlines()[-1].startswith(answer), out
