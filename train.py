@@ -866,6 +866,7 @@ def train(args, checkpoint, device, rank, world_size, watch):
             if target is not None:
                 watch.between("rewind", state.step)
                 state, log, evaluated = go_back(target, state, plan, model, optimizers, log, losses[0], score)
+                start = state.step  # which is saved already
                 clear_gradients(optimizers)
                 spikes = LossSpikes(recent_losses(folder))
                 batches = read_rows()
