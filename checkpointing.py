@@ -93,6 +93,7 @@ def load_checkpoint(path, verify=False):
         checkpoint.setdefault("run_id", "")
         newer = checkpoint["version"] > VERSION
         if not newer:  # a newer version may have other keys
+            update_schedule(checkpoint["schedule"])
             check_content(checkpoint)
             if step_of(path) not in (None, checkpoint["step"]):
                 raise ValueError(f"it is of step {checkpoint['step']}, not of that in its name")
@@ -116,6 +117,15 @@ def check_content(checkpoint):
             raise ValueError(f"{key} is {checkpoint[key]}")
     config_from_dict(checkpoint["config"])
     Schedule(**checkpoint["schedule"])
+
+def update_schedule(schedule):
+    """
+    Bring the schedule of a checkpoint from before 2026-11-26 up to date, in place: forward-only passes had a
+    number of their own, and what is called draft today was a refine schedule with as many of them.
+    """
+    forward_passes = schedule.pop("forward_passes", 0)
+    if schedule["kind"] == "refine" and forward_passes == schedule["refinements"]:
+        schedule |= dict(kind="draft", drafts=forward_passes, subsets=1, loss_weights=None)
 
 def step_of(path):
     """The step in the name of a checkpoint, an int; None if it is not the name of one."""

@@ -40,6 +40,8 @@ from dataset import first_rows, open_data
 from interleave import Schedule, decode_tokens, pass_losses, prefill
 from sample import complete, encode_prompts, load_run, new_cache
 
+MAX_PASSES_SCORED = 16  # the losses of longer schedules are not shown pass by pass
+
 # -----------------------------------------------------------------------------
 # Bits per byte
 
@@ -76,7 +78,9 @@ def evaluate_bpb(model, rows, token_bytes, schedule, batch_size, decode=False, t
     device = model.wte.weight.device
     T = rows.size(1) - 1
     token_bytes = torch.as_tensor(token_bytes, dtype=torch.float64)
-    passes = schedule.passes(T) if schedule.kind in ("interleaved", "refine") else []
+    passes = schedule.passes(T)
+    if schedule.kind not in ("interleaved", "refine", "draft") or len(passes) > MAX_PASSES_SCORED:
+        passes = []
 
     # what is measured: a name, and the positions that have a loss
     positions = {f"pass {i}": computed for i, computed in enumerate(passes)}

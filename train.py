@@ -144,30 +144,35 @@ def make_parser():
         "(default: shared, with --arch recurrent none)")
     add("--source-layer", type=int,
         help="memory is read after this layer, 0-based (default: 3/4 of the way up)")
-    add("--inject", choices=["kv", "residual", "both"], default="both", help="how memory enters a layer")
+    add("--inject", choices=["kv", "residual", "both", "input"], default="both",
+        help="how memory enters: keys and values, residual stream, both of every layer; or the input of the "
+        "first, by a gate")
+    add("--dest-layers", type=int, nargs=2, metavar=("FIRST", "LAST"),
+        help="kv, residual, both: memory enters these layers only, 0-based (default: all)")
     add("--first-memory", choices=["zero", "embedding"], default="zero",
         help="what a token reads where no memory has been computed yet: zero, or the embedding of the token "
         "before")
     add("--memory-init", type=float, default=0.1,
         help="c at the start: how much memory is added to the residual stream")
-    kinds = ["interleaved", "refine", "chunked", "sequential", "plain"]
+    kinds = ["interleaved", "refine", "draft", "chunked", "sequential", "plain"]
     add("--schedule", choices=kinds, default="interleaved",
         help="the passes of a training step, see interleave.py; plain with --first-memory embedding is the "
         "control: one pass, the same parameters, no recurrence")
-    add("--subsets", type=int, default=2,
-        help="interleaved: S; a step costs about two plain passes for any S")
+    add("--subsets", type=int,
+        help="interleaved: S (default 2); a step costs about two plain passes for any S. draft: S of each "
+        "sweep but the first (default 1)")
     add("--kv-refresh", action="store_true",
         help="interleaved: renew the memory in keys and values not yet visited, after each pass")
     add("--refinements", type=int, default=3,
         help="refine: K full passes after the first; a step costs 1 + K passes")
     add("--chunk", type=int, default=64, help="chunked: tokens a chunk")
     add("--detach", action="store_true", help="no gradient from a pass into the ones before it")
-    add("--forward-passes", type=int, default=0, metavar="N",
-        help="cheaper: the first N passes run forward only, without loss or gradient; those of --schedule "
-        "refine up to the source layer only")
-    add("--deepen", type=float, default=0.0, metavar="SHARE",
-        help="refine: this share of the steps, the last ones, refines once more, forward only: decoding "
-        "hands memory on and on")
+    add("--drafts", type=int, default=1, metavar="N",
+        help="draft: N forward-only passes, up to the source layer, hand memory over before the one that is "
+        "trained; one more in the last quarter of the steps")
+    add("--pass-mix", type=float, nargs="+", metavar="SHARE",
+        help="draft: shares of the steps with one pass, two passes, ..; every step draws its number (0.75 "
+        "0.22 0.03: 1.05 times the FLOPs of plain passes or so)")
     add("--loss-weights", type=float, nargs="+", metavar="W",
         help="one weight a pass (default: the plain mean); "
         "where it is 0, nothing is computed for that loss alone")
@@ -227,7 +232,7 @@ def make_parser():
 # the least value of every flag that is a number
 LEAST = dict(
     seed=0, depth=1, aspect_ratio=1, head_dim=1, max_seq_len=1,
-    subsets=1, refinements=1, chunk=1, forward_passes=0, deepen=0,
+    subsets=1, refinements=1, drafts=1, chunk=1,
     num_iterations=1, target_flops=1, target_param_data_ratio=0,
     total_batch_size=1, device_batch_size=1, grad_clip=0,
     matrix_lr=0, memory_lr=0, embedding_lr=0, head_lr=0, gate_lr=0, scalar_lr=0, weight_decay=0,
@@ -239,7 +244,7 @@ LEAST = dict(
 # the largest value of those with which nothing can be right above it
 MOST = dict(
     depth=1000, head_dim=10**5, max_seq_len=2**24,
-    refinements=1000, deepen=1, num_iterations=10**9, target_flops=1e30, target_param_data_ratio=10**6,
+    refinements=1000, drafts=1000, num_iterations=10**9, target_flops=1e30, target_param_data_ratio=10**6,
     total_batch_size=2**40, device_batch_size=2**20, warmdown_ratio=1, final_lr_frac=10**6,
     # what float32 holds
     matrix_lr=1e38, memory_lr=1e38, embedding_lr=1e38, head_lr=1e38, gate_lr=1e38, scalar_lr=1e38,
@@ -255,7 +260,7 @@ MAY_CHANGE = {
 }
 
 # flags that older checkpoints have and this file no longer knows, with the default that they had
-REMOVED_FLAGS = {"memory_start": 0.0, "memory_share": 1.0}
+REMOVED_FLAGS = {"memory_start": 0.0, "memory_share": 1.0, "forward_passes": 0, "deepen": 0.0}
 
 # flags that older checkpoints do not have, where their default is not what was done then
 NEWER_FLAGS = {"dtype": None}
@@ -390,7 +395,7 @@ def setup_training(args, plan, device, dtype):
 
     optimizers = make_optimizers(model, plan.optimizer, plan.batch_scale, plan.decay_scale)
 
-    train_step = TrainStep(model, plan.schedule)
+    train_step = TrainStep(model, plan.mix[0][1])
     if use_compile:
         # One graph. By default Dynamo would cut it up under DDP, to reduce a bucket while the backward still
         # runs; it counts a parameter once for every pass, which makes 202 graphs at depth 20. What is not
@@ -478,7 +483,7 @@ def evaluate(model, val_rows, data, plan, args, folder, step):
     Bits per byte of the validation rows in parallel and, on the first of them, decoding: prints them and
     returns two dicts (see evaluate_bpb). Raises UserError if they are not finite.
     """
-    schedule = plan.schedule_at(step - 1)  # that of the step that was trained last
+    schedule = plan.scored_schedule(step)
     bpb, _ = evaluate_bpb(model, val_rows, data.token_bytes, schedule, plan.device_batch,
                           progress="validation")
     if not math.isfinite(bpb["merged"]):
@@ -661,7 +666,7 @@ def main():
         finished = state.step >= plan.num_iterations
         save_now = state.step > start and (finished or stopping or due(args.save_every, state.step))
         if save_now:
-            schedule = dataclasses.asdict(plan.schedule_at(state.step - 1))
+            schedule = dataclasses.asdict(plan.scored_schedule(state.step))
             save(folder, log, state, model, optimizers, final=finished or stopping,
                  schedule=schedule, **checkpoint_header)
         if state.step > evaluated and (finished or (due(args.eval_every, state.step) and not stopping)):

@@ -75,7 +75,8 @@ def spread(rows, value=bpb):
     return np.mean(values), min(values), max(values)
 
 # flags of a run that make it another variant, in whose name their value stands
-NAMED_FLAGS = r"--(?:schedule|forward-passes|loss-weights|deepen|inject|first-memory) \S+"
+NAMED_FLAGS = (r"--(?:schedule|subsets|drafts|forward-passes|loss-weights|deepen|inject|first-memory) \S+"
+               r"|--dest-layers \S+ \S+|--pass-mix(?: [0-9.]+)+")
 # and those whose values share a line; train.py has them no more, rows of `cheaper` do
 FLAGS_WITHOUT_VALUE = r"--memory-start|--memory-share"
 

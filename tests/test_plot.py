@@ -79,6 +79,8 @@ def test_table_of_copying(capsys):
     # all shares of a flag that is gone are one line
     ("python train.py --lrt shared --forward-passes 1 --memory-start 0.5",
      "shared --forward-passes 1 --memory-start"),
+    ("python train.py --lrt shared --schedule draft --pass-mix 0.75 0.25 --inject kv --dest-layers 1 2",
+     "shared --dest-layers 1 2 --inject kv --pass-mix 0.75 0.25 --schedule draft"),
     ("python ground.py --lrt none --num-iterations 1000", "none"),
 ])
 def test_variant(command, variant):

@@ -74,17 +74,17 @@ def test_training_end_to_end(trained):
 @pytest.mark.parametrize("flags", [
     "--lrt none",
     "--lrt layerwise --n-kv-head 1 --value-embeds alternate",
-    "--lrt layerwise --forward-passes 1",
+    "--lrt layerwise --schedule draft --subsets 2 --dest-layers 1 1",
     "--subsets 3 --kv-refresh --inject kv",
     "--subsets 1 --device-batch-size 4 --grad-clip 0 --warmup-steps 0 --final-lr-frac 0.1",
     "--subsets 99 --max-seq-len 31 --total-batch-size 496",
     "--schedule refine --refinements 2 --detach --loss-weights 1 1 2",
-    "--schedule refine --refinements 2 --forward-passes 2",
+    "--schedule draft --drafts 2 --inject input",
     "--schedule chunked --chunk 7 --inject residual",
     "--schedule sequential --value-embeds none --source-layer 0",
     "--activation-checkpointing --loss-weights 1 2 3",
     "--schedule plain --first-memory embedding --inject kv",
-    "--schedule refine --refinements 1 --forward-passes 1 --first-memory embedding",
+    "--schedule draft --first-memory embedding --pass-mix 1 1 1",
 ])
 def test_every_variant_and_schedule_trains(flags, data, here):
     train(data, "--num-iterations", 3, "--eval-tokens", 256, "--decode-tokens", 64, "--name", "x",
@@ -120,10 +120,10 @@ def test_a_run_goes_on_in_its_dtype(data, here, monkeypatch):
     train(data, "--resume", "runs/x")
     assert torch.load("runs/x/ckpt_0000002.pt")["args"]["dtype"] == "float32"
 
-def test_the_last_steps_refine_once_more(data, here):
-    """--deepen: evaluations and checkpoints go by the schedule of the last step that was trained."""
-    train(data, "--num-iterations", 12, "--schedule", "refine", "--refinements", 1, "--forward-passes", 1,
-          "--deepen", 0.25, "--eval-every", 9, "--save-every", 9, "--name", "x")
+def test_the_last_steps_draft_once_more(data, here):
+    """Evaluations and checkpoints go by the schedule of the last step that was trained."""
+    train(data, "--num-iterations", 12, "--schedule", "draft", "--eval-every", 9, "--save-every", 9,
+          "--name", "x")
     assert [len(row["passes"]) for row in log("runs/x")] == [2] * 9 + [3] * 3
 
     evaluated_passes = []
@@ -133,7 +133,7 @@ def test_the_last_steps_refine_once_more(data, here):
 
     for step, depth in ((9, 1), (12, 2)):
         schedule = load_checkpoint(f"runs/x/ckpt_{step:07d}.pt")["schedule"]
-        assert schedule["refinements"] == schedule["forward_passes"] == depth
+        assert schedule["drafts"] == depth
 
 
 # -----------------------------------------------------------------------------
@@ -278,10 +278,15 @@ def test_a_run_sees_every_row_once(data, here, monkeypatch):
     ("--lrt none --first-memory embedding", ["first_memory embedding goes with an LRT"]),
     ("--loss-weights -1 1 1", ["not negative"]),
     ("--loss-weights nan 1 1", ["must be finite"]),
-    ("--forward-passes -1", ["--forward-passes must be a number of at least 0"]),
-    ("--forward-passes 3", ["forward_passes must be from 0 to 2", "not 3"]),
-    ("--forward-passes 1 --loss-weights 1 1 1", ["forward_passes", "must be 0"]),
-    ("--forward-passes 1 --schedule chunked --chunk 8", ["forward_passes goes with", "not with chunked"]),
+    ("--drafts 0", ["--drafts must be a number of at least 1"]),
+    ("--schedule draft --loss-weights 1 1", ["loss weights do not go with draft"]),
+    ("--pass-mix 1 1", ["--pass-mix goes with --schedule draft, not with interleaved"]),
+    ("--schedule draft --pass-mix 1 1", ["--first-memory embedding"]),
+    ("--schedule draft --first-memory embedding --pass-mix 1 -1", ["--pass-mix 1.0 -1.0", "not negative"]),
+    ("--schedule draft --first-memory embedding --pass-mix 0 0", ["not all 0"]),
+    ("--schedule draft --first-memory embedding --pass-mix 1 nan", ["--pass-mix 1.0 nan"]),
+    ("--dest-layers 1 2", ["dest_layers 1 2 are no range of the layers 0 to 1"]),
+    ("--dest-layers 0 1 --inject input", ["dest_layers do not go with inject input"]),
     # batch and data
     ("--total-batch-size 500", ["--total-batch-size 500", "not divisible", "32 tokens a row"]),
     ("--total-batch-size 512 --device-batch-size 3", ["--device-batch-size 3", "16 rows"]),
