@@ -129,7 +129,7 @@ class GPTConfig:
               f"{self.n_layer} layers are numbered 0 to {self.n_layer - 1}")
         if self.dest_layers is not None:
             check(self.lrt != "none", "dest_layers go with an LRT")
-            check(self.inject != "input", "dest_layers do not go with inject input, which is below all layers")
+            check(self.inject != "input", "dest_layers do not go with inject input: it is below all layers")
             first, last = self.dest_layers
             check(0 <= first <= last < self.n_layer,
                   f"dest_layers {first} {last} are no range of the layers 0 to {self.n_layer - 1}")

@@ -440,6 +440,8 @@ def test_a_sequence_of_one_token(schedule):
     (_, hidden, _), = run(model, idx, interleave.plain(1))
     expected = model.token_loss(hidden, targets).mean()
     _, means = TrainStep(model, SCHEDULES[schedule])(idx, targets)
+    means = means[~means.isnan()]  # those of the passes that have a loss
+    assert len(means) > 0
     torch.testing.assert_close(means, expected.detach().expand_as(means), rtol=0, atol=1e-12)
 
 @pytest.mark.parametrize("variant", ["shared", "layerwise", "windows", "kv", "residual", "first-embedding"])
@@ -689,7 +691,7 @@ DRAFTS = [
     Schedule("draft", drafts=3),
     Schedule("draft", subsets=2),
     Schedule("draft", drafts=2, subsets=3),
-    Schedule("draft", drafts=2, subsets=4, detach=True),
+    Schedule("draft", drafts=2, subsets=4),
 ]
 
 @pytest.mark.parametrize("schedule", DRAFTS, ids=str)
@@ -702,7 +704,7 @@ def test_passes_that_run_forward_only(variant, schedule):
     if schedule.subsets == 1:
         whole = Schedule("refine", refinements=schedule.drafts, loss_weights=weights)
     else:
-        whole = SamePasses(schedule.subsets, schedule.drafts, detach=schedule.detach, loss_weights=weights)
+        whole = SamePasses(schedule.subsets, schedule.drafts, loss_weights=weights)
     assert whole.passes(9) == passes
 
     # the same losses as with gradients, where there are any
@@ -712,7 +714,7 @@ def test_passes_that_run_forward_only(variant, schedule):
     assert means.isnan().tolist() == [w == 0 for w in weights]
 
     # the gradients of a model whose first passes are frozen
-    hidden = [hidden for _, hidden, _ in run(FrozenFirst(model, n), idx, passes, detach=schedule.detach)]
+    hidden = [hidden for _, hidden, _ in run(FrozenFirst(model, n), idx, passes)]
     expected, _ = model.loss(hidden, [take(targets, positions) for positions in passes], weights)
     torch.testing.assert_close(loss, expected)
     got = gradients(loss, model)
