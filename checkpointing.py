@@ -232,6 +232,34 @@ def load_weights(model, checkpoint):
         reason = str(e).split("\n")[-1].strip()
         raise UserError(f"the checkpoint's weights are not of its own configuration: {reason}") from e
 
+# parameters that a model may have beyond those of the checkpoint it starts from
+MEMORY_PARAMETERS = ("mem_k.", "mem_v.", "mem_lambdas", "mem_input", ".attn.gate.")
+
+@torch.no_grad()
+def start_from(model, checkpoint, path):
+    """
+    Begin with the weights of a checkpoint (--init-from). Memory may be new in the model: its projections and
+    c are zero then, and its gates in their middle, so that at first it computes what the checkpoint does.
+    Raises UserError if the two differ in anything else.
+    """
+    weights = checkpoint["model"]
+    too_many = sorted(weights.keys() - dict(model.named_parameters()).keys())
+    if too_many:
+        raise UserError(f"{path} has {too_many[0]}, which this model lacks: leave out the flags that make "
+                        "another model of it (memory can be added, not taken away)")
+    for name, p in model.named_parameters():
+        old = weights.get(name)
+        if old is not None and old.shape == p.shape:
+            p.copy_(old)
+        elif old is None and any(part in name for part in MEMORY_PARAMETERS):
+            p.zero_()
+        elif old is not None and ".attn.gate." in name and len(old) < len(p):
+            p.zero_()
+            p[-len(old):] = old  # those of memory stand before those of the value embedding
+        else:
+            raise UserError(f"{path} has no {name} of the shape {tuple(p.shape)}: "
+                            "leave out the flags that make another model of it")
+
 def load_optimizers(optimizers, checkpoint, path):
     """Put a checkpoint's optimizer states into the optimizers. Raises UserError if they do not fit."""
     try:

@@ -47,6 +47,7 @@ from checkpointing import (
     rewind,
     save_checkpoint,
     set_aside,
+    start_from,
     step_of,
 )
 from common import (
@@ -115,6 +116,10 @@ def make_parser():
     add("--resume", metavar="PATH", help="run folder or checkpoint to go on with; its flags apply, those "
         "given here on top. auto: OUT/NAME from its newest checkpoint, or from the start if it has none, "
         "so that the same command starts and restarts")
+    add("--init-from", metavar="PATH",
+        help="run folder or checkpoint whose weights a new run begins with: on other data, for another "
+        "horizon, or with --lrt for a plain model, whose memory then starts at zero; the flags of its model "
+        "apply, those given here on top")
     add("--seed", type=int, default=0, help="of the weights and of the order of the data")
     add("--device", help="cuda | mps | cpu (default: the best there is)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
@@ -259,6 +264,12 @@ MAY_CHANGE = {
     "save_every", "keep", "log_every",
 }
 
+# flags that --init-from takes from the run whose weights it begins with
+MODEL_FLAGS = (
+    "recipe", "arch", "depth", "aspect_ratio", "head_dim", "n_kv_head", "max_seq_len", "window_pattern",
+    "value_embeds", "lrt", "source_layer", "inject", "dest_layers", "first_memory",
+)
+
 # flags that older checkpoints have and this file no longer knows, with the default that they had
 REMOVED_FLAGS = {"memory_start": 0.0, "memory_share": 1.0, "forward_passes": 0, "deepen": 0.0}
 
@@ -266,10 +277,13 @@ REMOVED_FLAGS = {"memory_start": 0.0, "memory_share": 1.0, "forward_passes": 0, 
 NEWER_FLAGS = {"dtype": None}
 
 def parse_args():
-    """The flags, and the checkpoint to go on with or None. Raises UserError."""
+    """
+    The flags, the checkpoint to go on with or None, and the checkpoint to begin a new run with or None.
+    Raises UserError.
+    """
     parser = make_parser()
     args = parser.parse_args()
-    checkpoint = None
+    checkpoint = start = None
     if args.resume == "auto":
         args.name = args.name or default_name(args)
         folder = Path(args.out) / args.name
@@ -278,6 +292,8 @@ def parse_args():
     check_restarts(args)
     if args.resume not in (None, "auto"):
         args, checkpoint = resume_args(parser, args.resume)
+    elif args.init_from is not None:
+        args, start = init_args(parser, args.init_from)
     if args.lrt is None:
         args.lrt = "none" if args.arch == "recurrent" else "shared"
     at_least(args, **LEAST)
@@ -289,7 +305,7 @@ def parse_args():
         raise UserError("--core-bundle and --core-max-per-task go with --core-every")
     if args.core_every is not None and args.max_seq_len < 2:
         raise UserError("CORE needs a context of 2 tokens or more: raise --max-seq-len")
-    return args, checkpoint
+    return args, checkpoint, start
 
 def check_restarts(args):
     """Under torchrun --max-restarts, refuse now what would only fail when the first process has died."""
@@ -338,6 +354,16 @@ def resume_args(parser, path):
     args.resume = str(path)
     return args, checkpoint
 
+def init_args(parser, path):
+    """
+    The flags of a run that begins with the weights of another, and the checkpoint that has them: what makes
+    the model is as it was there, this command line on top. Raises UserError.
+    """
+    path, checkpoint = newest_checkpoint(path)
+    before = saved_args(parser, checkpoint, path)
+    args = parser.parse_args(namespace=Namespace(**{name: before[name] for name in MODEL_FLAGS}))
+    return args, checkpoint
+
 
 # -----------------------------------------------------------------------------
 # Setup
@@ -356,11 +382,15 @@ def print0(text):
     if not dist.is_initialized() or dist.get_rank() == 0:
         say(text)
 
-def check_same_data(data, checkpoint, path):
-    """Raise UserError unless the data is what the checkpoint was trained on."""
+def check_same_tokenizer(data, checkpoint, path):
+    """Raise UserError unless the data has the tokenizer that the checkpoint was trained with."""
     if checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
         raise UserError(f"{data.folder} has another tokenizer than {path} was trained with: "
                         "give that run's --data")
+
+def check_same_data(data, checkpoint, path):
+    """Raise UserError unless the data is what the checkpoint was trained on."""
+    check_same_tokenizer(data, checkpoint, path)
     if checkpoint["shards_sha256"] != [shard["sha256"] for shard in data.meta["train"]]:
         raise UserError(f"{data.folder} has other training shards than {path} was trained on: "
                         "give that run's --data")
@@ -379,14 +409,16 @@ def make_rows(data, plan, args):
                         "lower --max-seq-len or prepare more text")
     return rows, val_rows
 
-def setup_training(args, plan, device, dtype):
+def setup_training(args, plan, device, dtype, start=None):
     """
     The model, its optimizers, and the training step, compiled and wrapped in DDP as asked: all passes of a
-    step are one forward.
+    step are one forward. start: a checkpoint whose weights to begin with. Raises UserError.
     """
     torch.manual_seed(args.seed)
     with torch.device(device):
         model = build_model(plan.config)
+    if start:
+        start_from(model, start, args.init_from)
     model.compute_dtype = dtype
     use_compile = device.type == "cuda" if args.compile is None else args.compile
     if args.activation_checkpointing and use_compile:  # the compiler picks what to compute again
@@ -613,7 +645,7 @@ def finish(finished, model, tokenizer, folder, state):
 # Training
 
 def main():
-    args, checkpoint = parse_args()
+    args, checkpoint, start = parse_args()
     if args.dry_run:
         dry_run(args)
         return
@@ -626,6 +658,8 @@ def main():
     data = open_data(args.data, rank=rank, world_size=world_size)
     if checkpoint:
         check_same_data(data, checkpoint, args.resume)
+    if start:
+        check_same_tokenizer(data, start, args.init_from)
 
     # the plan; a resumed run keeps the batch and the horizon that were chosen here
     plan = make_plan(args, data.meta["vocab_size"], world_size, dtype)
@@ -637,12 +671,12 @@ def main():
         peak *= world_size
 
     # model, optimizers, and the state of a resumed run
-    model, optimizers, train_step = setup_training(args, plan, device, dtype)
+    model, optimizers, train_step = setup_training(args, plan, device, dtype, start)
     state = resume(checkpoint, args.resume, model, optimizers) if checkpoint else TrainState()
     run_id = checkpoint["run_id"] if checkpoint else secrets.token_hex(8)
-    del checkpoint
+    del checkpoint, start
     check_same_step(state.step, args.out)
-    start = state.step
+    began = state.step
 
     # the run folder
     folder, log, evaluated = open_run_folder(args, state.step, run_id, data, rank)
@@ -664,7 +698,7 @@ def main():
     while True:
         # once in a while: save, and after it what may take long: evaluate, score CORE
         finished = state.step >= plan.num_iterations
-        save_now = state.step > start and (finished or stopping or due(args.save_every, state.step))
+        save_now = state.step > began and (finished or stopping or due(args.save_every, state.step))
         if save_now:
             schedule = dataclasses.asdict(plan.scored_schedule(state.step))
             save(folder, log, state, model, optimizers, final=finished or stopping,
@@ -673,7 +707,7 @@ def main():
             bpb, decoded = evaluate(model, val_rows, data, plan, args, folder, state.step)
             tokens = state.step * plan.total_batch
             log.add(kind="eval", step=state.step, tokens=tokens, bpb=bpb, decode_rows=decoded)
-        if save_now or state.step == start:  # not before: an evaluation may find that the newest is no good
+        if save_now or state.step == began:  # not before: an evaluation may find that the newest is no good
             remove_old_checkpoints(folder, args.keep, rank)
         if tasks and state.step > 0 and (finished or (due(args.core_every, state.step) and not stopping)):
             core = evaluate_tasks(model, data.tokenizer, tasks, folder, state.step, args.core_max_per_task,

@@ -355,7 +355,7 @@ def test_resume_auto(data, here, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(data), *TINY, *argv])
         return train.parse_args()
 
-    args, checkpoint = parse("--resume", "auto", "--out", "./runs/")
+    args, checkpoint, _ = parse("--resume", "auto", "--out", "./runs/")
     assert checkpoint is None
     for _ in range(2):
         assert new_run_folder(args.out, args.name, "default", exist_ok=True) == Path("runs/d1_shared")

@@ -137,6 +137,66 @@ def test_the_last_steps_draft_once_more(data, here):
 
 
 # -----------------------------------------------------------------------------
+# --init-from: a new run with the weights of another
+
+def final_bpb(name):
+    return log(f"runs/{name}", "eval")[-1]["bpb"]["merged"]
+
+@pytest.mark.parametrize("flags", [
+    "--lrt shared",
+    "--lrt layerwise --inject kv --dest-layers 1 1 --schedule draft",
+    "--lrt shared --inject input --first-memory embedding",
+    "--lrt none --max-seq-len 64 --total-batch-size 512",
+])
+def test_memory_is_added_to_a_trained_model(flags, data, here):
+    """At first it computes what the plain model does; then its new matrices learn."""
+    plain = "--lrt none --value-embeds alternate --num-iterations 4 --eval-tokens 256 --decode-tokens 64"
+    train(data, *plain.split(), "--name", "plain")
+    train(data, "--init-from", "runs/plain", "--num-iterations", 3, "--eval-tokens", 256, "--decode-tokens",
+          64, "--name", "x", *flags.split())
+    config = load_checkpoint("runs/x/ckpt_0000003.pt")["config"]
+    assert config["value_embeds"] == "alternate"  # a flag of the other run
+    first, *_, last = log("runs/x", "eval")
+    if config["sequence_len"] == 32:
+        assert first["bpb"]["merged"] == pytest.approx(final_bpb("plain"), abs=1e-5)
+    assert last["bpb"]["merged"] < first["bpb"]["merged"] - 0.005
+    weights = load_checkpoint("runs/x/ckpt_0000003.pt")["model"]
+    assert all(weights[name].abs().max() > 0 for name in weights if name.startswith("mem_"))
+
+def test_a_run_that_began_with_other_weights_goes_on(data, here):
+    """The other run is not read again: it may be gone."""
+    brief = ["--eval-tokens", 64, "--decode-tokens", 0]
+    train(data, "--lrt", "none", "--num-iterations", 2, *brief, "--name", "plain")
+    begin = [*SMALL, "--init-from", "runs/plain", "--lrt", "shared", "--num-iterations", 4, "--save-every", 2,
+             *brief, "--resume", "auto"]
+    train(data, *begin, "--name", "whole")
+    train(data, *begin, "--name", "x")
+    Path("runs/x/ckpt_0000004.pt").unlink()
+    shutil.rmtree("runs/plain")
+    train(data, *begin, "--name", "x")
+    ours, theirs = (load_checkpoint(f"runs/{name}/ckpt_0000004.pt")["model"] for name in ("x", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+def test_what_init_from_refuses(data, here):
+    train(data, "--num-iterations", 1, "--eval-tokens", 64, "--decode-tokens", 0, "--name", "x")
+    for flags, words in [
+        ("--lrt none", ["which this model lacks", "memory can be added"]),
+        ("--depth 3", ["has no", "leave out the flags"]),
+        ("--aspect-ratio 32", ["leave out the flags"]),
+        ("--value-embeds none", ["which this model lacks"]),
+        ("--resume runs/x", ["--init-from None"]),
+    ]:
+        refused = cli("train.py", "--data", data, "--init-from", "runs/x", *flags.split())
+        assert_refused(refused, *words)
+    assert_refused(cli("train.py", "--data", data, "--init-from", "nowhere"), "no such run or checkpoint")
+    path = Path("runs/x/ckpt_0000001.pt")
+    checkpoint = torch.load(path)
+    torch.save(checkpoint | dict(tokenizer_sha256="0" * 64), path)
+    refused = cli("train.py", "--data", data, "--init-from", "runs/x")
+    assert_refused(refused, "another tokenizer")
+
+
+# -----------------------------------------------------------------------------
 # Two processes, and interruptions (many more in test_faults.py)
 
 TWENTY = [*SMALL, "--num-iterations", 20, "--device-batch-size", 4, "--eval-every", 10, "--save-every", 10]
