@@ -339,6 +339,7 @@ class Log:
     log.jsonl of a run, open for appending on rank 0; on other ranks it takes rows and writes nothing. What a
     full disk does not take is tried again with the next row. The first row has the run's id. A log that
     somebody moves or removes, with its folder perhaps, is put back by flush(): the open file still has it.
+    Every row is handed on to the tracker, if there is one.
     """
 
     def __init__(self, folder, rank=0, run_id="", run_folder=None):
@@ -347,6 +348,7 @@ class Log:
         self.run_folder = run_folder  # a RunFolder, which goes on holding the folder
         self.file = open(self.path, "a+b", buffering=0) if rank == 0 else None
         self.unwritten = b""
+        self.tracker = None  # a tracking.Tracker
         if rank == 0 and run_id and read_run_id(folder) is None:
             self.add(kind="run", step=0, run_id=run_id)
 
@@ -357,6 +359,8 @@ class Log:
         self.unwritten += json.dumps(row).encode() + b"\n"
         with suppress(OSError):
             self.write()
+        if self.tracker is not None:
+            self.tracker.add(row)
 
     def put_back(self):
         """

@@ -68,12 +68,13 @@ from common import (
 )
 from core import describe_core, evaluate_core, load_tasks
 from dataset import BOS, Rows, first_rows, open_data
-from eval_core import evaluate_bpb
+from eval_core import LEARNED_ROWS, describe_learned, evaluate_bpb, learned
 from interleave import TrainStep
 from optim import make_optimizers, set_learning_rates
 from plan import RECIPES, describe, dry_run, fill_in, make_plan
 from recurrent import build_model
 from sample import complete
+from tracking import Tracker, check_tracking
 
 MAX_SKIPS = 10  # --on-nonfinite skip: this many steps in a row are no accident
 TIMEOUT = timedelta(minutes=10)  # of a collective, for a process that hangs; one that dies is noticed at once
@@ -232,6 +233,7 @@ def make_parser():
     add("--save-every", type=int, default=1000, help="checkpoint")
     add("--keep", type=int, default=2, help="how many checkpoints stay")
     add("--log-every", type=int, default=10, help="console line; log.jsonl has every step")
+    add("--wandb", metavar="PROJECT", help="send every row of log.jsonl to this project of Weights & Biases")
     return parser
 
 # the least value of every flag that is a number
@@ -261,7 +263,7 @@ MAY_CHANGE = {
     "resume", "data", "device", "dtype", "compile", "dry_run",
     "device_batch_size", "activation_checkpointing", "on_nonfinite",
     "eval_every", "eval_tokens", "decode_tokens", "core_every", "core_bundle", "core_max_per_task",
-    "save_every", "keep", "log_every",
+    "save_every", "keep", "log_every", "wandb",
 }
 
 # flags that --init-from takes from the run whose weights it begins with
@@ -512,8 +514,9 @@ def due(every, step):
 
 def evaluate(model, val_rows, data, plan, args, folder, step):
     """
-    Bits per byte of the validation rows in parallel and, on the first of them, decoding: prints them and
-    returns two dicts (see evaluate_bpb). Raises UserError if they are not finite.
+    Bits per byte of the validation rows in parallel and, on the first of them, decoding, and what training
+    has made of the memory's path: prints them and returns what goes into the log (see evaluate_bpb and
+    learned). Raises UserError if they are not finite.
     """
     schedule = plan.scored_schedule(step)
     bpb, _ = evaluate_bpb(model, val_rows, data.token_bytes, schedule, plan.device_batch,
@@ -532,7 +535,12 @@ def evaluate(model, val_rows, data, plan, args, folder, step):
         shown = ", ".join(f"{name} {decoded[name]:.4f}" for name in names)
         line += f" | on {len(decode_rows)} rows: {shown}"
     print0(line)
-    return bpb, decoded
+    few = val_rows[:min(LEARNED_ROWS, plan.device_batch), :-1].to(model.wte.weight.device)
+    scalars_and_gates = learned(model, few)
+    for line in describe_learned(scalars_and_gates):
+        print0(f"step {step:05d} | {line}")
+    tokens = step * plan.total_batch
+    return dict(tokens=tokens, bpb=bpb, decode_rows=decoded, learned=scalars_and_gates)
 
 def evaluate_tasks(model, tokenizer, tasks, folder, step, max_per_task, batch_size):
     """
@@ -627,8 +635,10 @@ def log_step(args, state, plan, log, losses, norm, multiplier, dt, rows_per_epoc
            f"| epoch: {step * plan.rows_per_step / rows_per_epoch:.2f} "
            f"| total time: {state.seconds / 60:.1f}m | eta: {eta / 60:.1f}m")
 
-def finish(finished, model, tokenizer, folder, state):
-    """The last words of a run, on rank 0: how to go on with it, or a sample of its text."""
+def finish(finished, model, tokenizer, folder, state, log):
+    """
+    The last words of a run, on rank 0: how to go on with it, or a sample of its text, which the log has, too.
+    """
     skipped = sum(row["kind"] == "skip" for row in read_log(folder))
     if skipped:
         print0(f"warning: {skipped} steps were skipped, see {folder / 'log.jsonl'}")
@@ -637,6 +647,7 @@ def finish(finished, model, tokenizer, folder, state):
         return
     bos = tokenizer.encode_single_token(BOS)
     text, = complete(model, tokenizer, [[bos]], 128, temperature=0.8, top_k=50)
+    log.add(kind="sample", step=state.step, text=text)
     print0(f"a sample, memory carried from token to token:\n{text}\n"
            f"more with: python sample.py --checkpoint {folder}")
 
@@ -650,6 +661,7 @@ def main():
         dry_run(args)
         return
     check_new_folder(args.out)
+    check_tracking(args.wandb)
 
     # device, process group, data
     device, rank, world_size = init_processes(args.device, TIMEOUT)
@@ -688,6 +700,8 @@ def main():
         shards_sha256=[shard["sha256"] for shard in data.meta["train"]],
         run_id=run_id,
     )
+    if args.wandb and rank == 0:
+        log.tracker = Tracker(args.wandb, folder, run_id, vars(args) | checkpoint_header["config"])
 
     stop = StopRequest()
     stopping = False  # whether a rank was asked to stop
@@ -704,9 +718,8 @@ def main():
             save(folder, log, state, model, optimizers, final=finished or stopping,
                  schedule=schedule, **checkpoint_header)
         if state.step > evaluated and (finished or (due(args.eval_every, state.step) and not stopping)):
-            bpb, decoded = evaluate(model, val_rows, data, plan, args, folder, state.step)
-            tokens = state.step * plan.total_batch
-            log.add(kind="eval", step=state.step, tokens=tokens, bpb=bpb, decode_rows=decoded)
+            figures = evaluate(model, val_rows, data, plan, args, folder, state.step)
+            log.add(kind="eval", step=state.step, **figures)
         if save_now or state.step == began:  # not before: an evaluation may find that the newest is no good
             remove_old_checkpoints(folder, args.keep, rank)
         if tasks and state.step > 0 and (finished or (due(args.core_every, state.step) and not stopping)):
@@ -763,7 +776,7 @@ def main():
         except OSError as e:
             raise UserError(f"cannot write {folder / 'log.jsonl'}: {e.strerror}; "
                             f"make room, then --resume {folder}") from e
-        finish(finished, model, data.tokenizer, folder, state)
+        finish(finished, model, data.tokenizer, folder, state, log)
     end_processes()
 
 if __name__ == "__main__":

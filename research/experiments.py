@@ -34,14 +34,14 @@ import train
 from checkpointing import find_checkpoint, load_checkpoint, load_model, read_log
 from common import ArgumentParser, UserError, append_row, at_least, lock, machine, read_rows, run_main
 from dataset import first_rows, open_data
-from eval_core import evaluate_bpb, recurrent_losses
+from eval_core import LEARNED_ROWS, evaluate_bpb, learned, recurrent_losses
 from interleave import Schedule
 from plan import make_plan
+from tokens_page import repeated
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 256  # of the validation text: what every run is scored on
 COPYING_ROWS = 128  # of them: for copying(), which decodes them once for each part of the memory's path
-LEARNED_ROWS = 16  # of them: for learned()
 BATCH_SIZE = 16  # rows scored at a time
 
 # depth 4, width 128, context 256: what two cores can do, with the recipe that was tuned on the baseline of
@@ -236,46 +236,6 @@ SETS = {
 # From a model to the scores in its row
 
 @torch.no_grad()
-def learned(model, idx, targets):
-    """
-    What training made of the memory's path: the scalars a, b, c of equation (1), a list over layers each;
-    and by layer the gates of equation (2) (local, memory, token: those that the model has), their mean
-    over tokens and heads while decoding idx (B, T) with the exact recurrence.
-    """
-    gates = {}
-
-    def keep_gates_of(layer):
-        def hook(module, inputs, output):
-            by_kind = 2 * torch.sigmoid(output.float()).unflatten(-1, (-1, model.config.n_kv_head))
-            gates[layer] = by_kind.mean((0, 1, 3))
-        return hook
-
-    hooks = []
-    for layer, block in enumerate(model.h):
-        if block.attn.gate is not None:
-            hooks.append(block.attn.gate.register_forward_hook(keep_gates_of(layer)))
-    # what is kept is of prefill's last pass: over all positions, unless it had to end token by token
-    recurrent_losses(model, idx, targets)
-    for hook in hooks:
-        hook.remove()
-
-    found = {}
-    for name, scalars in (("a", model.resid_lambdas), ("b", model.x0_lambdas), ("c", model.mem_lambdas)):
-        if scalars is not None:
-            found[name] = scalars.tolist()
-    kinds = ["local", "memory", "token"] if model.config.kv_memory else ["token"]
-    found["gates"] = {layer: dict(zip(kinds, means.tolist())) for layer, means in gates.items()}
-    return found
-
-def repeated(idx, targets):
-    """
-    Where the pair (idx, target) stood earlier in its row, so that the target can be copied from there, as
-    induction heads do: idx and targets (B, T) int64 -> (B, T) bool.
-    """
-    pairs = idx * (targets.max() + 1) + targets
-    return (pairs[:, :, None] == pairs[:, None, :]).tril(-1).any(-1)
-
-@torch.no_grad()
 def copying(model, rows, batch_size=BATCH_SIZE):
     """
     Mean nats a token of rows (N, T+1), decoding with the exact recurrence: `repeated` over tokens whose
@@ -330,7 +290,7 @@ def score(model, rows, token_bytes, schedule, buckets=16):
         bpb=bpb,
         by_position={name: (x / n_bytes).round(4).tolist() for name, x in stretches.items()},
         copying=copying(model, rows[:COPYING_ROWS]),
-        learned=learned(model, few[:, :-1], few[:, 1:]),
+        learned=learned(model, few[:, :-1]),
     )
 
 def mean_or_none(values):

@@ -319,12 +319,12 @@ def test_copying(lrt, inject, parts):
 def test_learned_reads_what_the_model_has():
     model = tiny_model(sequence_len=16, lrt="layerwise", value_embeds="alternate")
     idx = torch.randint(32, (2, 16))
-    start = experiments.learned(model, idx, idx)
+    start = experiments.learned(model, idx)
     assert start["c"] == pytest.approx([0.1, 0.1])
     assert start["gates"] == {0: dict(local=1.0, memory=1.0), 1: dict(local=1.0, memory=1.0, token=1.0)}
     gate = model.h[1].attn.gate.weight
     with torch.no_grad():
         gate[2:4] = 1e4 * torch.randn(2, 16)  # the memory's: all open or shut
-    gates = experiments.learned(model, idx, idx)["gates"][1]
+    gates = experiments.learned(model, idx)["gates"][1]
     assert gates["local"] == 1.0
     assert 0 <= gates["memory"] <= 2

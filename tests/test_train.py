@@ -65,6 +65,17 @@ def test_training_end_to_end(trained):
     # the memory is used; a run of seconds cannot show that it helps
     assert abs(last["no memory"] - last["decode"]) > 1e-3
 
+    # what training made of the memory's path, at every evaluation
+    learned = [row["learned"] for row in evals]
+    assert learned[0]["c"] == pytest.approx([0.1, 0.1])
+    assert learned[0]["gates"]["1"] == dict(local=1.0, memory=1.0, token=1.0)
+    assert learned[-1]["c"] != learned[0]["c"]
+    assert learned[-1]["gates"]["1"]["memory"] != 1.0
+    assert out.count("| learned, by layer: a ") == out.count("| mean gates: local ") == len(evals)
+    sample, = log(run, "sample")
+    assert sample["step"] == 150
+    assert sample["text"] in out
+
     assert [path.name for path in sorted(run.glob("ckpt*"))] == ["ckpt_0000100.pt", "ckpt_0000150.pt"]
     assert not list(run.glob("*.tmp"))
     for words in ("parameters", "memory from layer 1, interleaved, 3 passes", "tok/sec", "eta",
