@@ -1,6 +1,6 @@
 """
-export.py: what transformers makes of an exported folder is what nanolrt makes of the run. Every variant of the
-model has random weights, so that its memory matters.
+export.py: what transformers makes of an exported folder is what nanolrt makes of the run. Every variant of
+the model has random weights, so that its memory matters.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def save_run(folder, model, data):
         shutil.copy(data / name, folder)
     log = Log(folder, run_id="0123")
     log.add(kind="eval", step=20, bpb={"merged": 2.5, "decode": 2.25})
-    args = vars(make_parser().parse_args("--depth 3 --lrt shared --data /secret --total-batch-size 4096".split()))
+    flags = "--depth 3 --lrt shared --data /secret --total-batch-size 4096"
     save_checkpoint(
         folder / "ckpt_0000020.pt",
         model=model.state_dict(),
@@ -71,7 +71,7 @@ def save_run(folder, model, data):
         seconds=1.0,
         config=dataclasses.asdict(model.config),
         schedule=dataclasses.asdict(Schedule("plain")),
-        args=args,
+        args=vars(make_parser().parse_args(flags.split())),
         torch_rng=torch.get_rng_state(),
         tokenizer_sha256=tokenizer_sha256(folder),
         shards_sha256=[],
@@ -174,7 +174,8 @@ def test_greedy_text_is_that_of_sample_py(exported, data):
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     made = theirs.generate(idx, attention_mask=mask, max_new_tokens=25, do_sample=False)
     assert [without_end(row) for row in made[:, width:].tolist()] == texts
-    without_cache = theirs.generate(idx, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=False)
+    without_cache = theirs.generate(idx, attention_mask=mask, max_new_tokens=6, do_sample=False,
+                                    use_cache=False)
     assert without_cache[:, width:].tolist() == made[:, width:width + 6].tolist()
 
 def test_beam_search_carries_every_beam_its_own_memory(exported):
@@ -183,8 +184,9 @@ def test_beam_search_carries_every_beam_its_own_memory(exported):
     idx = random_tokens(2, 6, seed=3)
     mask = torch.ones_like(idx)
     mask[0, :3] = 0
-    options = dict(attention_mask=mask, max_new_tokens=8, num_beams=4, num_return_sequences=2, do_sample=False,
-                   length_penalty=0.0, eos_token_id=None, return_dict_in_generate=True, output_scores=True)
+    options = dict(attention_mask=mask, max_new_tokens=8, num_beams=4, num_return_sequences=2,
+                   do_sample=False, length_penalty=0.0, eos_token_id=None, return_dict_in_generate=True,
+                   output_scores=True)
     made = theirs.generate(idx, **options)
     for i, (row, score) in enumerate(zip(made.sequences, made.sequences_scores)):
         text = row[3 if i < 2 else 0:]
