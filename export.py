@@ -229,7 +229,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_spec
 - The loss has no gradient here: nanolrt trains.
 
 ```
-lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True,add_bos_token=True --tasks arc_easy
+lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks arc_easy
 ```
 
 ## How it was trained
