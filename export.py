@@ -177,22 +177,28 @@ def training_command(checkpoint):
             words.append(str(value))
     return "python train.py " + shlex.join(words)
 
-def figures(checkpoint, rows):
-    """
-    What is known of a checkpoint, lines of text: tokens, and from the rows of the run's log the last scores
-    that were taken of it.
-    """
+def core_of(path, step, rows):
+    """CORE of a run's checkpoint at `path`: from core_<step>.json beside it, or its log's rows; None without."""
+    try:
+        return json.loads((path.parent / f"core_{step:07d}.json").read_text("utf-8"))["core"]
+    except (OSError, ValueError, LookupError, TypeError):
+        scores = [row.get("core") for row in rows if row["kind"] == "core" and row["step"] == step]
+        return scores[-1] if scores else None
+
+def figures(path, checkpoint):
+    """What is known of a run's checkpoint, lines of text: its tokens, and the scores that were taken of it."""
     step = checkpoint["step"]
     lines = []
     batch = checkpoint["args"].get("total_batch_size")
     if batch:
         lines.append(f"trained for {step} steps of {batch:,} tokens, {step * batch:,} tokens")
-    scores = {row["kind"]: row for row in rows if row["step"] == step}
-    if "eval" in scores:
-        bpb = scores["eval"]["bpb"]
+    rows = read_log(path.parent)
+    evaluations = [row for row in rows if row["kind"] == "eval" and row["step"] == step]
+    if evaluations:
+        bpb = evaluations[-1]["bpb"]
         named = ", ".join(f"{name} {x:.4f}" for name, x in bpb.items() if math.isfinite(x))
         lines.append(f"validation bits per byte: {named}")
-    core = scores.get("core", {}).get("core")
+    core = core_of(path, step, rows)
     if core is not None:
         lines.append(f"CORE: {core:.4f}")
     return lines
@@ -244,7 +250,7 @@ From step {step} of the run. The tokenizer has the sha256 {tokenizer_sha256}.
 def model_card(path, checkpoint, model, dtype):
     """README.md of the folder: what the model is, how it is used, its figures and the command of its run."""
     config = model.config
-    lines = figures(checkpoint, read_log(path.parent))
+    lines = figures(path, checkpoint)
     return CARD.format(
         name=path.absolute().parent.name,
         label=config.label,

@@ -9,16 +9,16 @@
 # The same command goes on where an earlier one ended, at every step: downloads and shards that are there are
 # kept, training goes on from its newest checkpoint, CORE with the tasks that are missing.
 #
-# The frame is nanochat's leaderboard: hours of training steps on 8 H100 to a CORE above 0.256525, that of GPT-2
-# (1.6 B). On 2026-03-14 its best entry took 1.65 hours, for CORE 0.2626 and 0.718 bits per byte; on the way
-# from 3.04 hours ClimbMix alone took it from 2.76 to 2.02. What would count as a win there: a CORE above
-# 0.256525 in fewer hours than the best entry, on its data and hardware, from a change that other depths profit
-# from, too. The last lines printed here are CORE, as eval_core.py scores it (with memory), bits per byte, and
-# the hours, which unlike the leaderboard's include the first ten steps and so the compilation.
+# The frame is nanochat's leaderboard: hours of training steps on 8 H100 to a CORE above 0.256525, that of
+# GPT-2 (1.6 B). On 2026-03-14 its best entry took 1.65 hours, for CORE 0.2626 and 0.718 bits per byte; on the
+# way from 3.04 hours ClimbMix alone took it from 2.76 to 2.02. What would count as a win there: a CORE above
+# 0.256525 in fewer hours than the best entry, on its data and hardware, from a change that other depths
+# profit from, too. The last lines printed here are CORE, as eval_core.py scores it (with memory), bits per
+# byte, and the hours, which unlike the leaderboard's include the first ten steps and so the compilation.
 #
 # What would count as a win here is less, and comes first: `baseline` is nanochat's recipe as this code has it
-# (bf16, without its fp8), so memory of the previous token is worth control - baseline, and recurrence beyond it
-# lrt - control, at equal hours. CORE is noisy: one run of each is no proof, and bits per byte say more.
+# (bf16, without its fp8), so memory of the previous token is worth control - baseline, and recurrence beyond
+# it lrt - control, at equal hours. CORE is noisy: one run of each is no proof, and bits per byte say more.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -81,7 +81,7 @@ for model in $MODELS; do
     WORLD_SIZE=$GPUS "$PYTHON" train.py --dry-run --mfu "$MFU" --dollars-per-hour "$DOLLARS_PER_HOUR" \
         --data "$plan_data" $SIZE $TRAINING $flags
 done
-echo "== besides: data and tokenizer, once, and CORE, for each model: as long as the network and the tasks take"
+echo "== besides: data and tokenizer, once, and CORE for each model, as long as network and tasks take"
 [ -z "${PLAN_ONLY-}" ] || exit 0
 
 # -----------------------------------------------------------------------------
