@@ -178,7 +178,7 @@ def training_command(checkpoint):
     return "python train.py " + shlex.join(words)
 
 def core_of(path, step, rows):
-    """CORE of a run's checkpoint at `path`: from core_<step>.json beside it, or its log's rows; None without."""
+    """CORE of a run's checkpoint at `path`, from core_<step>.json beside it or the rows of its log, or None."""
     try:
         return json.loads((path.parent / f"core_{step:07d}.json").read_text("utf-8"))["core"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -186,7 +186,7 @@ def core_of(path, step, rows):
         return scores[-1] if scores else None
 
 def figures(path, checkpoint):
-    """What is known of a run's checkpoint, lines of text: its tokens, and the scores that were taken of it."""
+    """What is known of a run's checkpoint, lines of text: its tokens, and what it scored."""
     step = checkpoint["step"]
     lines = []
     batch = checkpoint["args"].get("total_batch_size")
