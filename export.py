@@ -178,7 +178,7 @@ def training_command(checkpoint):
     return "python train.py " + shlex.join(words)
 
 def core_of(path, step, rows):
-    """CORE of a run's checkpoint at `path`, from core_<step>.json beside it or the rows of its log, or None."""
+    """CORE of a run's checkpoint at `path`: from core_<step>.json beside it, else its log's rows; or None."""
     try:
         return json.loads((path.parent / f"core_{step:07d}.json").read_text("utf-8"))["core"]
     except (OSError, ValueError, LookupError, TypeError):
