@@ -163,7 +163,8 @@ def training_command(checkpoint):
     names and places, and flags that change neither the model nor what it has seen.
     """
     args = checkpoint["args"]
-    defaults = vars(make_parser().parse_args(["--recipe", args["recipe"]]))
+    recipe = args.get("recipe", "paper")  # older checkpoints have none: there was only this one
+    defaults = vars(make_parser().parse_args(["--recipe", recipe]))
     defaults["recipe"] = make_parser().get_default("recipe")
     words = []
     for name, default in defaults.items():

@@ -69,9 +69,8 @@ def test_the_whole_way(tmp_path):
     assert again.splitlines()[-3:] == out.splitlines()[-3:]
 
     (tmp_path / "runs" / "lrt" / "results.json").unlink()
-    code, again, err = speedrun(tmp_path)
+    code, again, err = speedrun(tmp_path, MODELS="lrt")
     assert code == 0, err
-    assert "== training: lrt" in again and "== training: control" not in again
     trained = tmp_path / "runs" / "lrt" / "ckpt_0000004.pt"
     assert trained.stat().st_mtime_ns == before[trained]
-    assert again.splitlines()[-3:] == out.splitlines()[-3:]
+    assert again.splitlines()[-1] == out.splitlines()[-1]
