@@ -214,6 +214,19 @@ def rotate(x, cos, sin):
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin).to(x.dtype)
 
+def rotary_tables(config):
+    """
+    What rotate() multiplies with, (cos, cos) and (sin, -sin) at every position: two tensors (2 *
+    sequence_len, 1, d) float32, because a row that is padded on its left ends beyond the context.
+    """
+    channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    frequencies = config.rotary_base ** (-channels / config.head_dim)
+    positions = torch.arange(2 * config.sequence_len, dtype=torch.float32)
+    angles = torch.outer(positions, frequencies)[:, None]
+    cos = torch.cat([angles.cos(), angles.cos()], -1)
+    sin = torch.cat([angles.sin(), -angles.sin()], -1)
+    return cos, sin
+
 class Linear(nn.Linear):
     """
     A matrix without bias. Its float32 master weight is cast to the dtype of the activations at every use.
@@ -443,13 +456,9 @@ class GPT(nn.Module):
         self.mem_input = Linear(D, D) if config.input_memory else None
         self.mem_input_gate = Linear(D, D) if config.input_memory else None
 
-        # rotary tables (2 * sequence_len, 1, d): a row that is padded on its left ends beyond the context
-        channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
-        frequencies = config.rotary_base ** (-channels / config.head_dim)
-        positions = torch.arange(2 * config.sequence_len, dtype=torch.float32)
-        angles = torch.outer(positions, frequencies)[:, None]
-        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False)
-        self.register_buffer("sin", torch.cat([angles.sin(), -angles.sin()], -1), persistent=False)
+        cos, sin = rotary_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
         self.init_weights()
 

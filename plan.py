@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from attention import KVCache
-from common import UserError, pick_device, training_dtype
+from common import PEAK_FLOPS, UserError, peak_flops, pick_device, training_dtype
 from dataset import Rows, open_data
 from interleave import Schedule, TrainStep
 from model import GPT, NANOCHAT_BACKBONE, GPTConfig
@@ -28,6 +28,7 @@ from optim import (
 from recurrent import RecurrentConfig, build_model
 
 DEFAULT_VOCAB_SIZE = 32768  # what --dry-run assumes where there is no data yet
+ASSUMED_GPU = "NVIDIA H100 80GB HBM3"  # of --mfu, where there is none or its peak is not known
 MAX_POSITIONS = 2**15  # of a forward, over all passes and rows, for the default device batch
 DEEPER_SHARE = 0.25  # of the steps of --schedule draft, the last ones, have one draft more
 MAX_PASSES_COUNTED = 16  # --dry-run does not count the activations of longer schedules: it would take minutes
@@ -291,10 +292,28 @@ def automatic_device_batch(rows, schedule, T):
             return size
     return 1
 
-def describe(plan, world_size, device, dtype, rows_per_epoch):
+def predict_time(plan, world_size, device, mfu, dollars_per_hour=None):
+    """
+    How long the training steps of a plan take on this many GPUs, a line of text. mfu: the share of a GPU's
+    peak FLOP/s that the model's FLOPs reach; research/SPEED.md and log.jsonl have measured ones. A GPU that
+    is not here, or not known, is taken for ASSUMED_GPU. dollars_per_hour: the price of all of them together;
+    None: without the cost.
+    """
+    peak = peak_flops(device)
+    gpu = torch.cuda.get_device_name(device) if peak else ASSUMED_GPU
+    peak = peak or PEAK_FLOPS[ASSUMED_GPU]
+    flops = plan.num_iterations * plan.total_batch * plan.flops_per_token
+    hours = flops / (world_size * peak * mfu) / 3600
+    line = (f"at {100 * mfu:g} % of the peak of {world_size} x {gpu}: {hours:.2f} hours of training steps, "
+            "without evaluation and compilation")
+    if dollars_per_hour is not None:
+        line += f", {hours * dollars_per_hour:.2f} dollars at {dollars_per_hour:g} an hour"
+    return line
+
+def describe(plan, world_size, device, dtype, rows_per_epoch, mfu=None, dollars_per_hour=None):
     """
     The plan in lines of text. rows_per_epoch: sequences in the training shards, None if there is no data
-    yet.
+    yet. mfu: also say how long it takes, see predict_time().
     """
     config, schedule, counts = plan.config, plan.mix[0][1], plan.counts
     T = config.sequence_len
@@ -322,7 +341,10 @@ def describe(plan, world_size, device, dtype, rows_per_epoch):
     flops = (f"{tokens * plan.flops_per_token:.2e} FLOPs, {plan.flops_ratio:.2f} times those of plain passes "
              f"over the same tokens ({tokens * plan.cost:,.0f} tokens of baseline-equivalent compute); "
              f"KV cache {plan.kv_bytes:,} bytes a sequence of {T} tokens")
-    return [parameters, model, horizon, flops]
+    lines = [parameters, model, horizon, flops]
+    if mfu is not None:
+        lines.append(predict_time(plan, world_size, device, mfu, dollars_per_hour))
+    return lines
 
 
 # -----------------------------------------------------------------------------
@@ -402,7 +424,8 @@ def dry_run(args):
         vocab_size = data.meta["vocab_size"]
         rows_per_epoch = Rows(data.train, args.max_seq_len, args.seed).per_epoch
     plan = make_plan(args, vocab_size, world_size, dtype)
-    print("\n".join(describe(plan, world_size, device, dtype, rows_per_epoch)))
+    lines = describe(plan, world_size, device, dtype, rows_per_epoch, args.mfu, args.dollars_per_hour)
+    print("\n".join(lines))
 
     dtypes = [dtype] if dtype == torch.bfloat16 else [dtype, torch.bfloat16]  # as on a GPU, too
     for activation_dtype in dtypes:

@@ -128,6 +128,9 @@ def make_parser():
     add("--compile", action=BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--dry-run", action="store_true",
         help="print the plan, parameters to KV cache, and end: nothing is trained or written")
+    add("--mfu", type=float, metavar="SHARE",
+        help="--dry-run: also predict the time, if the model's FLOPs reach this share of the GPUs' peak")
+    add("--dollars-per-hour", type=float, metavar="X", help="--mfu: and the cost, if all GPUs cost so much")
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=["gpt", "recurrent"], default="gpt",
@@ -238,7 +241,7 @@ def make_parser():
 
 # the least value of every flag that is a number
 LEAST = dict(
-    seed=0, depth=1, aspect_ratio=1, head_dim=1, max_seq_len=1,
+    mfu=1e-6, dollars_per_hour=0, seed=0, depth=1, aspect_ratio=1, head_dim=1, max_seq_len=1,
     subsets=1, refinements=1, drafts=1, chunk=1,
     num_iterations=1, target_flops=1, target_param_data_ratio=0,
     total_batch_size=1, device_batch_size=1, grad_clip=0,
@@ -250,7 +253,7 @@ LEAST = dict(
 
 # the largest value of those with which nothing can be right above it
 MOST = dict(
-    depth=1000, head_dim=10**5, max_seq_len=2**24,
+    mfu=1, dollars_per_hour=10**6, depth=1000, head_dim=10**5, max_seq_len=2**24,
     refinements=1000, drafts=1000, num_iterations=10**9, target_flops=1e30, target_param_data_ratio=10**6,
     total_batch_size=2**40, device_batch_size=2**20, warmdown_ratio=1, final_lr_frac=10**6,
     # what float32 holds
@@ -260,7 +263,7 @@ MOST = dict(
 
 # flags that may change when a run is resumed; a change of any other would make it another run
 MAY_CHANGE = {
-    "resume", "data", "device", "dtype", "compile", "dry_run",
+    "resume", "data", "device", "dtype", "compile", "dry_run", "mfu", "dollars_per_hour",
     "device_batch_size", "activation_checkpointing", "on_nonfinite",
     "eval_every", "eval_tokens", "decode_tokens", "core_every", "core_bundle", "core_max_per_task",
     "save_every", "keep", "log_every", "wandb",
@@ -305,6 +308,10 @@ def parse_args():
                         "choose another --out or --name")
     if args.core_every is None and (args.core_bundle or args.core_max_per_task):
         raise UserError("--core-bundle and --core-max-per-task go with --core-every")
+    if args.mfu is not None and not args.dry_run:
+        raise UserError("--mfu goes with --dry-run: a run measures it")
+    if args.dollars_per_hour is not None and args.mfu is None:
+        raise UserError("--dollars-per-hour goes with --mfu: a cost needs a time")
     if args.core_every is not None and args.max_seq_len < 2:
         raise UserError("CORE needs a context of 2 tokens or more: raise --max-seq-len")
     return args, checkpoint, start

@@ -1,6 +1,7 @@
 """The plan of a run before anything of its size is allocated: batch, FLOPs, memory, and --dry-run."""
 
 import gc
+import re
 
 import pytest
 import torch
@@ -46,6 +47,23 @@ def test_passes_without_a_gradient_leave_room_for_rows(here):
     out = dry_run("--schedule", "draft")
     assert "draft, 2 or 3 passes" in out
     assert "FLOPs, 1.29 times those of plain passes" in out and "1 x 32 x 16" in out, out
+
+def test_dry_run_predicts_time_and_cost(here, monkeypatch):
+    """FLOPs over the GPUs' peak, of which a share is reached; without a GPU it is an H100's."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    flags = "--num-iterations 1000 --device cpu --schedule plain --first-memory embedding".split()
+    out = dry_run(*flags, "--mfu", 0.4, "--dollars-per-hour", 24)
+    flops = re.search(r"(\S+) FLOPs, ", out)[1]
+    assert "at 40 % of the peak of 8 x NVIDIA H100 80GB HBM3" in out, out
+    hours, dollars = re.search(r"(\S+) hours of training .* (\S+) dollars at 24 an hour", out).groups()
+    assert float(hours) == pytest.approx(float(flops) / (8 * 989e12 * 0.4) / 3600, rel=0.01)
+    assert float(dollars) == pytest.approx(24 * float(hours), rel=0.01)
+    assert "dollars" not in dry_run(*flags, "--mfu", 0.4)
+    assert "hours" not in dry_run(*flags)
+    assert_refused(cli("train.py", "--mfu", 0.4), "--mfu goes with --dry-run")
+    assert_refused(cli("train.py", "--dry-run", "--dollars-per-hour", 24), "goes with --mfu")
+    for mfu in (0, 1.5, "nan"):
+        assert_refused(cli("train.py", "--dry-run", "--mfu", mfu), "--mfu must be")
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_dry_run_counts_what_a_step_keeps(recompute):
