@@ -11,23 +11,28 @@ import ctypes
 import os
 import re
 import sys
+import time
 import types
+from functools import partial
 from types import SimpleNamespace
 
 ctypes.CDLL(os.environ["FAKECUDA_GUARD"])
 sys.path.append(os.environ.get("TRITON_DIR", ""))
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 import attention  # noqa: E402
 import core  # noqa: E402
 import recurrent  # noqa: E402
+import train  # noqa: E402
 from attention import KVCache, take  # noqa: E402
 from checkpointing import load_weights  # noqa: E402
 from interleave import Schedule, TrainStep, prefill  # noqa: E402
 from model import GPTConfig  # noqa: E402
+from plan import make_plan  # noqa: E402
 from recurrent import RecurrentConfig, build_model  # noqa: E402
 
 aten = torch.ops.aten
@@ -194,8 +199,11 @@ def pretend_h100():
         get_current_stream=answer(0), get_active_torch_device=answer(torch.device("cuda", 0)),
         get_device_interface=answer(torch.cuda), get_benchmarker=answer(answer(1.0))))
 
-def lowered(config, schedule, B):
-    """Inductor's code for an H100 of a step's forward and backward: two strings."""
+def lowered(make_step, B, T):
+    """
+    Inductor's code for an H100 of the forward and backward of the compiled step that make_step() returns, on
+    B rows of T tokens: two strings.
+    """
     from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
     from torch._inductor.graph import GraphLowering
@@ -223,14 +231,14 @@ def lowered(config, schedule, B):
                     compile_threads=1)  # the first two would compute
     functorch = dict(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)
     with inductor_config.patch(inductor), functorch_config.patch(functorch), FakeTensorMode():
-        step = TrainStep(on_cuda(config), schedule)
-        idx = tokens(B, config.sequence_len)
+        step = make_step()
+        idx = tokens(B, T)
         try:
-            torch.compile(step, dynamic=False, fullgraph=True)(idx, idx)
+            step(idx, idx)
         except Lowered:
             pass
-    forward, backward = codes
-    return forward, backward
+    assert len(codes) == 2, f"{len(codes)} graphs"
+    return codes
 
 def dense(shape):
     """The strides of a contiguous tensor."""
@@ -244,7 +252,11 @@ def lower():
     pretend_h100()
     config = GPTConfig(sequence_len=502, vocab_size=1000, n_layer=1, n_head=5, n_kv_head=5, n_embd=40,
                        lrt="shared")
-    forward, backward = lowered(config, Schedule(), 2)
+
+    def make_step():
+        return torch.compile(TrainStep(on_cuda(config), Schedule()), dynamic=False, fullgraph=True)
+
+    forward, backward = lowered(make_step, 2, config.sequence_len)
     assert "aten._flash_attention_backward" not in backward
     calls = re.findall(r"= (torch.ops.nanolrt.flash_attention_backward.default)\((.*)\)", backward)
     assert len(calls) == 4  # of two subsets, each over its own part and the other's
@@ -262,10 +274,49 @@ def lower():
     assert re.search(r"empty_strided_cuda\(\(1004, 1000\), .*, torch.bfloat16\)", forward)
     assert not re.search(r"empty_strided_cuda\(\(\d+, 1000\), .*, torch.float32\)", forward)
 
+def machine_code(*flags):
+    """
+    The step of `train.py FLAGS` on eight GPUs: one graph forward and one backward, whose Triton kernels all
+    become machine code for sm_90. Prints how many there are and how long it took.
+    """
+    pretend_h100()
+    args = train.make_parser().parse_args(flags)
+    plan = make_plan(args, 32768, 8, torch.bfloat16)
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=8)
+    train.DDP = partial(train.DDP, init_sync=False)  # which would send numbers
+
+    def make_step():
+        _, _, step = train.setup_training(args, plan, torch.device("cuda", 0), torch.bfloat16)
+        return step
+
+    start = time.time()
+    codes = lowered(make_step, plan.device_batch, plan.config.sequence_len)
+    print(f"lowered in {time.time() - start:.0f} s: {[len(code) for code in codes]} characters", flush=True)
+    start = time.time()
+    n_kernels, n_binaries = compile_kernels("".join(codes))
+    print(f"{n_kernels} kernels, {n_binaries} binaries for sm_90 in {time.time() - start:.0f} s")
+
+def compile_kernels(code):
+    """Compile the distinct Triton kernels of generated code for sm_90, in all block sizes that are tried."""
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.runtime import triton_helpers
+    triton_helpers.set_driver_to_gpu = lambda: None
+    pattern = r"^(triton_\w+) = async_compile\.triton\('\w+', '{3}(.*?)'{3}, device_str='cuda'\)"
+    sources = re.findall(pattern, code, re.MULTILINE | re.DOTALL)
+    n_binaries = 0
+    for name, source in dict(sources).items():
+        kernel = getattr(PyCodeCache.load(source), name)
+        kernel.precompile(warm_cache_only=True)
+        assert kernel.compile_results, name
+        for result in kernel.compile_results:
+            assert result.kernel.asm["cubin"], name
+            n_binaries += 1
+    return len(dict(sources)), n_binaries
+
 CASES = dict(training=training, recurrent_training=recurrent_training, inference=inference, trace=trace,
-             trace_all=trace_all, lower=lower)
+             trace_all=trace_all, lower=lower, machine_code=machine_code)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    CASES[sys.argv[1]]()
+    CASES[sys.argv[1]](*sys.argv[2:])
     os._exit(0)  # autograd's thread of the device does not end
