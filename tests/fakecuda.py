@@ -302,16 +302,16 @@ def compile_kernels(code):
     from torch._inductor.runtime import triton_helpers
     triton_helpers.set_driver_to_gpu = lambda: None
     pattern = r"^(triton_\w+) = async_compile\.triton\('\w+', '{3}(.*?)'{3}, device_str='cuda'\)"
-    sources = re.findall(pattern, code, re.MULTILINE | re.DOTALL)
+    sources = set(re.findall(pattern, code, re.MULTILINE | re.DOTALL))
     n_binaries = 0
-    for name, source in dict(sources).items():
+    for name, source in sources:
         kernel = getattr(PyCodeCache.load(source), name)
         kernel.precompile(warm_cache_only=True)
         assert kernel.compile_results, name
         for result in kernel.compile_results:
             assert result.kernel.asm["cubin"], name
             n_binaries += 1
-    return len(dict(sources)), n_binaries
+    return len(sources), n_binaries
 
 CASES = dict(training=training, recurrent_training=recurrent_training, inference=inference, trace=trace,
              trace_all=trace_all, lower=lower, machine_code=machine_code)
