@@ -558,7 +558,7 @@ def use_flash_attention_3(device):
         activate_flash_attention_impl("FA3")
     except (ImportError, OSError, RuntimeError) as e:  # built for another torch
         reason = str(e).strip().split("\n")[0]
-        say(f"warning: FlashAttention 3 is installed and does not load, so it is not used: {reason}", sys.stderr)
+        say(f"warning: FlashAttention 3 does not load, so torch's own kernels run: {reason}", sys.stderr)
 
 def compute_dtype(device):
     """The dtype of inference: bf16 on GPUs that have it, fp32 elsewhere, so that every CPU scores alike."""

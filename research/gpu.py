@@ -622,9 +622,13 @@ def read_result(args, name):
     except ValueError as e:
         raise UserError(f"{result_file(args, name)} is damaged ({e}): remove it") from e
 
+def begin_part(args, name):
+    """The work of a part's process: a group of its own, so that what it starts can be stopped with it."""
+    os.setpgid(0, 0)
+    run_part(args, name)
+
 def run_part(args, name):
     """Run a part in this process, and write its file after every row."""
-    os.setpgid(0, 0)  # so that what it starts can be stopped with it
     part = PARTS[name]
     result = dict(part=name, title=part.title, tiny=args.tiny, failed="it did not end")
     start = time.monotonic()
@@ -683,7 +687,7 @@ def run_all(args, names):
             continue
         say(f"{name}: {PARTS[name].title}")
         limit = min(60 * PART_MINUTES, left)
-        process = multiprocessing.get_context("spawn").Process(target=run_part, args=(args, name))
+        process = multiprocessing.get_context("spawn").Process(target=begin_part, args=(args, name))
         process.start()
         try:
             process.join(limit)
