@@ -8,9 +8,11 @@ process of its own, because the device of fakecuda_guard.cpp must be there befor
 """
 
 import ctypes
+import dataclasses
 import os
 import re
 import sys
+import tempfile
 import time
 import types
 from functools import partial
@@ -26,12 +28,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 import attention  # noqa: E402
 import core  # noqa: E402
+import optim  # noqa: E402
 import recurrent  # noqa: E402
 import train  # noqa: E402
 from attention import KVCache, take  # noqa: E402
-from checkpointing import load_weights  # noqa: E402
+from checkpointing import load_checkpoint, load_optimizers, load_weights, save_checkpoint  # noqa: E402
 from interleave import Schedule, TrainStep, prefill  # noqa: E402
-from model import GPTConfig  # noqa: E402
+from model import NANOCHAT_BACKBONE, GPTConfig  # noqa: E402
 from plan import make_plan  # noqa: E402
 from recurrent import RecurrentConfig, build_model  # noqa: E402
 
@@ -81,12 +84,17 @@ def check_step(step, idx):
 # Eager
 
 def training():
-    """Every schedule, saved or recomputed, with one memory projection for all layers or one a layer."""
-    variants = dict(lrt="shared"), dict(lrt="layerwise", inject="kv", value_embeds="alternate")
+    """Every schedule, saved or recomputed, and every variant of the model."""
+    variants = [
+        dict(lrt="shared"),
+        dict(lrt="layerwise", inject="kv", value_embeds="alternate"),
+        dict(lrt="shared", first_memory="embedding"),
+        dict(lrt="layerwise", **NANOCHAT_BACKBONE),
+    ]
     for i, schedule in enumerate(SCHEDULES):
         for recompute in (False, True):
             with FakeTensorMode():
-                model = on_cuda(GPTConfig(**SMALL, **variants[(i + recompute) % 2]))
+                model = on_cuda(GPTConfig(**SMALL, **variants[(i + recompute) % 4]))
                 model.recompute = recompute
                 found = check_step(TrainStep(model, schedule), tokens(2, 12))
                 assert found == len(list(model.parameters())), schedule
@@ -100,6 +108,48 @@ def recurrent_training():
             found = check_step(TrainStep(model, Schedule("plain")), tokens(2, 70))
         assert found == len(list(model.parameters()))
         assert any(isinstance(graph, recurrent.Graph) for graph in recurrent.graphs.values())
+
+def checkpoints():
+    """What a run on a GPU saves is read on a CPU, and another run goes on with it on a GPU."""
+    optim.training_dtype = lambda device: torch.bfloat16
+    flags = "--depth 1 --aspect-ratio 32 --head-dim 16 --max-seq-len 24 --total-batch-size 48 --no-compile " \
+        "--num-iterations 1 --recipe nanochat --lrt shared"
+    args = train.make_parser().parse_args(flags.split())
+    plan = make_plan(args, 64, 1, torch.bfloat16)
+    rng = torch.get_rng_state()
+
+    def train_a_step(checkpoint=None):
+        model, optimizers, step = train.setup_training(args, plan, torch.device("cuda", 0), torch.bfloat16)
+        if checkpoint:
+            load_weights(model, checkpoint)
+            load_optimizers(optimizers, checkpoint, "")
+        check_step(step, tokens(2, 24))
+        for optimizer in optimizers:
+            optimizer.step()
+        return dict(model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])
+
+    def kinds(state):
+        """The names of all tensors, with their shapes, dtypes and devices: two dicts."""
+        tensors = dict(state["model"])
+        for n, optimizer in enumerate(state["optimizers"]):
+            for i, values in optimizer["state"].items():
+                tensors |= {(n, i, name): x for name, x in values.items()}
+        shapes = {name: (x.shape, x.dtype) for name, x in tensors.items()}
+        return shapes, {x.device.type for x in tensors.values()}
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "ckpt_0000001.pt")
+        with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
+            state = train_a_step()
+            shapes, devices = kinds(state)
+            assert len(shapes) > 60 and devices == {"cuda"}
+            save_checkpoint(path, **state, step=1, rows_seen=2, seconds=0.0, torch_rng=rng, run_id="",
+                            config=dataclasses.asdict(plan.config), args=vars(args), tokenizer_sha256="",
+                            schedule=dataclasses.asdict(plan.schedule), shards_sha256=[])
+        checkpoint = load_checkpoint(path)
+        assert kinds(checkpoint) == (shapes, {"cpu"})
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert kinds(train_a_step(checkpoint)) == (shapes, {"cuda"})
 
 @torch.no_grad()
 def inference():
@@ -139,8 +189,9 @@ def trace(schedules=SCHEDULES[:1]):
     """One graph without a break, forward and backward."""
     for i, schedule in enumerate(schedules):
         torch._dynamo.reset()
+        options = dict(lrt="shared", first_memory="embedding"), dict(lrt="layerwise", **NANOCHAT_BACKBONE)
         with FakeTensorMode():
-            model = on_cuda(GPTConfig(**SMALL, lrt=("shared", "layerwise")[i % 2]))
+            model = on_cuda(GPTConfig(**SMALL, **options[i % 2]))
             step = TrainStep(model, schedule)
             step = torch.compile(step, backend="aot_eager", dynamic=False, fullgraph=True)
             assert check_step(step, tokens(2, 12)) == len(list(model.parameters()))
@@ -313,8 +364,8 @@ def compile_kernels(code):
             n_binaries += 1
     return len(sources), n_binaries
 
-CASES = dict(training=training, recurrent_training=recurrent_training, inference=inference, trace=trace,
-             trace_all=trace_all, lower=lower, machine_code=machine_code)
+CASES = dict(training=training, recurrent_training=recurrent_training, checkpoints=checkpoints,
+             inference=inference, trace=trace, trace_all=trace_all, lower=lower, machine_code=machine_code)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
