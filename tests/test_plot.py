@@ -162,7 +162,7 @@ def test_runs_that_cannot_be_drawn(here):
     assert_refused(cli("research.plot", "empty"), "empty has no log.jsonl")
     assert_refused(cli("research.plot", "nowhere", "--png", "x.png"), "nowhere has no log.jsonl")
     assert_refused(cli("research.plot", "empty", "--png", "nowhere/x.png"), "there is no folder nowhere")
-    assert_refused(cli("research.plot", "--png", "x.png"), "name a run")
+    assert_refused(cli("research.plot", "--png", "x.png"), "name one")
     assert not Path("x.png").exists()
 
 def test_no_rows(here):
