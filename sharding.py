@@ -52,7 +52,7 @@ def distributed(local, p):
                               shape=p.shape, stride=p.stride())
 
 def is_sharded(model):
-    return isinstance(model.lm_head.weight, DTensor)
+    return any(isinstance(p, DTensor) for p in model.parameters())
 
 def whole_state_dict(model):
     """

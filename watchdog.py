@@ -33,6 +33,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -214,8 +215,7 @@ class Watchdog:
         # where the training loop is
         self.progress = Progress()
         self.since = time.monotonic()  # when it got there
-        self.kind = None  # of the steps
-        self.steps = 0  # of this kind, begun so far
+        self.begun = Counter()  # steps, by their kind
         self.interrupted = False  # whether anything came between the last step and the next one
         self.learns = False  # whether the parts of this step count for the allowance
         self.slowest = 0.0  # seconds of the slowest part of a recent step
@@ -231,11 +231,10 @@ class Watchdog:
         A step begins, of a kind of which all take about as long. The first one of a kind may compile, and the
         second one shows how long they take.
         """
-        self.steps = self.steps + 1 if kind == self.kind else 1
-        self.kind = kind
-        self.note("begin", step, timed=self.steps > 2)
+        self.begun[kind] += 1
+        self.note("begin", step, timed=self.begun[kind] > 2)
         # after a save, the other ranks may wait for rank 0
-        self.learns = self.steps > 1 and not self.interrupted
+        self.learns = self.begun[kind] > 1 and not self.interrupted
         self.interrupted = False
 
     def at(self, place):

@@ -35,7 +35,7 @@ data, fork = test_faults.data, test_faults.fork  # fixtures
 SIX = [*TINY, "--depth", 2, "--num-iterations", 6, "--eval-every", 3, "--save-every", 3, "--keep", 9]
 VARIANTS = {
     "shared": "--lrt shared --device-batch-size 1",
-    "layerwise": "--lrt layerwise --schedule refine --refinements 2 --forward-passes 1",
+    "layerwise": "--lrt layerwise --schedule draft --drafts 2 --subsets 2",
     "refresh": "--lrt shared --subsets 3 --kv-refresh --activation-checkpointing",
     "nanochat": "--recipe nanochat --aspect-ratio 24 --head-dim 12",
     "chunked": "--lrt shared --schedule chunked --chunk 3 --n-kv-head 1",
