@@ -381,17 +381,20 @@ class Log:
         self.file = open(self.path, "a+b", buffering=0)
         say(f"warning: {self.path} was moved or removed: it was written again")
 
-    def taken_back(self, step):
+    def take_back(self, step):
         """
-        The log after the run is taken back to `step`, see rewind(), and the last step that was evaluated;
-        this one is closed. On other ranks than 0 nothing happens.
+        Take the run's folder back to `step`, see rewind(), and go on with the log of that. Returns the last
+        step that was evaluated, on rank 0; -1 on others, where nothing happens. Raises UserError.
         """
         if self.file is None:
-            return self, -1
-        self.sync()
-        self.file.close()
+            return -1
+        try:
+            self.sync()
+        except OSError as e:
+            raise UserError(f"cannot write {self.path}: {e.strerror}; make room, then --resume") from e
         evaluated = rewind(self.path.parent, step)
-        return Log(self.path.parent, 0, self.run_id, self.run_folder), evaluated
+        self.file = open(self.path, "a+b", buffering=0)
+        return evaluated
 
     def flush(self):
         """Write what is not written yet. Raises OSError if the disk is full, and what put_back() raises."""

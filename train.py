@@ -724,17 +724,17 @@ def report_spike(args, state, folder, log, loss, score):
 def go_back(path, state, plan, model, optimizers, log, loss, score):
     """
     Take a run back to a checkpoint because of a spike, and leave out the batches that led to it. Returns the
-    TrainState, the log, and the last step that was evaluated.
+    TrainState, and the last step that was evaluated.
     """
     before = resume(load_checkpoint(path, verify=True), path, model, optimizers)
     left_out = suspects(state.rows_seen, plan.rows_per_step, before.rows_seen)
     before.left_out = sorted({*state.left_out, *left_out})
     before.rewinds = {before.step: state.rewinds.get(before.step, 0) + 1}
     before.rows_seen = skip_rows(before.rows_seen, before.left_out, plan.rows_per_step)
-    log, evaluated = log.taken_back(before.step)
+    evaluated = from_rank_0(log.take_back(before.step))
     log.add(kind="spike", step=before.step, loss=loss, score=score, seen_in_step=state.step,
             left_out=before.left_out)
-    return before, log, from_rank_0(evaluated)
+    return before, evaluated
 
 def recent_losses(folder):
     """The losses of the last steps in a run's log, the same list on all ranks."""
@@ -924,7 +924,7 @@ def train(args, checkpoint, start, device, rank, world_size, watch):
             target = report_spike(args, state, folder, log, losses[0], score)
             if target is not None:
                 watch.between("rewind", state.step)
-                state, log, evaluated = go_back(target, state, plan, model, optimizers, log, losses[0], score)
+                state, evaluated = go_back(target, state, plan, model, optimizers, log, losses[0], score)
                 began = state.step  # which is saved already
                 clear_gradients(optimizers)
                 spikes = LossSpikes(recent_losses(folder))
