@@ -83,12 +83,12 @@ def test_the_allowance_is_learnt_from_steps(monkeypatch):
 # -----------------------------------------------------------------------------
 # Processes that die or hang
 
-PATIENCE = 3.0  # seconds without progress, here
+PATIENCE = 8.0  # seconds without progress, here: a busy machine may stand still for a while
 
 def quickly():
     """Watch more closely than a training that lasts for days."""
     watchdog.BEAT = 0.1
-    watchdog.SILENT = 1.0
+    watchdog.SILENT = 4.0
     watchdog.LEAST_ALLOWANCE = PATIENCE
 
 def start(fork, data, world_size, prelude, *args):
@@ -98,7 +98,7 @@ def start(fork, data, world_size, prelude, *args):
     for env in ranks(world_size):
         processes.append(fork(command, f"{env['RANK']}.txt", flags, env, prelude, *args))
     console = Path("0.txt")
-    end = time.time() + 60
+    end = time.time() + 180
     while not (console.exists() and "step 00004/" in console.read_text()):
         assert time.time() < end and all(process.is_alive() for process in processes), said(world_size)
         time.sleep(0.02)
@@ -115,7 +115,7 @@ def test_a_rank_that_dies_is_known_at_once(victim, world_size, data, here, fork)
     processes[victim].kill()
     before = time.time()
     codes = wait(*processes)
-    assert time.time() - before < 5
+    assert time.time() - before < 30  # 4 s here; a collective would wait for 10 minutes
     assert codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(world_size)]
     line = rf"^error: rank {victim} died in step \d+ \([a-z]+\); all processes end"
     assert len(re.findall(line, said(world_size), re.MULTILINE)) == 1, said(world_size)
@@ -126,8 +126,8 @@ def test_a_stopped_rank_is_known_and_shows_its_stack(victim, data, here, fork):
     os.kill(processes[victim].pid, signal.SIGSTOP)
     before = time.time()
     assert wait(*processes)[1 - victim] == 1  # the stopped one is killed, or ends when it is woken up
-    assert time.time() - before < PATIENCE + 10
-    line = rf"^error: rank {victim} is stopped or stuck outside Python since step \d+ \(\w+\), \d s ago; all"
+    assert time.time() - before < PATIENCE + 45
+    line = rf"^error: rank {victim} is stopped or stuck outside Python since step \d+ \(\w+\), \d+ s ago; all"
     assert re.search(line, Path(f"{1 - victim}.txt").read_text(), re.MULTILINE), said(2)
     stack = Path(f"{victim}.txt").read_text()
     assert "most recent call first" in stack and 'train.py", line' in stack
@@ -157,8 +157,8 @@ def get_stuck(how, victim):
 
         train.Rows.batch = stuck
 
-IN_LOADING = r"hangs in step 5 \(loading\) for \d s, at dataset.py:\d+ in micro_batches"
-OUTSIDE = r"is stopped or stuck outside Python since step [345] \(\w+\), \d s ago"
+IN_LOADING = r"hangs in step 5 \(loading\) for \d+ s, at dataset.py:\d+ in micro_batches"
+OUTSIDE = r"is stopped or stuck outside Python since step [345] \(\w+\), \d+ s ago"
 
 @pytest.mark.parametrize("how, words", [
     (stuck_in_python, IN_LOADING),
@@ -170,7 +170,7 @@ def test_a_stuck_rank_is_known_with_its_place(how, words, data, here, fork):
     processes = start(fork, data, 3, get_stuck, how, 1)
     before = time.time()
     codes = wait(*processes)
-    assert time.time() - before < PATIENCE + 12
+    assert time.time() - before < PATIENCE + 45
     assert codes[0] == codes[2] == 1 and codes[1] is not None
     errors = [line for line in said(3).splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -188,7 +188,7 @@ def fail_alone(victim):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_error_of_one_rank_is_what_is_said(victim, data, here, fork):
-    codes = wait(*start(fork, data, 2, fail_alone, victim), seconds=20)
+    codes = wait(*start(fork, data, 2, fail_alone, victim), seconds=60)
     assert codes == [1, 1]
     other = Path(f"{1 - victim}.txt").read_text().splitlines()
     assert "ValueError: a bug on one rank" in Path(f"{victim}.txt").read_text()
