@@ -264,7 +264,7 @@ class Variant(NamedTuple):
     lrt: str
     subsets: int
     checkpointing: bool = False  # activation checkpointing
-    forward_passes: int = 0
+    kind: str = "interleaved"  # the schedule's, interleaved or draft
     recipe: str = "paper"  # backbone and optimizer, a key of plan.RECIPES
 
 def training_step(args, device, variant):
@@ -291,7 +291,7 @@ def training_step(args, device, variant):
     if variant.lrt == "none":
         schedule = Schedule("plain")
     else:
-        schedule = Schedule(subsets=variant.subsets, forward_passes=variant.forward_passes)
+        schedule = Schedule(variant.kind, subsets=variant.subsets)
     step = TrainStep(model, schedule)
     optimizers = make_optimizers(model, recipe.optimizer, batch_scale=1.0)
     if args.compile:
@@ -406,8 +406,7 @@ def bench_step(args, device):
     for lrt in ("shared", "layerwise"):
         variants += [Variant(lrt, S) for S in args.subsets]
     variants.append(Variant("shared", few, checkpointing=True))
-    variants.append(Variant("shared", few, forward_passes=1))
-    variants.append(Variant("shared", 1, forward_passes=1))
+    variants.append(Variant("shared", 1, kind="draft"))
 
     measure = measure_steps_on_gpu if gpu else measure_steps_on_cpu
     times, flops, memory = measure(args, device, variants)
@@ -427,7 +426,7 @@ def bench_step(args, device):
             lrt=v.lrt,
             S=0 if v == baseline else v.subsets,
             checkpointing=v.checkpointing,
-            forward_passes=v.forward_passes,
+            kind=v.kind,
             step_ms=1000 * seconds,
             quartiles=f"{1000 * low:.0f}-{1000 * high:.0f}",
             over_none=round(over_none, 3),

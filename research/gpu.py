@@ -215,7 +215,7 @@ def compiled_gradients(args, device):
         (2048, Schedule(), dict(lrt="shared")),
         (1000, Schedule(subsets=3), dict(lrt="layerwise")),
         (502, Schedule(), dict(lrt="shared", n_kv_head=1)),
-        (1000, Schedule("refine", refinements=1, forward_passes=1), dict(lrt="shared", inject="kv")),
+        (1000, Schedule("draft"), dict(lrt="shared", inject="kv")),
         (502, Schedule(kv_refresh=True), dict(lrt="shared", first_memory="embedding")),
         (1000, Schedule(), dict(lrt="shared", **NANOCHAT_BACKBONE)),
         (1999, Schedule("plain"), dict(lrt="none")),
@@ -574,18 +574,18 @@ def training_part(name, flags):
     """A training run of depth 12."""
     return Part(9, f"a short training run at depth 12: {name}", partial(training_run, name=name, flags=flags))
 
-RECIPE = "--lrt shared --inject kv --schedule refine --refinements 1 --forward-passes 1 --deepen 0.25"
+RECIPE = "--lrt shared --inject kv --schedule draft"
 
 PARTS = {
     "attention": Part(2, "merged attention against float64", attention_numerics),
     "compiled": Part(6, "the compiled step against the eager one", compiled_gradients),
     "step_d12_none": step_part(12, 2, "none", 1),
     "step_d12_s2": step_part(12, 4),
-    "step_d12_cheaper": step_part(12, 3, subsets=1, forward_passes=1),
+    "step_d12_cheaper": step_part(12, 3, subsets=1, kind="draft"),
     "flash": Part(2, "attention alone", attention_speed),
     "step_d20_none": step_part(20, 3, "none", 1),
     "step_d20_s2": step_part(20, 7),
-    "step_d20_cheaper": step_part(20, 5, subsets=1, forward_passes=1),
+    "step_d20_cheaper": step_part(20, 5, subsets=1, kind="draft"),
     "nanochat": Part(6, "nanochat's own training step, and ours", nanochat_speed),
     "profile": Part(6, "the kernels of a training step", partial(step_profile, depth=12)),
     "train_baseline": training_part("baseline", "--lrt none"),

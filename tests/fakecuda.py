@@ -45,8 +45,8 @@ SCHEDULES = [
     Schedule(subsets=3),
     Schedule(subsets=99),
     Schedule(kv_refresh=True),
-    Schedule(forward_passes=1, detach=True),
-    Schedule("refine", refinements=2, forward_passes=2),
+    Schedule("draft", subsets=2, detach=True),
+    Schedule("draft", drafts=2),
     Schedule("chunked", chunk=7),
     Schedule("sequential"),
 ]
@@ -201,7 +201,7 @@ def trace_all():
     The same for every other schedule whose passes are few. Without the one that has a single loss: there
     AOTAutograd makes a constant on the device, which the fake one cannot hold.
     """
-    trace([s for s in SCHEDULES[1:] if len(s.passes(12)) <= 4 and s.forward_passes < 2])
+    trace([s for s in SCHEDULES[1:] if len(s.passes(12)) <= 4 and s.drafts < 2])
 
 def pretend_h100():
     """Let Inductor and triton take this machine for one with an H100, as far as generating code goes."""

@@ -120,7 +120,7 @@ def test_forward_only_passes_have_no_backward_when_compiled():
     """
     The first of two passes ends at the source layer, and nothing of it is computed twice or backwards.
     """
-    forward, backward = products(Schedule("refine", refinements=1, forward_passes=1))
+    forward, backward = products(Schedule("draft"))
     first, second = 3 * 7, 4 * 7 + 2  # products a layer, gates among them, and the two of the memory
     loss = 3  # the head, and its two gradients
     assert forward == first + second + loss
