@@ -12,12 +12,12 @@ import pytest
 import torch
 from helpers import ROOT, SMALL, assert_refused, cli, log, no_open_files
 
-import train
 from checkpointing import (
     CHECKPOINT,
     MAX_SET_ASIDE,
     VERSION,
     Log,
+    Saver,
     default_name,
     find_checkpoint,
     load_checkpoint,
@@ -308,9 +308,8 @@ def test_a_checkpoint_is_never_ahead_of_its_log(here):
     run_log = Log(here)
     run_log.file = SmallDisk(run_log.file, room=0)
     run_log.add(kind="train", step=0)
-    model, state = torch.nn.Linear(1, 1), train.TrainState(step=1)
     with pytest.raises(UserError, match="step 1 was not saved: .*No space left"):
-        train.save(here, run_log, state, model, optimizers=[], keep=1, final=True)
+        Saver(here, run_log, keep=1).save([], step=1, final=True)
     assert [path.name for path in here.iterdir()] == ["log.jsonl"]
 
 def test_only_rank_0_logs(here):

@@ -147,7 +147,7 @@ def same_bits(path_a, path_b):
             return torch.equal(x, y)
         return x == y
 
-    a, b = load_checkpoint(path_a), load_checkpoint(path_b)
+    a, b = load_checkpoint(path_a, shares=True), load_checkpoint(path_b, shares=True)
     keys = ("model", "optimizers", "step", "rows_seen", "torch_rng", "config", "schedule")
     return all(equal(a[key], b[key]) for key in keys)
 
@@ -200,20 +200,17 @@ def send_phases(pipe):
             return function(*args, **kwargs)
         return wrapped
 
-    write_atomic = checkpointing.write_atomic
+    write, publish = checkpointing.write_tmp, checkpointing.publish
 
-    def write_announced(path, write):
-        is_checkpoint = path.suffix == ".pt"
-        if is_checkpoint:
-            pipe.send_bytes(b"w")
-        write_atomic(path, write)
-        if is_checkpoint:
-            pipe.send_bytes(b"d")
+    def publish_announced(tmp, path):
+        publish(tmp, path)
+        pipe.send_bytes(b"d")
 
     train.rewind = announced(train.rewind, b"r")
     train.set_learning_rates = announced(train.set_learning_rates, b"s")
     train.evaluate_bpb = announced(train.evaluate_bpb, b"e")
-    checkpointing.write_atomic = write_announced
+    checkpointing.write_tmp = announced(write, b"w")
+    checkpointing.publish = publish_announced
 
 def kill_in_phase(fork, flags, phase, nth, delay):
     """
