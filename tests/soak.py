@@ -39,7 +39,7 @@ DATA = ROOT / "tests/checkpoints/data"
 PATIENCE = 600  # seconds until a run that was not killed must have ended
 KINDS = {  # what is trained, by name; together they have every kind of optimizer state
     "shared": "--lrt shared",
-    "layerwise": "--lrt layerwise --recipe nanochat --total-batch-size 128",
+    "layerwise": "--lrt layerwise --recipe nanochat --aspect-ratio 32",
     "baseline": "--lrt none --save-every 1 --keep 1",
 }
 
