@@ -532,6 +532,76 @@ def test_a_disk_that_stays_full(data, trained, here, fork):
 def at_step_5(action):
     at_step({5: action})
 
+def full_disk_of_rank_1(steps):
+    """Rank 1 cannot write its shares of these steps."""
+    write_tmp = checkpointing.write_tmp
+
+    def failing_write(path, write):
+        if checkpointing.step_of(path.name.split(".")[0] + ".pt") in steps and os.environ["RANK"] == "1":
+            raise OSError(28, "No space left on device")
+        return write_tmp(path, write)
+
+    checkpointing.write_tmp = failing_write
+
+def test_a_share_that_cannot_be_written(data, here, fork):
+    """Then there is no checkpoint, and no part of one; the next one is whole."""
+    flags = ["--data", data, *TWELVE, "--keep", 9]
+    codes, said = run(fork, "out.txt", *flags, prelude=full_disk_of_rank_1, args=({4, 6},), world_size=2)
+    assert codes == [0, 0], said
+    for step in (4, 6):
+        assert said.count(f"warning: step {step} was not saved: rank 1: cannot write runs/x/ckpt_") == 1
+    names = [f"ckpt_{step:07d}{end}" for step in (2, 8, 10, 12) for end in (".pt", ".share_1.pt")]
+    assert checkpoints("runs/x") == names
+
+    codes, said = run(fork, "out.txt", *flags, "--name", "y", prelude=full_disk_of_rank_1, args=({12},),
+                      world_size=2)
+    assert codes == [2, 2]  # both know it
+    assert "error: step 12 was not saved: rank 1: cannot write" in said
+
+def when_rank_0_says(steps):
+    """The minutes are over on rank 0 at these steps, on the others at all: their clocks do not matter."""
+    calls = itertools.count()
+
+    def minutes_over(self, minutes):
+        assert minutes == 0.5
+        step = next(calls)
+        return step in steps or self.rank > 0
+
+    checkpointing.Saver.minutes_over = minutes_over
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_saved_by_the_minute(world_size, data, here, fork):
+    codes, said = run(fork, "out.txt", "--data", data, *TINY, "--num-iterations", 8, "--save-minutes", 0.5,
+                      "--keep", 9, "--name", "x", prelude=when_rank_0_says, args=({2, 3, 6},),
+                      world_size=world_size)
+    assert codes == [0] * world_size, said
+    steps = [checkpointing.step_of(path) for path in checkpointing.list_checkpoints("runs/x")]
+    assert steps == [3, 4, 7, 8]
+
+def slow_disk():
+    """Every checkpoint takes a second."""
+    write_tmp = checkpointing.write_tmp
+
+    def slow_write(path, write):
+        time.sleep(1)
+        return write_tmp(path, write)
+
+    checkpointing.write_tmp = slow_write
+
+def stop_in_step_5():
+    slow_disk()
+    at_step({5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+
+def test_sigterm_waits_for_the_checkpoint(data, trained, here, fork):
+    """On two processes, one of which is stopped, with a disk that is slower than the steps."""
+    flags = ["--data", data, *TWELVE]
+    environments = ranks(2)
+    processes = [fork(command, "0.txt", flags, environments[0], stop_in_step_5),
+                 fork(command, "1.txt", flags, environments[1], slow_disk)]
+    assert wait(*processes, seconds=120) == [0, 0], Path("0.txt").read_text()
+    assert checkpoints("runs/x")[-2:] == ["ckpt_0000006.pt", "ckpt_0000006.share_1.pt"]
+    assert not list(Path("runs/x").glob("*.tmp"))
+
 def remove_log():
     os.unlink("runs/x/log.jsonl")
 
@@ -609,8 +679,11 @@ def test_a_run_from_before_there_were_ids(data, trained, here, fork):
 
 
 def die_in_evaluation(step):
-    """SIGKILL at the beginning of the evaluation of this step."""
+    """SIGKILL in the evaluation of this step, when its checkpoint is there: it is written meanwhile."""
     def die(*args, **options):
+        end = time.time() + 60
+        while not Path(f"runs/x/ckpt_{step:07d}.pt").exists() and time.time() < end:
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
     at_step({step - 1: lambda: setattr(train, "evaluate_bpb", die)})
@@ -627,7 +700,10 @@ def diverge_in_evaluation(step):
 
 @pytest.mark.parametrize("step", [6, 12])
 def test_a_run_is_saved_before_it_is_evaluated(step, data, trained, here, fork):
-    """What dies in an evaluation goes on from that step, and evaluates it once."""
+    """
+    Or while it is, but not after it. What dies in an evaluation goes on from that step, and evaluates it
+    once.
+    """
     codes, said = run(fork, "out.txt", "--data", data, *TWELVE, prelude=die_in_evaluation, args=(step,))
     assert codes == [-signal.SIGKILL], said
     assert checkpoints("runs/x")[-1] == f"ckpt_{step:07d}.pt"
@@ -941,7 +1017,7 @@ def test_three_prepare_data_at_once(data, here, fork):
     assert set(wait(*processes)) <= {0, 2}
     said = [Path(f"{i}.txt").read_text() for i in range(3)]
     assert sum("training a tokenizer" in text for text in said) == 1
-    names = sorted(path.name for path in data.iterdir())
+    names = sorted(path.name for path in data.iterdir() if path.name != "verified.jsonl")
     assert sorted(path.name for path in Path("data").iterdir()) == names
     for name in names:
         assert (data / name).read_bytes() == (here / "data" / name).read_bytes()
