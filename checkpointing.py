@@ -702,6 +702,10 @@ def rewind(folder, step):
         # an evaluation at `step` is of the checkpoint's weights, the training step of that number follows it
         if row["step"] < step or (row["step"] == step and row["kind"] == "eval"):
             kept.append(row)
+    in_log = {row["step"] for row in kept if row["kind"] in ("train", "skip")}
+    if len(in_log) < step:
+        say(f"warning: {folder / 'log.jsonl'} lacks {step - len(in_log)} of the {step} steps before this one: "
+            "it was cut or damaged")
     lines = "".join(json.dumps(row) + "\n" for row in kept)
     write_atomic(folder / "log.jsonl", lambda f: f.write(lines.encode()))
     return max((row["step"] for row in kept if row["kind"] == "eval"), default=-1)

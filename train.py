@@ -420,6 +420,18 @@ def setup_training(args, plan, device, dtype):
                          gradient_as_bucket_view=True)
     return model, optimizers, train_step
 
+def settle_buckets(train_step, batch, schedule, optimizers):
+    """
+    Run one micro-batch, and forget its gradients. After its first backward, DDP puts the gradients into its
+    buckets in another order, and on more than two ranks the order of a sum depends on where it stands there.
+    When that is done before the first step, a run that goes on computes the same bits as one that was not
+    interrupted. schedule: that of the run's first step.
+    """
+    loss, _ = train_step(*batch, schedule)
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=False)
+
 def verify_checkpoint(args, checkpoint, group):
     """
     Read the whole checkpoint that a run goes on with, every rank a part of it. Returns the flags and the
@@ -656,6 +668,8 @@ def main():
     minutes_over = False  # whether rank 0's clock says that it is time to save
     batches = rows.micro_batches(state.rows_seen, plan.device_batch, rank, world_size, device)
     batch = next(batches)
+    if dist.is_initialized():
+        settle_buckets(train_step, batch, plan.schedule_at(0), optimizers)
     bar = tqdm(total=plan.num_iterations, initial=state.step, unit="step", dynamic_ncols=True,
                disable=None if rank == 0 else True)
     while True:
