@@ -704,8 +704,8 @@ def rewind(folder, step):
             kept.append(row)
     in_log = {row["step"] for row in kept if row["kind"] in ("train", "skip")}
     if len(in_log) < step:
-        say(f"warning: {folder / 'log.jsonl'} lacks {step - len(in_log)} of the {step} steps before this one: "
-            "it was cut or damaged")
+        say(f"warning: {folder / 'log.jsonl'} lacks {step - len(in_log)} of {step} steps: "
+            "it was cut or damaged, or begins later")
     lines = "".join(json.dumps(row) + "\n" for row in kept)
     write_atomic(folder / "log.jsonl", lambda f: f.write(lines.encode()))
     return max((row["step"] for row in kept if row["kind"] == "eval"), default=-1)

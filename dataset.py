@@ -168,7 +168,7 @@ def load_shard(path):
         whole = shard.ndim == 1 and len(shard) and path.stat().st_size == shard.offset + shard.nbytes
     except FileNotFoundError as e:
         raise UserError(f"{path} is missing: re-run prepare_data.py") from e
-    except (OSError, ValueError, EOFError, AttributeError) as e:
+    except Exception as e:  # numpy has none of its own for a damaged header, which it parses as Python
         raise_if_unreadable(path, e)
         raise UserError(f"{path} is damaged ({e}): delete it and re-run prepare_data.py") from e
     if not whole:
