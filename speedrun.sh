@@ -28,7 +28,7 @@ cd "$(dirname "$0")"
 MODELS=${MODELS-"baseline control lrt"}
 BASELINE="--lrt none"
 CONTROL="--lrt shared --inject kv --first-memory embedding --schedule plain"
-LRT="--lrt shared --inject kv --schedule refine --refinements 1 --forward-passes 1 --deepen 0.25"
+LRT="--lrt shared --inject kv --schedule draft"
 
 # the recipe of all models: nanochat's entry trains depth 24 for 8 tokens a parameter
 SIZE=${SIZE-"--recipe nanochat --depth 24 --target-param-data-ratio 8"}

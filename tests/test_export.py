@@ -43,6 +43,8 @@ VARIANTS = {
     "kv": dict(lrt="shared", inject="kv", source_layer=0),
     "residual": dict(lrt="layerwise", inject="residual"),
     "layerwise": dict(lrt="layerwise", source_layer=2, first_memory="embedding"),
+    "input": dict(lrt="shared", inject="input"),
+    "some layers": dict(lrt="layerwise", dest_layers=[1, 2]),
     "windows": dict(lrt="shared", window_pattern="SSL"),
     "nanochat": dict(lrt="shared", **NANOCHAT_BACKBONE | dict(gate_channels=6)),
     "nanochat control": dict(**CONTROL, **NANOCHAT_BACKBONE | dict(gate_channels=6)),
@@ -67,7 +69,7 @@ def save_run(folder, model, data):
         shutil.copy(data / name, folder)
     log = Log(folder, run_id="0123")
     log.add(kind="eval", step=20, bpb={"merged": 2.5, "decode": 2.25})
-    flags = "--depth 3 --lrt shared --data /secret --total-batch-size 4096"
+    flags = "--depth 3 --lrt shared --data /secret --init-from /secret --total-batch-size 4096"
     save_checkpoint(
         folder / "ckpt_0000020.pt",
         model=model.state_dict(),
@@ -302,7 +304,7 @@ def test_the_model_card(data, tmp_path):
     (run / "core_0000020.json").write_text('{"core": 0.125}')
     assert cli("export.py", run, tmp_path / "out")[0] == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    for words in ("\npython train.py --depth 3 --lrt shared --total-batch-size 4096\n",
+    for words in ("\npython train.py --init-from RUN --depth 3 --lrt shared --total-batch-size 4096\n",
                   "- trained for 20 steps of 4,096 tokens, 81,920 tokens",
                   "- validation bits per byte: merged 2.5000, decode 2.2500",
                   "- CORE: 0.1250\n", "# run\n", "lrt=shared, 3 layers", f"context of {CONTEXT} tokens"):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import cli
+from helpers import assert_refused, cli
 
 import train
 from interleave import Schedule, TrainStep
