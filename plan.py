@@ -32,6 +32,7 @@ ASSUMED_GPU = "NVIDIA H100 80GB HBM3"  # of --mfu, where there is none or its pe
 MAX_POSITIONS = 2**15  # of a forward, over all passes and rows, for the default device batch
 GPU_MEMORY = 80  # GiB, of the GPUs that --dry-run thinks of
 DEEPER_SHARE = 0.25  # of the steps of --schedule draft, the last ones, have one draft more
+COPY_RATE = 20e9  # bytes a second from a GPU to page-locked memory; PCIe 4 x16 has 31.5e9 on paper
 MAX_PASSES_COUNTED = 16  # --dry-run does not count the activations of longer schedules: it would take minutes
 
 
@@ -434,6 +435,18 @@ def memory_estimate(plan, world_size, dtype, recompute, shard=False):
         parts["new gradients"] = new_gradients
     return parts
 
+def describe_checkpoint(parts, world_size):
+    """
+    What saving costs, a line of text: the size of a checkpoint, and how long training stands still while rank
+    0, which has the weights and its share of the optimizers' states, copies them out (checkpointing.Saver).
+    parts: see memory_estimate().
+    """
+    copied = parts["weights"] + parts["optimizers"]
+    whole = parts["weights"] + world_size * parts["optimizers"]
+    return (f"checkpoint: {whole / 1e9:.2f} GB in {world_size} files; a save stops training for "
+            f"{copied / COPY_RATE:.2f} s, in which rank 0 copies {copied / 1e9:.2f} GB "
+            f"at {COPY_RATE / 1e9:.0f} GB/s into as much memory of the host")
+
 def dry_run(args):
     """
     Print the plan and the memory it needs. No model is built; without data the default vocabulary is
@@ -458,12 +471,15 @@ def dry_run(args):
         needed = []
         for shard in ways:
             parts = memory_estimate(plan, world_size, activation_dtype, args.activation_checkpointing, shard)
+            if not shard:
+                whole_parts = parts
             needed.append(sum(parts.values()) / 2**30)
             terms = " + ".join(f"{name} {n / 2**30:.2f}" for name, n in parts.items())
             print(f"memory a process{' with --shard' if shard else ''}, {str(activation_dtype)[6:]}, "
                   f"{plan.device_batch} rows: {terms} = {needed[-1]:.2f} GiB")
         if len(ways) == 2:
             print(what_fits(*needed))
+    print(describe_checkpoint(whole_parts, world_size))
 
 def what_fits(whole, sharded):
     """A line about the GiB that a process needs without and with --shard."""

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from optim import Sharded
+from optim import Sharded, owners
 from recurrent import build_model
 
 # -----------------------------------------------------------------------------
@@ -125,6 +125,8 @@ class OnRows:
             self.params += group["params"]
             self.rows += rows
             group["params"] = rows
+        # who keeps the whole state of which parameter, for checkpoints
+        self.owner = owners([p.numel() for p in self.params], dist.get_world_size())
 
     @property
     def param_groups(self):
@@ -144,19 +146,21 @@ class OnRows:
 
     def state_dict(self):
         """
-        As of the optimizer of a model that is not sharded: rank 0 gets it whole, its tensors on the CPU, the
-        others without their tensors. All ranks have to call it.
+        This rank's share, as of Sharded: the whole states of the parameters that it keeps, on the CPU. All
+        ranks have to call it. One tensor at a time is whole on all devices.
         """
         state_dict = self.optimizer.state_dict()
-        whole = {}
+        share = {}
         for i, tensors in state_dict["state"].items():
-            whole[i] = {}
+            whole = {}
             for name, x in tensors.items():
                 if x.dim() > 0:  # AdamW's number of steps has none
                     x = distributed(x, self.params[i]).full_tensor()
-                if dist.get_rank() == 0:
-                    whole[i][name] = x.cpu()
-        return state_dict | {"state": whole}
+                if self.owner[i] == dist.get_rank():
+                    whole[name] = x.cpu()
+            if whole:
+                share[i] = whole
+        return state_dict | {"state": share}
 
     def load_state_dict(self, state_dict):
         """Load this rank's rows of a whole state_dict. Raises ValueError if it does not fit."""

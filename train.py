@@ -24,7 +24,7 @@ import secrets
 import time
 import warnings
 from argparse import BooleanOptionalAction, Namespace
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +37,7 @@ from tqdm import tqdm
 from checkpointing import (
     Log,
     RunFolder,
+    Saver,
     default_name,
     list_checkpoints,
     load_checkpoint,
@@ -46,10 +47,10 @@ from checkpointing import (
     newest_checkpoint,
     read_log,
     rewind,
-    save_checkpoint,
     set_aside,
     start_from,
     step_of,
+    verify_together,
 )
 from common import (
     ArgumentParser,
@@ -57,6 +58,7 @@ from common import (
     at_least,
     at_most,
     check_new_folder,
+    code_commit,
     end_processes,
     flag,
     from_rank_0,
@@ -65,6 +67,7 @@ from common import (
     peak_flops,
     run_main,
     say,
+    side_group,
     training_dtype,
 )
 from core import describe_core, evaluate_core, load_tasks
@@ -92,6 +95,7 @@ from watchdog import Watchdog
 
 MAX_SKIPS = 10  # --on-nonfinite skip: this many steps in a row are no accident
 TIMEOUT = timedelta(minutes=10)  # of a collective, for what the watchdog does not time: evaluations, saves
+PATIENCE = timedelta(hours=12)  # with a rank that verifies its share of the data for the first time
 COMPILED_MEMORY_BUDGET = 0.2  # --activation-checkpointing with --compile: share of activations that is kept
 MAX_PASSES_LOGGED = 16  # the losses of longer schedules, pass by pass, would make log.jsonl large
 
@@ -258,6 +262,8 @@ def make_parser():
     add("--core-max-per-task", type=int, metavar="N",
         help="run only so many examples of each task: an estimate")
     add("--save-every", type=int, default=1000, help="checkpoint")
+    add("--save-minutes", type=float, default=0.0, metavar="M",
+        help="checkpoint, too, when the last one is so many minutes ago; 0: never for that reason")
     add("--keep", type=int, default=2, help="how many checkpoints stay")
     add("--log-every", type=int, default=10, help="console line; log.jsonl has every step")
     add("--wandb", metavar="PROJECT", help="send every row of log.jsonl to this project of Weights & Biases")
@@ -272,7 +278,7 @@ LEAST = dict(
     matrix_lr=0, memory_lr=0, embedding_lr=0, head_lr=0, gate_lr=0, scalar_lr=0, weight_decay=0,
     warmup_steps=0, warmdown_ratio=0, final_lr_frac=0, check_every=0,
     eval_every=0, eval_tokens=1, decode_tokens=0, core_every=0, core_max_per_task=1,
-    save_every=0, keep=1, log_every=1,
+    save_every=0, save_minutes=0, keep=1, log_every=1,
 )
 
 # the largest value of those with which nothing can be right above it
@@ -291,7 +297,7 @@ MAY_CHANGE = {
     "device_batch_size", "activation_checkpointing", "shard", "on_nonfinite",
     "on_spike", "check_every", "deterministic",
     "eval_every", "eval_tokens", "decode_tokens", "core_every", "core_bundle", "core_max_per_task",
-    "save_every", "keep", "log_every", "wandb",
+    "save_every", "save_minutes", "keep", "log_every", "wandb",
 }
 
 # flags that --init-from takes from the run whose weights it begins with
@@ -306,10 +312,10 @@ REMOVED_FLAGS = {"memory_start": 0.0, "memory_share": 1.0, "forward_passes": 0, 
 # flags that older checkpoints do not have, where their default is not what was done then
 NEWER_FLAGS = {"dtype": None}
 
-def parse_args():
+def parse_args(damaged=()):
     """
     The flags, the checkpoint to go on with or None, and the checkpoint to begin a new run with or None.
-    Raises UserError.
+    damaged: checkpoints that are passed over. Raises UserError.
     """
     parser = make_parser()
     args = parser.parse_args()
@@ -321,7 +327,7 @@ def parse_args():
             args.resume = str(folder)
     check_restarts(args)
     if args.resume not in (None, "auto"):
-        args, checkpoint = resume_args(parser, args.resume)
+        args, checkpoint = resume_args(parser, args.resume, damaged)
     elif args.init_from is not None:
         args, start = init_args(parser, args.init_from)
     if args.lrt is None:
@@ -383,12 +389,12 @@ def saved_args(parser, checkpoint, path):
                             "use the version of nanolrt that trained it, or start another run")
     return args
 
-def resume_args(parser, path):
+def resume_args(parser, path, damaged=()):
     """
     The flags of the run that is resumed, those of this command line on top, and its checkpoint. Raises
     UserError if a flag that may not change would change, because that would be another run.
     """
-    path, checkpoint = newest_checkpoint(path)
+    path, checkpoint = newest_checkpoint(path, damaged)
     before = saved_args(parser, checkpoint, path)
     before |= {"name": path.parent.name, "out": str(path.parent.parent)}
     args = parser.parse_args(namespace=Namespace(**before))  # argparse keeps what is not given here
@@ -500,6 +506,36 @@ def setup_training(args, plan, device, dtype, start=None):
                          gradient_as_bucket_view=True)
     return model, optimizers, train_step
 
+def settle_buckets(train_step, batch, schedule, optimizers):
+    """
+    Run one micro-batch, and forget its gradients. After its first backward, DDP puts the gradients into its
+    buckets in another order, and on more than two ranks the order of a sum depends on where it stands there.
+    When that is done before the first step, a run that goes on computes the same bits as one that was not
+    interrupted. schedule: that of the run's first step.
+    """
+    loss, _ = train_step(*batch, schedule)
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=False)
+
+def verify_checkpoint(args, checkpoint, group):
+    """
+    Read the whole checkpoint that a run goes on with, every rank a part of it. Returns the flags and the
+    checkpoint: those of the one before it if it is damaged. Raises UserError if it was named itself, or if no
+    other one is whole.
+    """
+    damaged = []
+    while checkpoint is not None:
+        error = verify_together(args.resume, checkpoint, group)
+        if error is None:
+            break
+        damaged.append(Path(args.resume))
+        print0(f"warning: {error}")
+        args, checkpoint, _ = parse_args(damaged)
+        if Path(args.resume) in damaged:
+            raise error
+    return args, checkpoint
+
 def resume(checkpoint, path, model, optimizers):
     """
     Put a checkpoint into model, optimizers and random generator; returns the TrainState. Raises
@@ -563,7 +599,7 @@ def due(every, step):
     """Is something that happens every so many steps due at this one? 0: only at the end."""
     return every > 0 and step % every == 0
 
-def evaluate(model, val_rows, data, plan, args, folder, step):
+def evaluate(model, val_rows, data, plan, args, saver, step):
     """
     Bits per byte of the validation rows in parallel and, on the first of them, decoding, and what training
     has made of the memory's path: prints them and returns what goes into the log (see evaluate_bpb and
@@ -573,9 +609,10 @@ def evaluate(model, val_rows, data, plan, args, folder, step):
     bpb, _ = evaluate_bpb(model, val_rows, data.token_bytes, schedule, plan.device_batch,
                           progress="validation")
     if not math.isfinite(bpb["merged"]):
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            set_aside([path for path in list_checkpoints(folder) if step_of(path) == step])
-        raise not_finite(f"the validation BPB is {bpb['merged']}", folder, step)
+        saver.wait()
+        if saver.rank == 0:
+            set_aside([path for path in list_checkpoints(saver.folder) if step_of(path) == step])
+        raise not_finite(f"the validation BPB is {bpb['merged']}", saver, step)
     line = f"step {step:05d} | val bpb: " + ", ".join(f"{name} {x:.4f}" for name, x in bpb.items())
     decode_rows = val_rows[:args.decode_tokens // plan.config.sequence_len]
     decoded = {}
@@ -603,48 +640,10 @@ def evaluate_tasks(model, tokenizer, tasks, folder, step, max_per_task, batch_si
     print0(f"step {step:05d} | {shown} | {describe_core(results)}")
     return dict(core=results["core"], centered=centered)
 
-def save(folder, log, state, model, optimizers, final, **about):
-    """
-    Write the checkpoint of this step, its log before it. about: what else a checkpoint holds. A disk that
-    is full now may have room at the next save: a warning, unless this one is final, which raises UserError.
-    """
-    # all ranks send theirs to rank 0
-    weights = whole_state_dict(model)
-    optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
-    if log.file is None:  # not rank 0
-        return
-    path = folder / f"ckpt_{state.step:07d}.pt"
-    try:
-        log.sync()  # a checkpoint is never ahead of its log
-        save_checkpoint(
-            path,
-            model=weights,
-            optimizers=optimizer_states,
-            step=state.step,
-            rows_seen=state.rows_seen,
-            seconds=state.seconds,
-            left_out=state.left_out,
-            torch_rng=torch.get_rng_state(),
-            **about,
-        )
-    except (OSError, UserError) as e:
-        what = f"step {state.step} was not saved: {e}; make room"
-        if final:
-            raise UserError(f"{what}, then --resume {folder}") from e
-        print0(f"warning: {what}; training goes on, and the next save is the next try")
-        return
-    print0(f"saved {path}")
-
-def remove_old_checkpoints(folder, keep, rank):
-    """Remove all but the newest `keep` checkpoints. What cannot be removed now may be at the next save."""
-    if rank == 0:
-        with suppress(OSError, UserError):
-            for path in list_checkpoints(folder)[:-keep]:
-                path.unlink()
-
-def not_finite(what, folder, step):
+def not_finite(what, saver, step):
     """The error that ends a run whose numbers are not finite."""
-    kept = list_checkpoints(folder)
+    saver.wait()
+    kept = list_checkpoints(saver.folder)
     last_good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
     return UserError(f"step {step}: {what}; {last_good}: "
                      "lower --matrix-lr, --embedding-lr, --head-lr or --scalar-lr")
@@ -706,13 +705,14 @@ def rewind_target(folder, step, save_every, rewinds):
         return None
     return paths[-1]
 
-def report_spike(args, state, folder, log, loss, score):
+def report_spike(args, state, saver, log, loss, score):
     """
     Say that a loss is a spike. Returns the checkpoint to go back to, the same on all ranks, None to go on.
     """
     target = None
     if args.on_spike == "rewind":
-        target = from_rank_0(rewind_target(folder, state.step, args.save_every, state.rewinds))
+        saver.wait()  # for the newest one, that may still be being written
+        target = from_rank_0(rewind_target(saver.folder, state.step, args.save_every, state.rewinds))
     what = f"step {state.step:05d}: the loss {loss:.4f} is a spike, {score:.0f} deviations above the median"
     if target is None:
         print0(f"warning: {what}")
@@ -726,7 +726,7 @@ def go_back(path, state, plan, model, optimizers, log, loss, score):
     Take a run back to a checkpoint because of a spike, and leave out the batches that led to it. Returns the
     TrainState, and the last step that was evaluated.
     """
-    before = resume(load_checkpoint(path, verify=True), path, model, optimizers)
+    before = resume(load_checkpoint(path, shares=True), path, model, optimizers)
     left_out = suspects(state.rows_seen, plan.rows_per_step, before.rows_seen)
     before.left_out = sorted({*state.left_out, *left_out})
     before.rewinds = {before.step: state.rewinds.get(before.step, 0) + 1}
@@ -747,11 +747,11 @@ def mean_over_ranks(x):
         x /= dist.get_world_size()
     return x
 
-def skip_step(what, args, state, folder, log):
+def skip_step(what, args, state, saver, log):
     """A step whose numbers are not finite: leave it out, or end the run with a UserError."""
     state.skipped += 1
     if args.on_nonfinite == "stop" or state.skipped == MAX_SKIPS:
-        raise not_finite(what, folder, state.step)
+        raise not_finite(what, saver, state.step)
     print0(f"step {state.step:05d}: skipped, {what}")
     log.add(kind="skip", step=state.step, reason=what)
 
@@ -824,10 +824,15 @@ def train(args, checkpoint, start, device, rank, world_size, watch):
     A run from its setup to its last words, by the flags. checkpoint: to go on with; start: of another run,
     whose weights to begin with; both may be None. Raises UserError.
     """
-    # data
+    # the checkpoint and the data
+    group = side_group(TIMEOUT)  # of what goes on beside training
+    args, checkpoint = verify_checkpoint(args, checkpoint, group)
     dtype = training_dtype(device, args.dtype)
     args.dtype = str(dtype)[6:]  # a resumed run goes on in it
-    data = open_data(args.data, rank=rank, world_size=world_size)
+    run_folder = Path(args.out, args.name) if args.name else None
+    data = open_data(args.data, rank=rank, world_size=world_size, run_folder=run_folder)
+    if group is not None:  # shards that are read for the first time may take longer than a collective waits
+        dist.monitored_barrier(group, timeout=PATIENCE)
     if checkpoint:
         check_same_data(data, checkpoint, args.resume)
     if start:
@@ -852,8 +857,11 @@ def train(args, checkpoint, start, device, rank, world_size, watch):
 
     # the run folder
     folder, log, evaluated = open_run_folder(args, state.step, run_id, data, rank)
+    data.stamps.write_to(folder)
     print0(f"{folder}: " + "\n".join(describe(plan, world_size, device, dtype, rows.per_epoch)))
+    saver = Saver(folder, log, args.keep, group)
     checkpoint_header = dict(
+        commit=code_commit(),
         config=dataclasses.asdict(plan.config),
         args=vars(args),
         tokenizer_sha256=data.meta["tokenizer_sha256"],
@@ -872,25 +880,35 @@ def train(args, checkpoint, start, device, rank, world_size, watch):
         return rows.micro_batches(state.rows_seen, plan.device_batch, rank, world_size, device,
                                   state.left_out, plan.rows_per_step)
 
+    minutes_over = False  # whether rank 0's clock says that it is time to save
     batches = read_rows()
     batch = next(batches)
+    if isinstance(train_step, DDP):
+        settle_buckets(train_step, batch, plan.schedule_at(0), optimizers)
     bar = tqdm(total=plan.num_iterations, initial=state.step, unit="step", dynamic_ncols=True,
                disable=None if rank == 0 else True)
     while True:
-        # once in a while: save, and after it what may take long: evaluate, score CORE
+        # once in a while: save, which goes on in the background, and what may take long: evaluate, score CORE
         finished = state.step >= plan.num_iterations
-        save_now = state.step > began and (finished or stopping or due(args.save_every, state.step))
+        save_due = finished or stopping or minutes_over or due(args.save_every, state.step)
+        save_now = save_due and state.step > began
         if save_now:
             watch.between("save", state.step)
-            schedule = dataclasses.asdict(plan.scored_schedule(state.step))
-            save(folder, log, state, model, optimizers, final=finished or stopping,
-                 schedule=schedule, **checkpoint_header)
+            saver.save(
+                optimizers, state.step, final=finished or stopping,
+                model=whole_state_dict(model),
+                rows_seen=state.rows_seen,
+                left_out=state.left_out,
+                seconds=state.seconds,
+                torch_rng=torch.get_rng_state(),
+                schedule=dataclasses.asdict(plan.scored_schedule(state.step)),
+                **checkpoint_header)
         if state.step > evaluated and (finished or (due(args.eval_every, state.step) and not stopping)):
             watch.between("evaluation", state.step)
-            figures = evaluate(whole_model(model), val_rows, data, plan, args, folder, state.step)
+            figures = evaluate(whole_model(model), val_rows, data, plan, args, saver, state.step)
             log.add(kind="eval", step=state.step, **figures)
         if save_now or state.step == began:  # not before: an evaluation may find that the newest is no good
-            remove_old_checkpoints(folder, args.keep, rank)
+            saver.remove_old(good=state.step)
         if tasks and state.step > 0 and (finished or (due(args.core_every, state.step) and not stopping)):
             watch.between("CORE", state.step)
             core = evaluate_tasks(whole_model(model), data.tokenizer, tasks, folder, state.step,
@@ -910,18 +928,19 @@ def train(args, checkpoint, start, device, rank, world_size, watch):
         else:
             losses, batch = compute_gradients(train_step, plan, schedule, batch, batches, watch)
 
-        # clip; all ranks act on the same numbers, a request to stop among them
+        # clip; all ranks act on the same numbers, a request to stop and rank 0's clock among them
         watch.at("exchange")
         norm = clip_gradients(model, args.grad_clip or math.inf)
-        figures = torch.cat([losses, norm.view(1), losses.new_tensor([float(stop.made)])])
-        *losses, norm, stop_votes = mean_over_ranks(figures).tolist()
-        stopping = stop_votes > 0
+        votes = [float(stop.made), float(rank == 0 and saver.minutes_over(args.save_minutes))]
+        figures = torch.cat([losses, norm.view(1), losses.new_tensor(votes)])
+        *losses, norm, stop_votes, save_votes = mean_over_ranks(figures).tolist()
+        stopping, minutes_over = stop_votes > 0, save_votes > 0
 
         # a loss spike: go on, or back
         finite = math.isfinite(losses[0]) and math.isfinite(norm)
         score = spikes.score(losses[0])
         if finite and score > SPIKE:
-            target = report_spike(args, state, folder, log, losses[0], score)
+            target = report_spike(args, state, saver, log, losses[0], score)
             if target is not None:
                 watch.between("rewind", state.step)
                 state, evaluated = go_back(target, state, plan, model, optimizers, log, losses[0], score)
@@ -941,7 +960,7 @@ def train(args, checkpoint, start, device, rank, world_size, watch):
             for optimizer in optimizers:
                 optimizer.step()
         else:
-            skip_step(f"the loss is {losses[0]}, the gradient's norm {norm}", args, state, folder, log)
+            skip_step(f"the loss is {losses[0]}, the gradient's norm {norm}", args, state, saver, log)
         clear_gradients(optimizers)
 
         # log

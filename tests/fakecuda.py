@@ -382,9 +382,11 @@ def machine_code(*flags):
 
 def compile_kernels(code):
     """Compile the distinct Triton kernels of generated code for sm_90, in all block sizes that are tried."""
+    from torch._inductor import config as inductor_config
     from torch._inductor.codecache import PyCodeCache
     from torch._inductor.runtime import triton_helpers
     triton_helpers.set_driver_to_gpu = lambda: None
+    inductor_config.use_static_cuda_launcher = False  # which would keep no more than the path of a binary
     pattern = r"^(triton_\w+) = async_compile\.triton\('\w+', '{3}(.*?)'{3}, device_str='cuda'\)"
     sources = set(re.findall(pattern, code, re.MULTILINE | re.DOTALL))
     n_binaries = 0

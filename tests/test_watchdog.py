@@ -210,7 +210,7 @@ def take_long():
             return function(*args, **options)
         return wrapped
 
-    train.save_checkpoint = slowed(train.save_checkpoint, "0")
+    train.Saver.save = slowed(train.Saver.save, "0")
     train.evaluate_bpb = slowed(train.evaluate_bpb, "1")
     if os.environ["RANK"] == "1":
         forward = train.TrainStep.forward
