@@ -12,7 +12,8 @@ the training nothing: the loop only notes where it is.
              counts as dead.
     hangs    No rank is behind it, and it has not moved for its allowance, which it learns from its own steps.
              Ranks that wait for another one are ahead of it and are not accused, and nobody is while the last
-             one compiles, evaluates or saves, which may take any time.
+             one compiles, evaluates or saves, which may take any time. Time in which the judge itself stood
+             still, as all of a machine that swaps or is suspended does, is held against nobody.
 
 A rank whose thread still runs shows its stack itself. Another one, which was stopped or is stuck outside
 Python, is made to by a rank on the same machine, which then kills it; `kill -USR1 PID` shows the stack of any
@@ -220,6 +221,7 @@ class Watchdog:
         self.learns = False  # whether the parts of this step count for the allowance
         self.slowest = 0.0  # seconds of the slowest part of a recent step
 
+        self.lost = 0.0  # seconds in which the thread should have run and did not
         if self.active:
             self.connect(world_size)
 
@@ -266,7 +268,7 @@ class Watchdog:
         port = server.getsockname()[1] if server else 0
         everybody = [None] * world_size
         dist.all_gather_object(everybody, (mine, port, secrets.token_hex(16)))
-        now = time.monotonic()
+        now = self.clock()
         self.ranks = {}
         for number, (fields, _, _) in enumerate(everybody):
             self.ranks[number] = Rank(**fields, moved=now, heard=now)
@@ -317,24 +319,31 @@ class Watchdog:
 
     def watch(self):
         """Until the end: listen, tell, judge."""
-        next_beat = 0.0
+        next_beat = time.monotonic()
         while not self.closed:
-            for key, _ in self.selector.select(max(next_beat - time.monotonic(), 0)):
+            ready = self.selector.select(max(next_beat - time.monotonic(), 0))
+            late = time.monotonic() - next_beat
+            if late > BEAT:
+                self.lost += late
+            for key, _ in ready:
                 if key.data is None:  # rank 0 is called
                     self.add(Connection(key.fileobj.accept()[0]))
                 else:
                     self.read(key.data)
-            now = time.monotonic()
-            if now < next_beat:
+            if late < 0:
                 continue
-            next_beat = now + BEAT
-            self.tell(now)
-            self.judge(now)
+            next_beat = time.monotonic() + BEAT
+            self.tell(self.clock())
+            self.judge(self.clock())
+
+    def clock(self):
+        """Seconds in which this thread could have heard of others."""
+        return time.monotonic() - self.lost
 
     def tell(self, now):
         """Tell the other ranks how far this one is: rank 0 tells all, all tell rank 0."""
         progress = self.progress
-        if now - self.since > SILENT:
+        if time.monotonic() - self.since > SILENT:
             progress.frame = innermost_frame(self.main_thread)
         self.ranks[self.rank].hear(progress, now)
         for connection in self.connections:
@@ -342,7 +351,7 @@ class Watchdog:
 
     def read(self, connection):
         """Take note of what another rank tells, of its end, and of the verdict about a third one."""
-        now = time.monotonic()
+        now = self.clock()
         rank = self.ranks.get(connection.number)
         try:
             messages = connection.receive()

@@ -229,6 +229,21 @@ def test_what_may_take_long_is_no_hang(data, here, fork):
     assert "hangs" not in text
 
 
+def test_a_machine_that_stands_still_is_no_hang(data, here, fork):
+    """All ranks stop for longer than one may hang, and go on: the first that wakes up accuses nobody."""
+    processes = start(fork, data, 2, quickly)
+    for sig in (signal.SIGSTOP, signal.SIGCONT):
+        for process in processes:
+            os.kill(process.pid, sig)
+        if sig == signal.SIGSTOP:
+            time.sleep(2 * PATIENCE)
+    before = len(log("runs/d1_shared"))
+    end = time.time() + 120
+    while len(log("runs/d1_shared")) < before + 20:
+        assert time.time() < end and all(process.is_alive() for process in processes), said(2)
+        time.sleep(0.05)
+
+
 # -----------------------------------------------------------------------------
 # torchrun
 
