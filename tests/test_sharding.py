@@ -189,7 +189,7 @@ def test_the_estimate_of_memory():
 
 @pytest.mark.parametrize("gib, answer", [
     (9, "it fits in 9 GiB"),
-    (1, "it does not fit in 1 GiB, --shard does"),
+    (0.5, "it does not fit in 0.5 GiB, --shard does"),
     (0.1, "it does not fit in 0.1 GiB, with --shard neither"),
 ])
 def test_dry_run_says_what_fits(gib, answer, here, monkeypatch):
