@@ -68,6 +68,7 @@ from common import (
     say,
     side_group,
     training_dtype,
+    wait_for_all,
 )
 from core import describe_core, evaluate_core, load_tasks
 from dataset import BOS, Rows, first_rows, open_data
@@ -81,7 +82,7 @@ from tracking import Tracker, check_tracking
 
 MAX_SKIPS = 10  # --on-nonfinite skip: this many steps in a row are no accident
 TIMEOUT = timedelta(minutes=10)  # of a collective, for a process that hangs; one that dies is noticed at once
-PATIENCE = timedelta(hours=12)  # with a rank that verifies its share of the data for the first time
+PATIENCE = timedelta(hours=2)  # with a rank that verifies its share of the data for the first time
 COMPILED_MEMORY_BUDGET = 0.2  # --activation-checkpointing with --compile: share of activations that is kept
 MAX_PASSES_LOGGED = 16  # the losses of longer schedules, pass by pass, would make log.jsonl large
 
@@ -674,14 +675,13 @@ def main():
 
     # device, process group, data
     device, rank, world_size = init_processes(args.device, TIMEOUT)
-    group = side_group(TIMEOUT)  # of what goes on beside training
+    group, patient_group = side_group(TIMEOUT), side_group(PATIENCE)  # for what goes on beside training
     args, checkpoint = verify_checkpoint(args, checkpoint, group)
     dtype = training_dtype(device, args.dtype)
     args.dtype = str(dtype)[6:]  # a resumed run goes on in it
     run_folder = Path(args.out, args.name) if args.name else None
     data = open_data(args.data, rank=rank, world_size=world_size, run_folder=run_folder)
-    if group is not None:  # shards that are read for the first time may take longer than a collective waits
-        dist.monitored_barrier(group, timeout=PATIENCE)
+    wait_for_all(patient_group)  # reading shards for the first time may take longer than a collective waits
     if checkpoint:
         check_same_data(data, checkpoint, args.resume)
     if start:
