@@ -1,8 +1,9 @@
 """
-Score a checkpoint: bits per byte (BPB), CORE, samples, or any of them.
+Score a checkpoint: bits per byte (BPB), CORE, samples, stability, or any of them.
 
     python eval_core.py                                # BPB of the newest run, on the data it was trained on
     python eval_core.py --checkpoint runs/d4_shared --eval bpb,core,sample
+    python eval_core.py --eval stability               # does the BPB stay where it is, pass after pass?
     python eval_core.py --text a.txt more.jsonl.gz     # BPB of any text, with the run's own tokenizer
     python eval_core.py --text a.txt --eval tokens --html page.html       # a page: where memory helps
     torchrun --standalone --nproc_per_node=8 eval_core.py --eval core
@@ -46,10 +47,13 @@ from common import (
 )
 from core import BUNDLE, describe_core, evaluate_core, load_tasks
 from dataset import BOS, encode_text, first_rows, open_data, token_bytes
-from interleave import Schedule, decode_tokens, pass_losses, prefill
+from interleave import Schedule, decode_tokens, pass_losses, prefill, run
 from prepare_data import find_files, read_documents
 from sample import complete, encode_prompts, load_run, new_cache
 from tokens_page import MAX_TOKENS, make_page, page_data, position_ranges, score_tokens
+
+EVALUATIONS = ("bpb", "core", "sample", "stability", "tokens")
+MAX_PASSES_SCORED = 16  # the losses of longer schedules are not shown pass by pass
 
 # -----------------------------------------------------------------------------
 # Bits per byte
@@ -87,7 +91,9 @@ def evaluate_bpb(model, rows, token_bytes, schedule, batch_size, decode=False, t
     device = model.wte.weight.device
     T = rows.size(1) - 1
     token_bytes = torch.as_tensor(token_bytes, dtype=torch.float64)
-    passes = schedule.passes(T) if schedule.kind in ("interleaved", "refine") else []
+    passes = schedule.passes(T)
+    if schedule.kind not in ("interleaved", "refine", "draft") or len(passes) > MAX_PASSES_SCORED:
+        passes = []
 
     # what is measured: a name, and the positions that have a loss
     positions = {f"pass {i}": computed for i, computed in enumerate(passes)}
@@ -144,6 +150,51 @@ def evaluate_bpb(model, rows, token_bytes, schedule, batch_size, decode=False, t
 # What training made of the memory's path
 
 LEARNED_ROWS = 16  # rows that the mean gates are of
+
+@torch.no_grad()
+def evaluate_stability(model, rows, token_bytes, n_passes, batch_size, progress=None):
+    """
+    Is what the model decodes a fixed point of its passes? Runs n_passes over all positions of rows (N, T+1)
+    int64, each of which reads the memories that the one before has left. Returns a dict: `bpb`, a list with
+    that of every pass; `moved`, the root mean square by which its memories differ from those of the pass
+    before (memories have RMS 1), None for the first; and `decode`, the BPB with the exact recurrence. The
+    ranks share the rows.
+    """
+    device = model.wte.weight.device
+    token_bytes = torch.as_tensor(token_bytes, dtype=torch.float64)
+    rank, world_size = rank_and_world_size()
+    mine = rows[rank::world_size]
+    nats = torch.zeros(n_passes + 1, dtype=torch.float64)  # the last are those of decoding
+    squares = torch.zeros(n_passes, dtype=torch.float64)
+    counts = torch.zeros(2, dtype=torch.float64)  # of bytes, and of numbers in memories
+    hide_bar = True if rank > 0 or not progress else None
+    for start in tqdm(range(0, len(mine), batch_size), desc=progress, disable=hide_bar, leave=False):
+        batch = mine[start:start + batch_size]
+        idx = batch[:, :-1].to(device)
+        targets = batch[:, 1:].to(device)
+        target_bytes = token_bytes[batch[:, 1:]]
+
+        def add(i, losses, counted=target_bytes > 0):
+            nats[i] += (losses.cpu().double() * counted).sum()
+
+        before = None
+        for i, (_, hidden, memories) in enumerate(run(model, idx, [range(idx.size(1))] * n_passes)):
+            add(i, model.token_loss(hidden, targets))
+            (_, memory), = memories
+            if before is not None:
+                squares[i] += (memory.float() - before).square().sum().item()
+            before = memory.float()
+        add(n_passes, recurrent_losses(model, idx, targets))
+        counts += torch.tensor([target_bytes.sum().item(), before.numel()], dtype=torch.float64)
+
+    # sums over all ranks
+    if world_size > 1:
+        sums = torch.cat([nats, squares, counts]).to(device)
+        dist.all_reduce(sums)
+        nats, squares, counts = sums.cpu().split([n_passes + 1, n_passes, 2])
+    *bpb, decode = (nats / math.log(2) / counts[0]).tolist()
+    moved = (squares / counts[1]).sqrt().tolist()
+    return dict(bpb=bpb, moved=[None, *moved[1:]], decode=decode)
 
 @torch.no_grad()
 def learned(model, idx):
@@ -237,12 +288,17 @@ def print_by_position(by_position, T, print0):
         figures = [f"{by_position[name][first:last + 1].sum() / n_bytes:15.4f}" for name in names]
         print0(f"{f'{first} .. {last}':>16} " + "".join(figures))
 
-def report_bpb(args, path, checkpoint, model, print0):
-    """Print bits per byte of each split, and return them as a dict for --json. Raises UserError."""
+def open_run_data(args, path, checkpoint):
+    """The data to score, by default what the run was trained on. Raises UserError."""
     data = open_data(args.data or checkpoint["args"]["data"])
     if checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
         raise UserError(f"{path.parent} was trained with another tokenizer than that of {data.folder}: "
                         "give the run's own data with --data")
+    return data
+
+def report_bpb(args, path, checkpoint, model, print0):
+    """Print bits per byte of each split, and return them as a dict for --json. Raises UserError."""
+    data = open_run_data(args, path, checkpoint)
     schedule = Schedule(**checkpoint["schedule"])
     T = model.config.sequence_len
     results = {}
@@ -273,6 +329,21 @@ def report_bpb(args, path, checkpoint, model, print0):
         rounded = {name: [round(float(x), 4) for x in column] for name, column in by_position.items()}
         results[split]["by_position"] = rounded
     return results
+
+def report_stability(args, path, checkpoint, model, print0):
+    """Print the BPB after one pass, two, .., and while decoding; returns evaluate_stability()'s dict."""
+    data = open_run_data(args, path, checkpoint)
+    split = "train" if args.split == "train" else "val"
+    rows = first_rows(getattr(data, split), model.config.sequence_len, max(args.decode_rows, 1))
+    if not len(rows):
+        raise UserError(f"{data.folder} has no {split} shard of more than one row of the context")
+    found = evaluate_stability(model, rows, data.token_bytes, args.passes, args.batch_size, "stability")
+    print0(f"\n{split}, {len(rows)} rows, pass after pass:\n{'passes':>8} {'bpb':>10} {'memory moved':>14}")
+    for i, (bpb, moved) in enumerate(zip(found["bpb"], found["moved"]), 1):
+        if i <= 6 or i % 5 == 0 or i == args.passes:
+            print0(f"{i:8} {bpb:10.4f} " + ("" if moved is None else f"{moved:14.2e}"))
+    print0(f"{'decoding':>8} {found['decode']:10.4f}")
+    return found | dict(split=split, rows=len(rows))
 
 def report_text(args, checkpoint, model, tokenizer, print0):
     """Print bits per byte of all files of --text together, and return them as a dict. Raises UserError."""
@@ -383,7 +454,7 @@ def parse_args():
     parser.add_argument("--checkpoint", metavar="PATH",
                         help="run folder or checkpoint file (default: the newest in runs/)")
     parser.add_argument("--eval", default="bpb", metavar="A,B",
-                        help="what to run: any of bpb,core,sample,tokens")
+                        help=f"what to run: any of {','.join(EVALUATIONS)}")
     parser.add_argument("--batch-size", type=int, default=16, help="rows of the context's length at a time")
     parser.add_argument("--no-memory", action="store_true",
                         help="core, sample: keep the memory at zero, as the authors score")
@@ -410,6 +481,10 @@ def parse_args():
     g.add_argument("--referee", action="store_true",
                    help="score these token by token, too: the same figure, slowly")
 
+    g = parser.add_argument_group("stability", "of the first --decode-rows rows of the split")
+    g.add_argument("--passes", type=int, default=30, metavar="N",
+                   help="passes over everything, each with the memories of the one before")
+
     g = parser.add_argument_group(
         "core",
         "results go to core_<step>.json and .csv in the run folder; "
@@ -421,16 +496,18 @@ def parse_args():
                    help="run only so many examples of each: an estimate")
 
     args = parser.parse_args()
-    at_least(args, rows=1, decode_rows=0, batch_size=1, max_per_task=1)
+    at_least(args, rows=1, decode_rows=0, batch_size=1, max_per_task=1, passes=2)
     check_folder(args.json)
     check_folder(args.html)
     wanted = set(args.eval.split(","))
-    if not wanted <= {"bpb", "core", "sample", "tokens"}:
-        raise UserError(f"--eval {args.eval}: choose from bpb,core,sample,tokens")
+    if not wanted <= set(EVALUATIONS):
+        raise UserError(f"--eval {args.eval}: choose from {','.join(EVALUATIONS)}")
     if "tokens" in wanted and not (args.text and args.html):
         raise UserError("--eval tokens needs a text, --text FILE, and a page to write, --html FILE")
     if "tokens" not in wanted and (args.html or args.against):
         raise UserError("--html and --against go with --eval tokens")
+    if args.text and "stability" in wanted:
+        raise UserError("--eval stability is of prepared data: leave --text out")
     if args.text and args.data:
         raise UserError("--text takes the place of --data: leave one of them out")
     args.files = find_files(args.text) if args.text else []
@@ -451,6 +528,9 @@ def main():
         tasks = load_tasks(args.bundle, None if args.tasks is None else args.tasks.split(","))
     if "sample" in wanted:
         encoded = sample_prompts(tokenizer, model.config.sequence_len)
+    if "stability" in wanted and not model.config.recurrent_memory:
+        raise UserError(f"{path} has no recurrence ({model.config.label}), so one pass is all there is: "
+                        "leave stability out")
     other = None
     if "tokens" in wanted:
         other = load_other(args, checkpoint, model, device)
@@ -458,6 +538,8 @@ def main():
         results["text"] = report_text(args, checkpoint, model, tokenizer, print0)
     elif "bpb" in wanted:
         results |= report_bpb(args, path, checkpoint, model, print0)
+    if "stability" in wanted:
+        results["stability"] = report_stability(args, path, checkpoint, model, print0)
     if "tokens" in wanted and rank == 0:
         results["tokens"] = report_tokens(args, path, checkpoint, model, tokenizer, other, print0)
     if "core" in wanted:

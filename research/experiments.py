@@ -131,38 +131,23 @@ def tuning():
 
 def cheaper():
     """
-    Cheaper training steps: passes that run forward only, or that have a gradient but no loss.
-    - forward_init: the first pass of an interleaved step runs forward only.
-    - forward_refine_K: all but the last pass of K refinements run forward only, up to the source layer.
-    - deepen_STEPS: forward_refine_1, with one refinement more in the last quarter of the steps, at the
-      FLOPs of 500, 1000 and 2000 steps of the baseline.
-    - deepen_shared_kv_STEPS: the same with one projection for all layers, into keys and values only, at the
-      FLOPs of 1000 and 2000 steps.
-    The other runs of more than 1000 steps have the FLOPs of 2000 steps of the baseline, too.
+    Cheaper training steps: --schedule draft, at the FLOPs of 500, 1000 and 2000 steps of the baseline, and
+    with one projection for all layers, into keys and values only, at the FLOPs of 1000 and 2000 steps.
 
-    results/cheaper.jsonl also has rows of last_25, last_50, last_75, mixed_25 and mixed_50, which ran plain
-    passes in some of the steps. Their flags, --memory-start and --memory-share, have left train.py: commit
-    f91a36d repeats them.
+    results/cheaper.jsonl has these rows under the flags that --schedule draft has replaced (--schedule refine
+    --refinements 1 --forward-passes 1 --deepen 0.25), and more rows with flags that have left train.py:
+    forward_init and forward_refine_K (--forward-passes; commit 7f659ac repeats them); last_25, last_50,
+    last_75, mixed_25 and mixed_50 (--memory-start and --memory-share: plain passes in some of the steps;
+    commit f91a36d).
     """
-    def layerwise(steps, flags):
-        return f"{SIZE} --lrt layerwise --num-iterations {steps} {flags}"
-
-    def refine(K, steps, lrt="layerwise"):
-        flags = f"--schedule refine --refinements {K} --forward-passes {K}"
-        return f"{SIZE} --lrt {lrt} --num-iterations {steps} {flags}"
-
-    runs = {
-        "forward_init": layerwise(1000, "--forward-passes 1"),
-        "forward_init_1500": layerwise(1500, "--forward-passes 1"),
-        "forward_refine_1": refine(1, 1000),
-        "forward_refine_2": refine(2, 1000),
-        "forward_refine_1_1600": refine(1, 1600),
-    }
+    runs = {}
     for steps in (390, 780, 1560):
-        runs[f"deepen_{steps}"] = f"{refine(1, steps)} --deepen 0.25"
+        runs[f"deepen_{steps}"] = f"{SIZE} --lrt layerwise --num-iterations {steps} --schedule draft"
     for steps in (810, 1620):
-        runs[f"deepen_shared_kv_{steps}"] = f"{refine(1, steps, 'shared')} --deepen 0.25 --inject kv"
-    runs["refine_1_loss_last"] = layerwise(1000, "--schedule refine --refinements 1 --loss-weights 0 1")
+        runs[f"deepen_shared_kv_{steps}"] = (
+            f"{SIZE} --lrt shared --num-iterations {steps} --schedule draft --inject kv")
+    loss_last = "--schedule refine --refinements 1 --loss-weights 0 1"
+    runs["refine_1_loss_last"] = f"{SIZE} --lrt layerwise --num-iterations 1000 {loss_last}"
     return runs
 
 def control():
@@ -171,13 +156,14 @@ def control():
     embedding by the same path (--first-memory embedding --schedule plain).
     - kv_STEPS, layerwise_STEPS: the control, with one projection for all layers into keys and values only,
       and with one a layer.
-    - draft_kv_STEPS, draft_layerwise_STEPS: recurrence on top of it: the first pass reads that memory, runs
-      forward only and up to the source layer, and hands its own memory to a second pass, which has the loss.
     - s2_kv_STEPS: the paper's schedule with that first memory.
-    draft_kv_430, 860 and 1720 have the FLOPs of 500, 1000 and 2000 steps of the control.
+
+    results/control.jsonl also has rows of draft_kv_STEPS: recurrence on top of it. The first pass reads that
+    memory, runs forward only and up to the source layer, and hands its own memory to a second pass, which
+    has the loss. That is --schedule draft without the second draft of its last quarter: commit 7f659ac
+    repeats them. draft_kv_430, 860 and 1720 have the FLOPs of 500, 1000 and 2000 steps of the control.
     """
     first = "--first-memory embedding"
-    draft = "--schedule refine --refinements 1 --forward-passes 1"
     shared_kv = "--lrt shared --inject kv"
 
     def run(steps, flags):
@@ -186,15 +172,31 @@ def control():
     runs = {}
     for steps in (500, 1000, 2000):
         runs[f"kv_{steps}"] = run(steps, f"{shared_kv} --schedule plain")
-        equal_flops = round(0.86 * steps)
-        runs[f"draft_kv_{equal_flops}"] = run(equal_flops, f"{shared_kv} {draft}")
-    runs["draft_kv_500"] = run(500, f"{shared_kv} {draft}")
     for steps in (250, 500, 1000):
         runs[f"s2_kv_{steps}"] = run(steps, shared_kv)
     for steps in (500, 1000):
         runs[f"layerwise_{steps}"] = run(steps, "--lrt layerwise --schedule plain")
-        runs[f"draft_layerwise_{steps}"] = run(steps, f"--lrt layerwise {draft}")
     return runs
+
+def memory():
+    """
+    What might make recurrence worth more than the control, after 500 steps: all read the control's memory
+    first. The paper's injection and others, random numbers of passes, sweeps of subsets as drafts.
+    """
+    first = f"{SIZE} --num-iterations 500 --first-memory embedding"
+    mix = "--schedule draft --pass-mix 0.75 0.22 0.03"
+    return {
+        "draft_kv": f"{first} --lrt shared --inject kv --schedule draft",
+        "mix_kv": f"{first} --lrt shared --inject kv {mix}",
+        "mix_both": f"{first} --lrt shared --inject both {mix}",
+        "mix_layerwise": f"{first} --lrt layerwise --inject both {mix}",
+        "mix_input": f"{first} --lrt shared --inject input {mix}",
+        "draft_input": f"{first} --lrt shared --inject input --schedule draft",
+        "control_input": f"{first} --lrt shared --inject input --schedule plain",
+        "mix_kv_lower": f"{first} --lrt shared --inject kv --dest-layers 0 1 {mix}",
+        "mix_kv_upper": f"{first} --lrt shared --inject kv --dest-layers 1 3 {mix}",
+        "sweeps_8_kv": f"{first} --lrt shared --inject kv --schedule draft --subsets 8",
+    }
 
 def states():
     """State tracking beyond the lengths of training, see research/states.py."""
@@ -225,6 +227,7 @@ SETS = {
     "ablation": ablation(),
     "tuning": tuning(),
     "control": control(),
+    "memory": memory(),
     "states": states(),
 }
 
@@ -252,12 +255,15 @@ def copying(model, rows, batch_size=BATCH_SIZE):
     # the weights of each part
     parts = {}
     for layer, projection in enumerate(model.mem_k):
+        layer += model.config.memory_layers.start
         name = f"keys {layer}" if len(model.mem_k) > 1 else "keys"
         parts[name] = [projection.weight]
     if model.config.kv_memory:
         parts["values"] = [projection.weight for projection in model.mem_v]
     if model.config.residual_memory:
         parts["residual"] = [model.mem_lambdas]
+    if model.config.input_memory:
+        parts["input"] = [model.mem_input.weight]
 
     # the whole model, then with one part at zero
     found = means() | dict(share=again.float().mean().item(), without={})

@@ -16,6 +16,7 @@ import signal
 if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process at once, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import json
 import re
 import sys
 from collections import defaultdict
@@ -79,7 +80,8 @@ def spread(rows, value=bpb):
     return np.mean(values), min(values), max(values)
 
 # flags of a run that make it another variant, in whose name their value stands
-NAMED_FLAGS = r"--(?:schedule|forward-passes|loss-weights|deepen|inject|first-memory) \S+"
+NAMED_FLAGS = (r"--(?:schedule|subsets|drafts|forward-passes|loss-weights|deepen|inject|first-memory) \S+"
+               r"|--dest-layers \S+ \S+|--pass-mix(?: [0-9.]+)+")
 # and those whose values share a line; train.py has them no more, rows of `cheaper` do
 FLAGS_WITHOUT_VALUE = r"--memory-start|--memory-share"
 
@@ -529,17 +531,46 @@ def print_tables(results):
         if name in ("scaling", "tuning"):
             table_copying([row for row in rows if "copying" in row])
 
+def draw_stability(paths, png):
+    """What `eval_core.py --eval stability --json FILE` wrote: BPB and memory, pass after pass."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for path in paths:
+        try:
+            results = json.loads(Path(path).read_text())
+            found, name = results["stability"], Path(results["checkpoint"]).parent.name
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{path} has no results of --eval stability ({e}): "
+                            "write it with eval_core.py --eval stability --json") from e
+        passes = range(1, len(found["bpb"]) + 1)
+        left.plot(passes, [bpb - found["decode"] for bpb in found["bpb"]], label=name)
+        right.plot(passes[1:], found["moved"][1:], label=name)
+    left.set(xscale="log", xlabel="passes", ylabel="BPB over that of decoding")
+    left.axhline(0, color="gray", linewidth=0.5)
+    left.legend()
+    right.set(xscale="log", yscale="log", xlabel="passes", ylabel="memory moved, of its size")
+    figure.savefig(png, dpi=110)
+    plt.close(figure)
+    print(f"wrote {png}")
+
 def main():
     parser = ArgumentParser(
         description="Draw runs, or the rows of RESULTS/*.jsonl, whose tables are printed, too.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders, drawn in one picture")
     parser.add_argument("--png", metavar="FILE",
-                        help="the picture of runs (default: pictures.png in the first one's folder)")
+                        help="the picture of runs (default: pictures.png in the first one's folder), or of "
+                        "--stability (default: stability.png)")
+    parser.add_argument("--stability", nargs="+", metavar="FILE",
+                        help="results of eval_core.py --eval stability --json, drawn in one picture")
     parser.add_argument("--results", default="research/results",
                         help="folder with the rows; the figures go there, too")
     args = parser.parse_args()
-    if args.png and not args.runs:
-        raise UserError("--png is for the picture of runs: name a run")
+    if args.png and not (args.runs or args.stability):
+        raise UserError("--png is for the picture of runs or of --stability: name one")
+    if args.stability:
+        path = args.png or Path("stability.png")
+        check_folder(path)
+        draw_stability(args.stability, path)
+        return
     if args.runs:
         path = args.png or Path(args.runs[0]) / "pictures.png"
         check_folder(path)

@@ -41,6 +41,34 @@ def test_eval_core(trained, here):
         assert len(bits) == 32
         assert bits.sum() / n_bytes.sum() == pytest.approx(decoded["decode"], abs=1e-4)
 
+def test_stability_ends_where_decoding_is(trained, here):
+    """After as many passes as a row has tokens at the latest; the first pass has no memory."""
+    folder, _ = trained
+    run = folder / "runs/d2_shared"
+    code, out, err = cli("eval_core.py", "--checkpoint", run, "--eval", "bpb,stability", "--split", "val",
+                         "--decode-rows", 4, "--batch-size", 3, "--passes", 32, "--json", "out.json")
+    assert code == 0, err
+    assert "memory moved" in out
+    results = json.loads((here / "out.json").read_text())
+    found, decoded = results["stability"], results["val"]["decode_bpb"]
+    assert len(found["bpb"]) == len(found["moved"]) == 32
+    assert found["bpb"][0] == pytest.approx(decoded["pass 0"], rel=1e-6)
+    assert found["bpb"][-1] == pytest.approx(decoded["decode"], rel=1e-5)
+    assert found["decode"] == pytest.approx(decoded["decode"], rel=1e-6)
+    assert found["moved"][0] is None
+    assert found["moved"][1] > 0.05 and found["moved"][-1] < 1e-5
+
+    code, out, err = cli("research.plot", "--stability", "out.json", "out.json")
+    assert code == 0, err
+    assert (here / "stability.png").stat().st_size > 5000
+
+def test_stability_is_refused_without_recurrence(data, here):
+    flags = "--lrt none --depth 1 --aspect-ratio 16 --head-dim 16 --max-seq-len 32 --total-batch-size 64"
+    brief = "--num-iterations 1 --eval-tokens 64 --decode-tokens 0"
+    assert cli("train.py", "--data", data, *flags.split(), *brief.split())[0] == 0
+    assert_refused(cli("eval_core.py", "--eval", "stability"), "no recurrence", "leave stability out")
+    assert_refused(cli("eval_core.py", "--eval", "stability", "--passes", 1), "--passes must be")
+
 def test_bpb_is_nats_over_bytes():
     """A model that knows nothing: ln(V) nats a token; BOS targets do not count."""
     config = dict(sequence_len=8, vocab_size=16, n_layer=1, n_head=1, n_kv_head=1, n_embd=8, lrt="shared")

@@ -80,6 +80,8 @@ def test_table_of_copying(capsys):
     # all shares of a flag that is gone are one line
     ("python train.py --lrt shared --forward-passes 1 --memory-start 0.5",
      "shared --forward-passes 1 --memory-start"),
+    ("python train.py --lrt shared --schedule draft --pass-mix 0.75 0.25 --inject kv --dest-layers 1 2",
+     "shared --dest-layers 1 2 --inject kv --pass-mix 0.75 0.25 --schedule draft"),
     ("python ground.py --lrt none --num-iterations 1000", "none"),
 ])
 def test_variant(command, variant):
@@ -160,7 +162,7 @@ def test_runs_that_cannot_be_drawn(here):
     assert_refused(cli("research.plot", "empty"), "empty has no log.jsonl")
     assert_refused(cli("research.plot", "nowhere", "--png", "x.png"), "nowhere has no log.jsonl")
     assert_refused(cli("research.plot", "empty", "--png", "nowhere/x.png"), "there is no folder nowhere")
-    assert_refused(cli("research.plot", "--png", "x.png"), "name a run")
+    assert_refused(cli("research.plot", "--png", "x.png"), "name one")
     assert not Path("x.png").exists()
 
 def test_no_rows(here):
