@@ -146,11 +146,6 @@ def evaluate_bpb(model, rows, token_bytes, schedule, batch_size, decode=False, t
     return bpb, by_position
 
 
-# -----------------------------------------------------------------------------
-# What training made of the memory's path
-
-LEARNED_ROWS = 16  # rows that the mean gates are of
-
 @torch.no_grad()
 def evaluate_stability(model, rows, token_bytes, n_passes, batch_size, progress=None):
     """
@@ -195,6 +190,11 @@ def evaluate_stability(model, rows, token_bytes, n_passes, batch_size, progress=
     *bpb, decode = (nats / math.log(2) / counts[0]).tolist()
     moved = (squares / counts[1]).sqrt().tolist()
     return dict(bpb=bpb, moved=[None, *moved[1:]], decode=decode)
+
+# -----------------------------------------------------------------------------
+# What training made of the memory's path
+
+LEARNED_ROWS = 16  # rows that the mean gates are of
 
 @torch.no_grad()
 def learned(model, idx):
