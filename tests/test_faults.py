@@ -750,11 +750,14 @@ def limit_patience(seconds):
     train.TIMEOUT = timedelta(seconds=seconds)
 
 @pytest.mark.parametrize("sig, seconds, words", [
-    (signal.SIGKILL, 600, "connection"),
+    (signal.SIGKILL, 600, "rank 1 died in step"),
     (signal.SIGSTOP, 3, "time"),
 ])
 def test_a_process_that_dies_or_hangs(sig, seconds, words, data, here, fork):
-    """The other one ends, and says why. seconds: what a collective may take."""
+    """
+    The other one ends, and says why. seconds: what a collective may take; where the watchdog does not time a
+    rank, that is all there is (test_watchdog.py has the rest).
+    """
     flags = ["--data", data, *TINY, "--num-iterations", 10**6, "--log-every", 1]
     processes = []
     for env in ranks(2):
