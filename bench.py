@@ -221,6 +221,7 @@ def bench_prefill(args, device):
         path = find_checkpoint(run)
         checkpoint = load_checkpoint(path)
         model = load_model(checkpoint, device)
+        model.pack()
         data = open_data(args.data or checkpoint["args"]["data"], verify=False)
         context = model.config.sequence_len
         lengths = [T for T in (128, 256, 512, 1024, 2048, 4096) if T < context] + [context]
