@@ -205,9 +205,9 @@ def token_by_token(model, idx):
     hidden = decode_tokens(model, idx, new_cache(model, *idx.shape))
     return model.logits(hidden[:, -1:])
 
-def in_parallel(model, idx, subsets):
+def in_parallel(model, idx):
     """The same by parallel prefill, and the number of sweeps that it took."""
-    hidden, _, sweeps = prefill(model, idx, new_cache(model, *idx.shape), subsets)
+    hidden, _, sweeps = prefill(model, idx, new_cache(model, *idx.shape))
     return model.logits(hidden[:, -1:]), sweeps
 
 @torch.no_grad()
@@ -230,25 +230,19 @@ def bench_prefill(args, device):
 
             # once without the clock: what they compute
             exact = token_by_token(model, idx)
-            sweeps, error = {}, {}
-            for S in args.subsets:
-                logits, sweeps[S] = in_parallel(model, idx, S)
-                error[S] = (logits - exact).abs().max().item()
+            logits, sweeps = in_parallel(model, idx)
 
-            works = {"serial": partial(token_by_token, model, idx)}
-            works |= {S: partial(in_parallel, model, idx, S) for S in args.subsets}
+            works = {"serial": partial(token_by_token, model, idx), "parallel": partial(in_parallel, model, idx)}
             times = take_turns(device, works, args.repeats)
-            for S in args.subsets:
-                rows.append(dict(
-                    run=path.parent.name,
-                    T=T,
-                    S=S,
-                    sweeps=sweeps[S],
-                    seconds=statistics.median(times[S]),
-                    token_by_token=statistics.median(times["serial"]),
-                    error=error[S],
-                    speedup=median_ratio(times["serial"], times[S]),
-                ))
+            rows.append(dict(
+                run=path.parent.name,
+                T=T,
+                sweeps=sweeps,
+                seconds=statistics.median(times["parallel"]),
+                token_by_token=statistics.median(times["serial"]),
+                error=(logits - exact).abs().max().item(),
+                speedup=median_ratio(times["serial"], times["parallel"]),
+            ))
     report(args, device, f"prefill: batch {args.batch}", rows)
 
 
@@ -706,7 +700,6 @@ def make_parser():
                    help="trained runs (default: the newest in runs/)")
     p.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
     p.add_argument("--batch", type=int, default=1, help="rows at a time")
-    p.add_argument("--subsets", type=int, nargs="+", default=[1, 2, 4], help="subsets a sweep")
 
     p = command(bench_core, "core", "CORE in batches against one example at a time")
     p.add_argument("--checkpoint", metavar="PATH", help="trained run (default: the newest in runs/)")
