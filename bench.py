@@ -1,14 +1,16 @@
 """
 Timings and counts, measured side by side in one process: the variants take turns, and medians are compared.
 
-    python bench.py decode                                latency a token: none, shared, layerwise, recurrent
+    python bench.py decode [--nanochat DIR]               latency a token: none, shared, layerwise, recurrent
     python bench.py prefill --checkpoint runs/d4_shared   exact parallel prefill against token by token
     python bench.py step                                  time and memory of a training step, S = 1, 2, 4, 8
     python bench.py muon                                  a step of our Muon against one of torch's
     python bench.py recurrent                             a recurrent layer, tiled and by plain autograd
     python bench.py core --bundle DIR                     CORE in batches against one example at a time
+    python bench.py gpu                                   all that only a GPU can settle: research/gpu.py
 
-Every command prints a table and, with --json FILE, writes the same figures with the machine and the commit.
+Every other command prints a table and, with --json FILE, writes the same figures with the machine and the
+commit.
 """
 
 import signal
@@ -17,8 +19,12 @@ if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process a
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import ctypes
+import math
 import multiprocessing
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from argparse import BooleanOptionalAction
@@ -48,10 +54,10 @@ from core import batches, load_tasks, make_example, score
 from dataset import Rows, first_rows, open_data
 from interleave import Schedule, TrainStep, decode_tokens, prefill
 from model import GPTConfig
-from optim import Muon, OptimizerConfig, make_optimizers, product_dtype
-from plan import saved_bytes
+from optim import Muon, make_optimizers, product_dtype
+from plan import RECIPES, saved_bytes
 from recurrent import RecurrentConfig, build_model, graphs, keys_read, reference, tiled
-from sample import load_run, new_cache
+from sample import Decoder, load_run, new_cache
 
 MIB = 2**20
 
@@ -132,25 +138,65 @@ def report(args, device, title, rows):
 # -----------------------------------------------------------------------------
 # decode: latency of a token
 
-class Decoder:
-    """A model with a full cache of `context` positions, of which it decodes the last one again and again."""
+def greedy(logits, uniform):
+    """The likeliest token of each row, in the place of sample_next_token."""
+    return logits.argmax(-1)
 
-    def __init__(self, model, batch, context, device):
-        self.model = model
-        self.position = range(context - 1, context)
-        self.kv = KVCache(model.config, batch, context, device, model.compute_dtype, rolling=True)
-        for tensor in self.kv.k + self.kv.v:
-            tensor.normal_()
-        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.memory = None
+def full_decoder(model, args, batch, context, device):
+    """A Decoder in front of the last args.tokens positions of a full cache of `context`."""
+    kv = KVCache(model.config, batch, context, device, model.compute_dtype, rolling=True)
+    for tensor in kv.k + kv.v:
+        tensor.normal_()
+    hidden = torch.randn(batch, 1, model.config.n_embd, device=device, dtype=model.compute_dtype)
+    memory = None if model.config.lrt == "none" else hidden
+    uniform = torch.zeros(args.tokens + 1, batch, device=device)
+    return Decoder(model, kv, hidden, memory, context - args.tokens, uniform, greedy)
 
-    def decode(self, tokens):
-        """One forward, logits and argmax for each of so many tokens; token and memory are carried along."""
-        for _ in range(tokens):
-            hidden, source = self.model(self.token, self.position, self.kv, self.memory)
-            if self.model.config.lrt != "none":
-                self.memory = source
-            self.token = self.model.logits(hidden).argmax(-1)
+def decode(decoder, tokens):
+    """So many tokens, from the same position on every time."""
+    decoder.made = 1
+    decoder.index.fill_(1)
+    for _ in range(tokens):
+        decoder.step()
+
+def nanochat_decode(folder, args, batch, context, device):
+    """The same as decode() by nanochat's own model and cache, of the same sizes: a function."""
+    if not (Path(folder) / "nanochat" / "gpt.py").is_file():
+        raise UserError(f"{folder} is no checkout of nanochat: it has no nanochat/gpt.py")
+    sys.path.insert(0, folder)
+    try:
+        from nanochat import engine, gpt
+    except ImportError as e:
+        raise UserError(f"nanochat cannot be imported from {folder}: {e}") from e
+    heads = max(args.width // 64, 1)
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.GPTConfig(
+        sequence_len=max(args.context), vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads,
+        n_kv_head=heads, n_embd=args.width))
+    model.init_weights()
+    model.to(device).eval()
+    dtype = model.cos.dtype
+    kv = engine.KVCache(batch, heads, context, args.width // heads, args.depth, device, dtype)
+    kv.k_cache.normal_()
+    kv.v_cache.normal_()
+
+    def run():
+        tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        kv.cache_seqlens.fill_(context - args.tokens)
+        for _ in range(args.tokens):
+            logits = model(tokens, kv_cache=kv)
+            tokens = engine.sample_next_token(logits[:, -1], None, temperature=0.0)
+    return run
+
+def seconds_to_read(model, device):
+    """
+    Seconds that reading every weight of the model's products once takes, the limit of a decoded token: their
+    bytes at the rate at which 256 MiB are summed.
+    """
+    memory = torch.ones(2**26, device=device)
+    read = statistics.median(clock(device, memory.sum) for _ in range(7))
+    n_bytes = model.parameter_counts()["scaling"] * torch.finfo(model.compute_dtype).bits // 8
+    return read * n_bytes / (4 * memory.numel())
 
 def decode_models(args, device):
     """One model of each kind, of the same sizes: a dict by name."""
@@ -166,22 +212,31 @@ def decode_models(args, device):
         with torch.device(device):
             models[name] = build_model(config)
         models[name].compute_dtype = compute_dtype(device)
+        for module in models[name].modules():  # as load_model() does
+            if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+                module.to(models[name].compute_dtype)
+        models[name].pack()
     return models
 
-@torch.no_grad()
+@torch.inference_mode()
 def bench_decode(args, device):
-    """Milliseconds a token for each batch size and context, on a full cache."""
+    """
+    Milliseconds a token for each batch size and context, on a full cache, and what reading the weights alone
+    would take.
+    """
     models = decode_models(args, device)
     rows = []
     for batch in args.batch:
         for context in args.context:
             works = {}
             for name, model in models.items():
-                decoder = Decoder(model, batch, context, device)
-                decoder.decode(2)  # warm up; from the second token on there is a memory
-                works[name] = partial(decoder.decode, args.tokens)
-
+                works[name] = partial(decode, full_decoder(model, args, batch, context, device), args.tokens)
+            if args.nanochat:
+                works["nanochat"] = nanochat_decode(args.nanochat, args, batch, context, device)
+            for work in works.values():
+                work()  # warm up, and capture
             times = take_turns(device, works, args.repeats)
+            limits = {name: 1000 * seconds_to_read(model, device) for name, model in models.items()}
             for name, seconds in times.items():
                 per_token = [1000 * t / args.tokens for t in seconds]
                 low, _, high = statistics.quantiles(per_token, n=4)
@@ -192,9 +247,10 @@ def bench_decode(args, device):
                     ms_per_token=statistics.median(per_token),
                     quartiles=f"{low:.3f}-{high:.3f}",
                     over_none=round(median_ratio(seconds, times["none"]), 3),
+                    reading_weights_ms=limits.get(name, math.nan),
                 ))
     title = f"decode: depth {args.depth}, width {args.width}, vocabulary {args.vocab_size}"
-    report(args, device, title, rows)
+    return title, rows
 
 
 # -----------------------------------------------------------------------------
@@ -232,7 +288,8 @@ def bench_prefill(args, device):
             exact = token_by_token(model, idx)
             logits, sweeps = in_parallel(model, idx)
 
-            works = {"serial": partial(token_by_token, model, idx), "parallel": partial(in_parallel, model, idx)}
+            serial = partial(token_by_token, model, idx)
+            works = dict(serial=serial, parallel=partial(in_parallel, model, idx))
             times = take_turns(device, works, args.repeats)
             rows.append(dict(
                 run=path.parent.name,
@@ -243,7 +300,7 @@ def bench_prefill(args, device):
                 error=(logits - exact).abs().max().item(),
                 speedup=median_ratio(times["serial"], times["parallel"]),
             ))
-    report(args, device, f"prefill: batch {args.batch}", rows)
+    return f"prefill: batch {args.batch}", rows
 
 
 # -----------------------------------------------------------------------------
@@ -254,7 +311,8 @@ class Variant(NamedTuple):
     lrt: str
     subsets: int
     checkpointing: bool = False  # activation checkpointing
-    forward_passes: int = 0
+    kind: str = "interleaved"  # the schedule's, interleaved or draft
+    recipe: str = "paper"  # backbone and optimizer, a key of plan.RECIPES
 
 def training_step(args, device, variant):
     """
@@ -265,9 +323,11 @@ def training_step(args, device, variant):
     torch.manual_seed(0)
     head_dim = 64 if args.width % 128 else 128
     heads = max(args.width // head_dim, 1)
+    recipe = RECIPES[variant.recipe]
     config = GPTConfig(
         sequence_len=args.context, vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads,
-        n_kv_head=heads, n_embd=args.width, window_pattern=args.window_pattern, lrt=variant.lrt)
+        n_kv_head=heads, n_embd=args.width, window_pattern=args.window_pattern, lrt=variant.lrt,
+        **recipe.model)
     with torch.device(device):
         model = build_model(config)
         idx = torch.randint(args.vocab_size, (args.batch, args.context))
@@ -278,9 +338,9 @@ def training_step(args, device, variant):
     if variant.lrt == "none":
         schedule = Schedule("plain")
     else:
-        schedule = Schedule(subsets=variant.subsets, forward_passes=variant.forward_passes)
+        schedule = Schedule(variant.kind, subsets=variant.subsets)
     step = TrainStep(model, schedule)
-    optimizers = make_optimizers(model, OptimizerConfig(), batch_scale=1.0)
+    optimizers = make_optimizers(model, recipe.optimizer, batch_scale=1.0)
     if args.compile:
         # the compiler chooses what to compute again; this is the share of activations that it keeps
         torch._functorch.config.activation_memory_budget = 0.2 if variant.checkpointing else 1.0
@@ -393,8 +453,7 @@ def bench_step(args, device):
     for lrt in ("shared", "layerwise"):
         variants += [Variant(lrt, S) for S in args.subsets]
     variants.append(Variant("shared", few, checkpointing=True))
-    variants.append(Variant("shared", few, forward_passes=1))
-    variants.append(Variant("shared", 1, forward_passes=1))
+    variants.append(Variant("shared", 1, kind="draft"))
 
     measure = measure_steps_on_gpu if gpu else measure_steps_on_cpu
     times, flops, memory = measure(args, device, variants)
@@ -414,7 +473,7 @@ def bench_step(args, device):
             lrt=v.lrt,
             S=0 if v == baseline else v.subsets,
             checkpointing=v.checkpointing,
-            forward_passes=v.forward_passes,
+            kind=v.kind,
             step_ms=1000 * seconds,
             quartiles=f"{1000 * low:.0f}-{1000 * high:.0f}",
             over_none=round(over_none, 3),
@@ -431,7 +490,7 @@ def bench_step(args, device):
         f"step: depth {args.depth}, width {args.width}, vocabulary {args.vocab_size}, {args.batch} rows of "
         f"{args.context}, windows {args.window_pattern}, {compiled}; "
         f"loading a batch {1000 * seconds_to_load(args, device):.2f} ms")
-    report(args, device, title, rows)
+    return title, rows
 
 
 # -----------------------------------------------------------------------------
@@ -467,7 +526,7 @@ def bench_muon(args, device):
         ))
     kernels = torch.backends.cpu.get_cpu_capability()
     default = str(product_dtype(torch.empty(0, device=device)))[6:]
-    report(args, device, f"muon: depth {args.depth}, width {D}, {kernels} kernels, default {default}", rows)
+    return f"muon: depth {args.depth}, width {D}, {kernels} kernels, default {default}", rows
 
 
 # -----------------------------------------------------------------------------
@@ -554,7 +613,7 @@ def bench_recurrent(args, device):
                 keys_read=read[name],
             ))
     title = f"recurrent: one layer of width {args.width}, batch {args.batch}, forward and backward"
-    report(args, device, title, rows)
+    return title, rows
 
 
 # -----------------------------------------------------------------------------
@@ -652,7 +711,7 @@ def bench_core(args, device):
             apart=total["apart"],
         ))
     title = f"core: {path.parent.name}, context {context}, examples a second, batches of {args.batch} rows"
-    report(args, device, title, rows)
+    return title, rows
 
 
 # -----------------------------------------------------------------------------
@@ -694,6 +753,7 @@ def make_parser():
     p.add_argument("--vocab-size", type=int, default=32768, help="vocabulary")
     p.add_argument("--context", type=int, nargs="+", default=[128, 1024], help="positions in the cache")
     p.add_argument("--tokens", type=int, default=8, help="tokens a measurement")
+    p.add_argument("--nanochat", metavar="DIR", help="a checkout of nanochat, whose own decoding takes turns")
 
     p = command(bench_prefill, "prefill", "exact parallel prefill against token by token")
     p.add_argument("--checkpoint", nargs="+", metavar="PATH",
@@ -717,6 +777,8 @@ def make_parser():
                    help="tokens a row (128 256 512 1024, and 2048 on a GPU)")
     p.add_argument("--reference-up-to", type=int, default=1024,
                    help="leave out autograd over t for more tokens: its memory grows with their square")
+
+    commands.add_parser("gpu", help="all that only a GPU can settle, as python -m research.gpu")
     return parser
 
 def check_sizes(args):
@@ -732,11 +794,17 @@ def check_sizes(args):
                 raise UserError(f"{flag(name)} must be at least {low}, not {number}")
 
 def main():
+    if sys.argv[1:2] == ["gpu"]:  # a room of its own, above this one
+        research = [sys.executable, "-m", "research.gpu", *sys.argv[2:]]
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        sys.exit(subprocess.call(research, env=os.environ | {"PYTHONPATH": path}))
     args = make_parser().parse_args()
     check_sizes(args)
     check_folder(args.json)
     try:
-        args.run(args, pick_device(args.device))
+        device = pick_device(args.device)
+        title, rows = args.run(args, device)
+        report(args, device, title, rows)
     except ValueError as e:  # sizes of which no model can be built
         raise UserError(e) from e
 

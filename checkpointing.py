@@ -93,6 +93,7 @@ def load_checkpoint(path, verify=False):
         checkpoint.setdefault("run_id", "")
         newer = checkpoint["version"] > VERSION
         if not newer:  # a newer version may have other keys
+            update_schedule(checkpoint["schedule"])
             check_content(checkpoint)
             if step_of(path) not in (None, checkpoint["step"]):
                 raise ValueError(f"it is of step {checkpoint['step']}, not of that in its name")
@@ -116,6 +117,15 @@ def check_content(checkpoint):
             raise ValueError(f"{key} is {checkpoint[key]}")
     config_from_dict(checkpoint["config"])
     Schedule(**checkpoint["schedule"])
+
+def update_schedule(schedule):
+    """
+    Bring the schedule of a checkpoint from before 2026-11-26 up to date, in place: forward-only passes had a
+    number of their own, and what is called draft today was a refine schedule with as many of them.
+    """
+    forward_passes = schedule.pop("forward_passes", 0)
+    if schedule["kind"] == "refine" and forward_passes == schedule["refinements"]:
+        schedule |= dict(kind="draft", drafts=forward_passes, subsets=1, loss_weights=None)
 
 def step_of(path):
     """The step in the name of a checkpoint, an int; None if it is not the name of one."""
@@ -222,6 +232,34 @@ def load_weights(model, checkpoint):
         reason = str(e).split("\n")[-1].strip()
         raise UserError(f"the checkpoint's weights are not of its own configuration: {reason}") from e
 
+# parameters that a model may have beyond those of the checkpoint it starts from
+MEMORY_PARAMETERS = ("mem_k.", "mem_v.", "mem_lambdas", "mem_input", ".attn.gate.")
+
+@torch.no_grad()
+def start_from(model, checkpoint, path):
+    """
+    Begin with the weights of a checkpoint (--init-from). Memory may be new in the model: its projections and
+    c are zero then, and its gates in their middle, so that at first it computes what the checkpoint does.
+    Raises UserError if the two differ in anything else.
+    """
+    weights = checkpoint["model"]
+    too_many = sorted(weights.keys() - dict(model.named_parameters()).keys())
+    if too_many:
+        raise UserError(f"{path} has {too_many[0]}, which this model lacks: leave out the flags that make "
+                        "another model of it (memory can be added, not taken away)")
+    for name, p in model.named_parameters():
+        old = weights.get(name)
+        if old is not None and old.shape == p.shape:
+            p.copy_(old)
+        elif old is None and any(part in name for part in MEMORY_PARAMETERS):
+            p.zero_()
+        elif old is not None and ".attn.gate." in name and len(old) < len(p):
+            p.zero_()
+            p[-len(old):] = old  # those of memory stand before those of the value embedding
+        else:
+            raise UserError(f"{path} has no {name} of the shape {tuple(p.shape)}: "
+                            "leave out the flags that make another model of it")
+
 def load_optimizers(optimizers, checkpoint, path):
     """Put a checkpoint's optimizer states into the optimizers. Raises UserError if they do not fit."""
     try:
@@ -301,6 +339,7 @@ class Log:
     log.jsonl of a run, open for appending on rank 0; on other ranks it takes rows and writes nothing. What a
     full disk does not take is tried again with the next row. The first row has the run's id. A log that
     somebody moves or removes, with its folder perhaps, is put back by flush(): the open file still has it.
+    Every row is handed on to the tracker, if there is one.
     """
 
     def __init__(self, folder, rank=0, run_id="", run_folder=None):
@@ -309,6 +348,7 @@ class Log:
         self.run_folder = run_folder  # a RunFolder, which goes on holding the folder
         self.file = open(self.path, "a+b", buffering=0) if rank == 0 else None
         self.unwritten = b""
+        self.tracker = None  # a tracking.Tracker
         if rank == 0 and run_id and read_run_id(folder) is None:
             self.add(kind="run", step=0, run_id=run_id)
 
@@ -319,6 +359,8 @@ class Log:
         self.unwritten += json.dumps(row).encode() + b"\n"
         with suppress(OSError):
             self.write()
+        if self.tracker is not None:
+            self.tracker.add(row)
 
     def put_back(self):
         """

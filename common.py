@@ -12,6 +12,7 @@ import contextlib
 import errno
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -535,11 +536,29 @@ def pick_device(name=None):
                 raise RuntimeError(f"{device} does not exist, this machine has {n_gpus} GPUs; "
                                    "lower --nproc_per_node")
             torch.cuda.set_device(device)  # before anything is allocated, which would else be on GPU 0
+            use_flash_attention_3(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).split("\n")[0]
         raise UserError(f"device {name!r} cannot be used here: {reason}") from e
     return device
+
+def use_flash_attention_3(device):
+    """
+    Let torch's flash attention operators run FlashAttention 3, if it is installed (flash_attn_interface) and
+    the GPU is of the kind that it is written for, Hopper. Without it they run torch's own kernels.
+    """
+    import torch
+    from torch.nn.attention import activate_flash_attention_impl, list_flash_attention_impls
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return
+    if torch.cuda.get_device_capability(device) != (9, 0) or "FA3" not in list_flash_attention_impls():
+        return
+    try:
+        activate_flash_attention_impl("FA3")
+    except (ImportError, OSError, RuntimeError) as e:  # built for another torch
+        reason = str(e).strip().split("\n")[0]
+        say(f"warning: FlashAttention 3 does not load, so torch's own kernels run: {reason}", sys.stderr)
 
 def compute_dtype(device):
     """The dtype of inference: bf16 on GPUs that have it, fp32 elsewhere, so that every CPU scores alike."""

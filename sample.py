@@ -139,7 +139,7 @@ class IncrementalDetokenizer:
 def sample_next_token(logits, uniform, temperature, top_k, top_p):
     """
     Draw one token from each row of logits (N, V): (N,) int64. Row i uses the uniform random number uniform[i]
-    (N,) and does not depend on the other rows. Only the top_k likeliest tokens are kept (None or 0: all), and of
+    and does not depend on the other rows. Only the top_k likeliest tokens are kept (None or 0: all), and of
     these only the likeliest that together reach the probability top_p (None: all).
     Temperature 0 takes the argmax and uses no random number, and so does one that float32 rounds to 0.
     """

@@ -47,6 +47,7 @@ from checkpointing import (
     rewind,
     save_checkpoint,
     set_aside,
+    start_from,
     step_of,
 )
 from common import (
@@ -67,12 +68,13 @@ from common import (
 )
 from core import describe_core, evaluate_core, load_tasks
 from dataset import BOS, Rows, first_rows, open_data
-from eval_core import evaluate_bpb
+from eval_core import LEARNED_ROWS, describe_learned, evaluate_bpb, learned
 from interleave import TrainStep
 from optim import make_optimizers, set_learning_rates
 from plan import RECIPES, describe, dry_run, fill_in, make_plan
 from recurrent import build_model
 from sample import complete
+from tracking import Tracker, check_tracking
 
 MAX_SKIPS = 10  # --on-nonfinite skip: this many steps in a row are no accident
 TIMEOUT = timedelta(minutes=10)  # of a collective, for a process that hangs; one that dies is noticed at once
@@ -115,6 +117,10 @@ def make_parser():
     add("--resume", metavar="PATH", help="run folder or checkpoint to go on with; its flags apply, those "
         "given here on top. auto: OUT/NAME from its newest checkpoint, or from the start if it has none, "
         "so that the same command starts and restarts")
+    add("--init-from", metavar="PATH",
+        help="run folder or checkpoint whose weights a new run begins with: on other data, for another "
+        "horizon, or with --lrt for a plain model, whose memory then starts at zero; the flags of its model "
+        "apply, those given here on top")
     add("--seed", type=int, default=0, help="of the weights and of the order of the data")
     add("--device", help="cuda | mps | cpu (default: the best there is)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
@@ -122,6 +128,9 @@ def make_parser():
     add("--compile", action=BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--dry-run", action="store_true",
         help="print the plan, parameters to KV cache, and end: nothing is trained or written")
+    add("--mfu", type=float, metavar="SHARE",
+        help="--dry-run: also predict the time, if the model's FLOPs reach this share of the GPUs' peak")
+    add("--dollars-per-hour", type=float, metavar="X", help="--mfu: and the cost, if all GPUs cost so much")
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=["gpt", "recurrent"], default="gpt",
@@ -144,30 +153,35 @@ def make_parser():
         "(default: shared, with --arch recurrent none)")
     add("--source-layer", type=int,
         help="memory is read after this layer, 0-based (default: 3/4 of the way up)")
-    add("--inject", choices=["kv", "residual", "both"], default="both", help="how memory enters a layer")
+    add("--inject", choices=["kv", "residual", "both", "input"], default="both",
+        help="how memory enters: keys and values, residual stream, both of every layer; or the input of the "
+        "first, by a gate")
+    add("--dest-layers", type=int, nargs=2, metavar=("FIRST", "LAST"),
+        help="kv, residual, both: memory enters these layers only, 0-based (default: all)")
     add("--first-memory", choices=["zero", "embedding"], default="zero",
         help="what a token reads where no memory has been computed yet: zero, or the embedding of the token "
         "before")
     add("--memory-init", type=float, default=0.1,
         help="c at the start: how much memory is added to the residual stream")
-    kinds = ["interleaved", "refine", "chunked", "sequential", "plain"]
+    kinds = ["interleaved", "refine", "draft", "chunked", "sequential", "plain"]
     add("--schedule", choices=kinds, default="interleaved",
         help="the passes of a training step, see interleave.py; plain with --first-memory embedding is the "
         "control: one pass, the same parameters, no recurrence")
-    add("--subsets", type=int, default=2,
-        help="interleaved: S; a step costs about two plain passes for any S")
+    add("--subsets", type=int,
+        help="interleaved: S (default 2); a step costs about two plain passes for any S. draft: S of each "
+        "sweep but the first (default 1)")
     add("--kv-refresh", action="store_true",
         help="interleaved: renew the memory in keys and values not yet visited, after each pass")
     add("--refinements", type=int, default=3,
         help="refine: K full passes after the first; a step costs 1 + K passes")
     add("--chunk", type=int, default=64, help="chunked: tokens a chunk")
     add("--detach", action="store_true", help="no gradient from a pass into the ones before it")
-    add("--forward-passes", type=int, default=0, metavar="N",
-        help="cheaper: the first N passes run forward only, without loss or gradient; those of --schedule "
-        "refine up to the source layer only")
-    add("--deepen", type=float, default=0.0, metavar="SHARE",
-        help="refine: this share of the steps, the last ones, refines once more, forward only: decoding "
-        "hands memory on and on")
+    add("--drafts", type=int, default=1, metavar="N",
+        help="draft: N forward-only passes, up to the source layer, hand memory over before the one that is "
+        "trained; one more in the last quarter of the steps")
+    add("--pass-mix", type=float, nargs="+", metavar="SHARE",
+        help="draft: shares of the steps with one pass, two passes, ..; every step draws its number (0.75 "
+        "0.22 0.03: 1.05 times the FLOPs of plain passes or so)")
     add("--loss-weights", type=float, nargs="+", metavar="W",
         help="one weight a pass (default: the plain mean); "
         "where it is 0, nothing is computed for that loss alone")
@@ -222,12 +236,13 @@ def make_parser():
     add("--save-every", type=int, default=1000, help="checkpoint")
     add("--keep", type=int, default=2, help="how many checkpoints stay")
     add("--log-every", type=int, default=10, help="console line; log.jsonl has every step")
+    add("--wandb", metavar="PROJECT", help="send every row of log.jsonl to this project of Weights & Biases")
     return parser
 
 # the least value of every flag that is a number
 LEAST = dict(
-    seed=0, depth=1, aspect_ratio=1, head_dim=1, max_seq_len=1,
-    subsets=1, refinements=1, chunk=1, forward_passes=0, deepen=0,
+    mfu=1e-6, dollars_per_hour=0, seed=0, depth=1, aspect_ratio=1, head_dim=1, max_seq_len=1,
+    subsets=1, refinements=1, drafts=1, chunk=1,
     num_iterations=1, target_flops=1, target_param_data_ratio=0,
     total_batch_size=1, device_batch_size=1, grad_clip=0,
     matrix_lr=0, memory_lr=0, embedding_lr=0, head_lr=0, gate_lr=0, scalar_lr=0, weight_decay=0,
@@ -238,8 +253,8 @@ LEAST = dict(
 
 # the largest value of those with which nothing can be right above it
 MOST = dict(
-    depth=1000, head_dim=10**5, max_seq_len=2**24,
-    refinements=1000, deepen=1, num_iterations=10**9, target_flops=1e30, target_param_data_ratio=10**6,
+    mfu=1, dollars_per_hour=10**6, depth=1000, head_dim=10**5, max_seq_len=2**24,
+    refinements=1000, drafts=1000, num_iterations=10**9, target_flops=1e30, target_param_data_ratio=10**6,
     total_batch_size=2**40, device_batch_size=2**20, warmdown_ratio=1, final_lr_frac=10**6,
     # what float32 holds
     matrix_lr=1e38, memory_lr=1e38, embedding_lr=1e38, head_lr=1e38, gate_lr=1e38, scalar_lr=1e38,
@@ -248,23 +263,32 @@ MOST = dict(
 
 # flags that may change when a run is resumed; a change of any other would make it another run
 MAY_CHANGE = {
-    "resume", "data", "device", "dtype", "compile", "dry_run",
+    "resume", "data", "device", "dtype", "compile", "dry_run", "mfu", "dollars_per_hour",
     "device_batch_size", "activation_checkpointing", "on_nonfinite",
     "eval_every", "eval_tokens", "decode_tokens", "core_every", "core_bundle", "core_max_per_task",
-    "save_every", "keep", "log_every",
+    "save_every", "keep", "log_every", "wandb",
 }
 
+# flags that --init-from takes from the run whose weights it begins with
+MODEL_FLAGS = (
+    "recipe", "arch", "depth", "aspect_ratio", "head_dim", "n_kv_head", "max_seq_len", "window_pattern",
+    "value_embeds", "lrt", "source_layer", "inject", "dest_layers", "first_memory",
+)
+
 # flags that older checkpoints have and this file no longer knows, with the default that they had
-REMOVED_FLAGS = {"memory_start": 0.0, "memory_share": 1.0}
+REMOVED_FLAGS = {"memory_start": 0.0, "memory_share": 1.0, "forward_passes": 0, "deepen": 0.0}
 
 # flags that older checkpoints do not have, where their default is not what was done then
 NEWER_FLAGS = {"dtype": None}
 
 def parse_args():
-    """The flags, and the checkpoint to go on with or None. Raises UserError."""
+    """
+    The flags, the checkpoint to go on with or None, and the checkpoint to begin a new run with or None.
+    Raises UserError.
+    """
     parser = make_parser()
     args = parser.parse_args()
-    checkpoint = None
+    checkpoint = start = None
     if args.resume == "auto":
         args.name = args.name or default_name(args)
         folder = Path(args.out) / args.name
@@ -273,6 +297,8 @@ def parse_args():
     check_restarts(args)
     if args.resume not in (None, "auto"):
         args, checkpoint = resume_args(parser, args.resume)
+    elif args.init_from is not None:
+        args, start = init_args(parser, args.init_from)
     if args.lrt is None:
         args.lrt = "none" if args.arch == "recurrent" else "shared"
     at_least(args, **LEAST)
@@ -282,9 +308,13 @@ def parse_args():
                         "choose another --out or --name")
     if args.core_every is None and (args.core_bundle or args.core_max_per_task):
         raise UserError("--core-bundle and --core-max-per-task go with --core-every")
+    if args.mfu is not None and not args.dry_run:
+        raise UserError("--mfu goes with --dry-run: a run measures it")
+    if args.dollars_per_hour is not None and args.mfu is None:
+        raise UserError("--dollars-per-hour goes with --mfu: a cost needs a time")
     if args.core_every is not None and args.max_seq_len < 2:
         raise UserError("CORE needs a context of 2 tokens or more: raise --max-seq-len")
-    return args, checkpoint
+    return args, checkpoint, start
 
 def check_restarts(args):
     """Under torchrun --max-restarts, refuse now what would only fail when the first process has died."""
@@ -333,6 +363,16 @@ def resume_args(parser, path):
     args.resume = str(path)
     return args, checkpoint
 
+def init_args(parser, path):
+    """
+    The flags of a run that begins with the weights of another, and the checkpoint that has them: what makes
+    the model is as it was there, this command line on top. Raises UserError.
+    """
+    path, checkpoint = newest_checkpoint(path)
+    before = saved_args(parser, checkpoint, path)
+    args = parser.parse_args(namespace=Namespace(**{name: before[name] for name in MODEL_FLAGS}))
+    return args, checkpoint
+
 
 # -----------------------------------------------------------------------------
 # Setup
@@ -351,11 +391,15 @@ def print0(text):
     if not dist.is_initialized() or dist.get_rank() == 0:
         say(text)
 
-def check_same_data(data, checkpoint, path):
-    """Raise UserError unless the data is what the checkpoint was trained on."""
+def check_same_tokenizer(data, checkpoint, path):
+    """Raise UserError unless the data has the tokenizer that the checkpoint was trained with."""
     if checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
         raise UserError(f"{data.folder} has another tokenizer than {path} was trained with: "
                         "give that run's --data")
+
+def check_same_data(data, checkpoint, path):
+    """Raise UserError unless the data is what the checkpoint was trained on."""
+    check_same_tokenizer(data, checkpoint, path)
     if checkpoint["shards_sha256"] != [shard["sha256"] for shard in data.meta["train"]]:
         raise UserError(f"{data.folder} has other training shards than {path} was trained on: "
                         "give that run's --data")
@@ -374,14 +418,16 @@ def make_rows(data, plan, args):
                         "lower --max-seq-len or prepare more text")
     return rows, val_rows
 
-def setup_training(args, plan, device, dtype):
+def setup_training(args, plan, device, dtype, start=None):
     """
     The model, its optimizers, and the training step, compiled and wrapped in DDP as asked: all passes of a
-    step are one forward.
+    step are one forward. start: a checkpoint whose weights to begin with. Raises UserError.
     """
     torch.manual_seed(args.seed)
     with torch.device(device):
         model = build_model(plan.config)
+    if start:
+        start_from(model, start, args.init_from)
     model.compute_dtype = dtype
     use_compile = device.type == "cuda" if args.compile is None else args.compile
     if args.activation_checkpointing and use_compile:  # the compiler picks what to compute again
@@ -390,7 +436,7 @@ def setup_training(args, plan, device, dtype):
 
     optimizers = make_optimizers(model, plan.optimizer, plan.batch_scale, plan.decay_scale)
 
-    train_step = TrainStep(model, plan.schedule)
+    train_step = TrainStep(model, plan.mix[0][1])
     if use_compile:
         # One graph. By default Dynamo would cut it up under DDP, to reduce a bucket while the backward still
         # runs; it counts a parameter once for every pass, which makes 202 graphs at depth 20. What is not
@@ -475,10 +521,11 @@ def due(every, step):
 
 def evaluate(model, val_rows, data, plan, args, folder, step):
     """
-    Bits per byte of the validation rows in parallel and, on the first of them, decoding: prints them and
-    returns two dicts (see evaluate_bpb). Raises UserError if they are not finite.
+    Bits per byte of the validation rows in parallel and, on the first of them, decoding, and what training
+    has made of the memory's path: prints them and returns what goes into the log (see evaluate_bpb and
+    learned). Raises UserError if they are not finite.
     """
-    schedule = plan.schedule_at(step - 1)  # that of the step that was trained last
+    schedule = plan.scored_schedule(step)
     bpb, _ = evaluate_bpb(model, val_rows, data.token_bytes, schedule, plan.device_batch,
                           progress="validation")
     if not math.isfinite(bpb["merged"]):
@@ -495,7 +542,12 @@ def evaluate(model, val_rows, data, plan, args, folder, step):
         shown = ", ".join(f"{name} {decoded[name]:.4f}" for name in names)
         line += f" | on {len(decode_rows)} rows: {shown}"
     print0(line)
-    return bpb, decoded
+    few = val_rows[:min(LEARNED_ROWS, plan.device_batch), :-1].to(model.wte.weight.device)
+    scalars_and_gates = learned(model, few)
+    for line in describe_learned(scalars_and_gates):
+        print0(f"step {step:05d} | {line}")
+    tokens = step * plan.total_batch
+    return dict(tokens=tokens, bpb=bpb, decode_rows=decoded, learned=scalars_and_gates)
 
 def evaluate_tasks(model, tokenizer, tasks, folder, step, max_per_task, batch_size):
     """
@@ -590,8 +642,10 @@ def log_step(args, state, plan, log, losses, norm, multiplier, dt, rows_per_epoc
            f"| epoch: {step * plan.rows_per_step / rows_per_epoch:.2f} "
            f"| total time: {state.seconds / 60:.1f}m | eta: {eta / 60:.1f}m")
 
-def finish(finished, model, tokenizer, folder, state):
-    """The last words of a run, on rank 0: how to go on with it, or a sample of its text."""
+def finish(finished, model, tokenizer, folder, state, log):
+    """
+    The last words of a run, on rank 0: how to go on with it, or a sample of its text, which the log has, too.
+    """
     skipped = sum(row["kind"] == "skip" for row in read_log(folder))
     if skipped:
         print0(f"warning: {skipped} steps were skipped, see {folder / 'log.jsonl'}")
@@ -600,6 +654,7 @@ def finish(finished, model, tokenizer, folder, state):
         return
     bos = tokenizer.encode_single_token(BOS)
     text, = complete(model, tokenizer, [[bos]], 128, temperature=0.8, top_k=50)
+    log.add(kind="sample", step=state.step, text=text)
     print0(f"a sample, memory carried from token to token:\n{text}\n"
            f"more with: python sample.py --checkpoint {folder}")
 
@@ -608,11 +663,12 @@ def finish(finished, model, tokenizer, folder, state):
 # Training
 
 def main():
-    args, checkpoint = parse_args()
+    args, checkpoint, start = parse_args()
     if args.dry_run:
         dry_run(args)
         return
     check_new_folder(args.out)
+    check_tracking(args.wandb)
 
     # device, process group, data
     device, rank, world_size = init_processes(args.device, TIMEOUT)
@@ -621,6 +677,8 @@ def main():
     data = open_data(args.data, rank=rank, world_size=world_size)
     if checkpoint:
         check_same_data(data, checkpoint, args.resume)
+    if start:
+        check_same_tokenizer(data, start, args.init_from)
 
     # the plan; a resumed run keeps the batch and the horizon that were chosen here
     plan = make_plan(args, data.meta["vocab_size"], world_size, dtype)
@@ -632,12 +690,12 @@ def main():
         peak *= world_size
 
     # model, optimizers, and the state of a resumed run
-    model, optimizers, train_step = setup_training(args, plan, device, dtype)
+    model, optimizers, train_step = setup_training(args, plan, device, dtype, start)
     state = resume(checkpoint, args.resume, model, optimizers) if checkpoint else TrainState()
     run_id = checkpoint["run_id"] if checkpoint else secrets.token_hex(8)
-    del checkpoint
+    del checkpoint, start
     check_same_step(state.step, args.out)
-    start = state.step
+    began = state.step
 
     # the run folder
     folder, log, evaluated = open_run_folder(args, state.step, run_id, data, rank)
@@ -649,6 +707,8 @@ def main():
         shards_sha256=[shard["sha256"] for shard in data.meta["train"]],
         run_id=run_id,
     )
+    if args.wandb and rank == 0:
+        log.tracker = Tracker(args.wandb, folder, run_id, vars(args) | checkpoint_header["config"])
 
     stop = StopRequest()
     stopping = False  # whether a rank was asked to stop
@@ -659,16 +719,15 @@ def main():
     while True:
         # once in a while: save, and after it what may take long: evaluate, score CORE
         finished = state.step >= plan.num_iterations
-        save_now = state.step > start and (finished or stopping or due(args.save_every, state.step))
+        save_now = state.step > began and (finished or stopping or due(args.save_every, state.step))
         if save_now:
-            schedule = dataclasses.asdict(plan.schedule_at(state.step - 1))
+            schedule = dataclasses.asdict(plan.scored_schedule(state.step))
             save(folder, log, state, model, optimizers, final=finished or stopping,
                  schedule=schedule, **checkpoint_header)
         if state.step > evaluated and (finished or (due(args.eval_every, state.step) and not stopping)):
-            bpb, decoded = evaluate(model, val_rows, data, plan, args, folder, state.step)
-            tokens = state.step * plan.total_batch
-            log.add(kind="eval", step=state.step, tokens=tokens, bpb=bpb, decode_rows=decoded)
-        if save_now or state.step == start:  # not before: an evaluation may find that the newest is no good
+            figures = evaluate(model, val_rows, data, plan, args, folder, state.step)
+            log.add(kind="eval", step=state.step, **figures)
+        if save_now or state.step == began:  # not before: an evaluation may find that the newest is no good
             remove_old_checkpoints(folder, args.keep, rank)
         if tasks and state.step > 0 and (finished or (due(args.core_every, state.step) and not stopping)):
             core = evaluate_tasks(model, data.tokenizer, tasks, folder, state.step, args.core_max_per_task,
@@ -724,7 +783,7 @@ def main():
         except OSError as e:
             raise UserError(f"cannot write {folder / 'log.jsonl'}: {e.strerror}; "
                             f"make room, then --resume {folder}") from e
-        finish(finished, model, data.tokenizer, folder, state)
+        finish(finished, model, data.tokenizer, folder, state, log)
     end_processes()
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from checkpointing import (
 )
 from common import Unreadable, UserError
 from eval_core import recurrent_losses
+from interleave import Schedule
 from optim import OptimizerConfig, make_optimizers
 
 
@@ -180,6 +181,19 @@ def test_a_checkpoint_with_odd_entries(changes, run):
     edit(run, **changes)
     for result in load_in_every_script(run):
         assert_refused(result, "is damaged or no checkpoint of nanolrt")
+
+@pytest.mark.parametrize("old, new", [
+    # what is --schedule draft today
+    (dict(kind="refine", subsets=2, refinements=2, forward_passes=2, loss_weights=None),
+     Schedule("draft", refinements=2, drafts=2)),
+    # a model is scored by the passes, whichever of them ran forward only
+    (dict(kind="interleaved", subsets=4, refinements=3, forward_passes=1, loss_weights=None),
+     Schedule(subsets=4)),
+    (dict(kind="refine", subsets=2, refinements=3, forward_passes=1, loss_weights=None), Schedule("refine")),
+])
+def test_a_schedule_from_when_forward_passes_had_a_number_of_their_own(old, new, run):
+    edit(run, schedule=old | dict(chunk=64, kv_refresh=False, detach=False))
+    assert Schedule(**load_checkpoint(run)["schedule"]) == new
 
 def test_a_checkpoint_under_the_name_of_another_step(run):
     """A copy of an older one, renamed, would take the run back and set the newest aside."""

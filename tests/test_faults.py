@@ -355,7 +355,7 @@ def test_resume_auto(data, here, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(data), *TINY, *argv])
         return train.parse_args()
 
-    args, checkpoint = parse("--resume", "auto", "--out", "./runs/")
+    args, checkpoint, _ = parse("--resume", "auto", "--out", "./runs/")
     assert checkpoint is None
     for _ in range(2):
         assert new_run_folder(args.out, args.name, "default", exist_ok=True) == Path("runs/d1_shared")
@@ -697,8 +697,8 @@ VARIANTS = {
     "interleaved": "--lrt shared --schedule interleaved",
     "kv_refresh": "--lrt shared --subsets 3 --kv-refresh",
     "refine": "--lrt shared --schedule refine --refinements 2",
-    "forward": "--lrt shared --schedule refine --refinements 2 --forward-passes 2",
-    "deepen": "--lrt shared --schedule refine --refinements 1 --forward-passes 1 --deepen 0.25",
+    "draft": "--lrt shared --schedule draft",
+    "pass_mix": "--lrt shared --schedule draft --first-memory embedding --pass-mix 2 1 1",
     "chunked": "--lrt shared --schedule chunked --chunk 3",
     "sequential": "--lrt shared --schedule sequential",
 }

@@ -6,6 +6,7 @@ an H100 (fakecuda.py). Nothing is computed there: it shows shapes, dtypes, devic
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -125,21 +126,33 @@ def guard(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     return library
 
-def fake(case, guard):
-    done = shell("tests/fakecuda.py", case, FAKECUDA_GUARD=str(guard))
+def fake(guard, case, *args):
+    """Run a case of fakecuda.py; returns what it prints."""
+    done = shell("tests/fakecuda.py", case, *args, FAKECUDA_GUARD=str(guard))
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
-@pytest.mark.parametrize("case", ["training", "inference", "trace"])
+@pytest.mark.parametrize("case", ["training", "checkpoints", "inference", "trace"])
 def test_on_fake_cuda(case, guard):
-    fake(case, guard)
+    fake(guard, case)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["recurrent_training", "trace_all"])
 def test_on_fake_cuda_longer(case, guard):
-    fake(case, guard)
+    fake(guard, case)
 
-@pytest.mark.slow
-def test_generated_code(guard):
+@pytest.fixture
+def triton():
     if "TRITON_DIR" not in os.environ and importlib.util.find_spec("triton") is None:
         pytest.skip("no triton: pip install --no-deps --target DIR triton; TRITON_DIR=DIR")
-    fake("lower", guard)
+
+@pytest.mark.slow
+def test_generated_code(guard, triton):
+    fake(guard, "lower")
+
+@pytest.mark.slow
+def test_the_step_becomes_machine_code_for_an_h100(guard, triton):
+    """At depth 2, which has all that deeper models have, in a minute; OPERATIONS.md says how at depth 20."""
+    printed = fake(guard, "machine_code", *"--depth 2 --lrt shared --device-batch-size 2".split())
+    n_kernels, n_binaries = map(int, re.search(r"(\d+) kernels, (\d+) binaries for sm_90", printed).groups())
+    assert n_binaries >= n_kernels > 20
