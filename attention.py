@@ -483,8 +483,8 @@ def _(grad, q, k, v, *_):
 
 def flash_flops(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, *_, window_size_left=None, **__):
     """
-    FLOPs of aten._flash_attention_forward on q (B, P, n_head, d) and k (B, n, n_kv_head, d): two products, for
-    the queries and keys that meet.
+    FLOPs of aten._flash_attention_forward on q (B, P, n_head, d) and k (B, n, n_kv_head, d): two products,
+    for the queries and keys that meet.
     """
     B, P, n_head, d = q.shape
     pairs = P * k.size(1)
