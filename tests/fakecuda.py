@@ -24,6 +24,8 @@ sys.path.append(os.environ.get("TRITON_DIR", ""))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402
+from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
@@ -240,6 +242,31 @@ def trace_all():
     """
     trace([s for s in SCHEDULES[1:] if len(s.passes(12)) <= 4 and s.drafts < 2])
 
+def recomputation():
+    """
+    With activation checkpointing the compiler computes things again, but not attention over many positions,
+    which is dearer than a matrix product of this width.
+    """
+    calls = dict(forward=0, backward=0)
+
+    def count(name):
+        def compile(graph, inputs):
+            for node in graph.graph.nodes:
+                calls[name] += node.target == aten._flash_attention_forward.default
+            return graph
+        return compile
+
+    backend = aot_autograd(fw_compiler=count("forward"), bw_compiler=count("backward"),
+                           partition_fn=min_cut_rematerialization_partition)
+    config = GPTConfig(sequence_len=1024, vocab_size=64, n_layer=2, n_head=1, n_kv_head=1, n_embd=64,
+                       window_pattern="S", lrt="shared")
+    budget = train.COMPILED_MEMORY_BUDGET
+    with FakeTensorMode(), torch._functorch.config.patch(activation_memory_budget=budget):
+        step = torch.compile(TrainStep(on_cuda(config), Schedule()), backend=backend, dynamic=False)
+        check_step(step, tokens(1, 1024))
+    assert calls["forward"] > 8
+    assert calls["backward"] == 0, calls
+
 def pretend_h100():
     """Let Inductor and triton take this machine for one with an H100, as far as generating code goes."""
     properties = SimpleNamespace(
@@ -404,8 +431,8 @@ def compile_kernels(code):
     return len(sources), n_binaries
 
 CASES = dict(training=training, deterministic=deterministic, recurrent_training=recurrent_training,
-             checkpoints=checkpoints, inference=inference, trace=trace, trace_all=trace_all, lower=lower,
-             machine_code=machine_code)
+             checkpoints=checkpoints, inference=inference, trace=trace, trace_all=trace_all,
+             recomputation=recomputation, lower=lower, machine_code=machine_code)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
