@@ -723,7 +723,7 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """hidden (B, P, D) -> logits (B, P, V) in float32 or wider, softly capped at +-15; equation (3)."""
         logits = self.lm_head(hidden)
-        return 15 * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / 15)
+        return 15 * logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(15).tanh_()
 
     def token_loss(self, hidden, targets):
         """
