@@ -28,6 +28,7 @@ if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process a
 import json
 import math
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -145,11 +146,6 @@ def evaluate_bpb(model, rows, token_bytes, schedule, batch_size, decode=False, t
     return bpb, by_position
 
 
-# -----------------------------------------------------------------------------
-# What training made of the memory's path
-
-LEARNED_ROWS = 16  # rows that the mean gates are of
-
 @torch.no_grad()
 def evaluate_stability(model, rows, token_bytes, n_passes, batch_size, progress=None):
     """
@@ -194,6 +190,11 @@ def evaluate_stability(model, rows, token_bytes, n_passes, batch_size, progress=
     *bpb, decode = (nats / math.log(2) / counts[0]).tolist()
     moved = (squares / counts[1]).sqrt().tolist()
     return dict(bpb=bpb, moved=[None, *moved[1:]], decode=decode)
+
+# -----------------------------------------------------------------------------
+# What training made of the memory's path
+
+LEARNED_ROWS = 16  # rows that the mean gates are of
 
 @torch.no_grad()
 def learned(model, idx):
@@ -255,16 +256,16 @@ def text_rows(tokenizer, files, text_key, T):
     that cannot be read or hold no text.
     """
     bos = tokenizer.encode_single_token(BOS)
-    ids = []
+    documents = []
     for path in files:
         for document in read_documents(path, text_key):
-            ids += [bos, *encode_text(tokenizer, document)]
-    if not ids:
+            documents.append(np.array([bos, *encode_text(tokenizer, document)]))
+    if not documents:
         raise UserError(f"no text in {', '.join(map(str, files))}: every document is blank")
-    n_targets = len(ids) - 1
-    n_rows = math.ceil(n_targets / T)
-    ids += [bos] * (n_rows * T - n_targets)
-    return torch.tensor(ids).unfold(0, T + 1, T), n_targets
+    n_targets = sum(map(len, documents)) - 1
+    padding = np.full(-n_targets % T, bos)
+    ids = torch.from_numpy(np.concatenate([*documents, padding]))
+    return ids.unfold(0, T + 1, T), n_targets
 
 
 # -----------------------------------------------------------------------------
@@ -399,7 +400,7 @@ def report_tokens(args, path, checkpoint, model, tokenizer, other, print0):
         ways["no memory"] = score_tokens(model, rows, args.batch_size, use_memory=False)
     if other:
         other_path, other_checkpoint, _, other_model = other
-        labels["against"] = f"{other_path.parent.name}, {other_model.config.label}"
+        labels["against"] = f"{other_path.absolute().parent.name}, step {other_checkpoint['step']}"
         about += f"; against {other_path}, step {other_checkpoint['step']}, {other_model.config.label}"
         ways["against"] = score_tokens(other_model, rows, args.batch_size)
     if not all(nats.isfinite().all() for nats, _, _ in ways.values()):
@@ -412,9 +413,9 @@ def report_tokens(args, path, checkpoint, model, tokenizer, other, print0):
     page = make_page(data).encode()
     write_atomic(args.html, lambda f: f.write(page))
     print0(f"\n{args.html}: {n_targets} tokens, {len(page) / 1e6:.1f} MB")
-    print0(f"{'nats a token':>24} {'tokens':>8} " + "".join(f"{labels[way]:>24}" for way in ways))
+    print0(f"{'nats a token':>24} {'tokens':>8} " + "".join(f"  {labels[way]:>12}" for way in ways))
     for group in data["groups"]:
-        figures = [f"{x:24.4f}" for x in group["nats"].values()]
+        figures = [f"  {group['nats'][way]:{max(len(labels[way]), 12)}.4f}" for way in ways]
         print0(f"{group['name']:>24} {group['tokens']:>8} " + "".join(figures))
     return data["groups"]
 

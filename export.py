@@ -30,7 +30,7 @@ from checkpointing import read_log
 from common import ArgumentParser, UserError, check_new_folder, flag, run_main, say
 from dataset import BOS
 from sample import load_run
-from train import MAY_CHANGE, make_parser
+from train import MAY_CHANGE, REMOVED_FLAGS, make_parser
 
 HERE = Path(__file__).resolve().parent
 # the code of the model, the class of transformers first
@@ -160,19 +160,22 @@ def with_relative_imports(source):
 def training_command(checkpoint):
     """
     The command that trained a checkpoint: the flags that are not its recipe's defaults. What is left out are
-    names and places, and flags that change neither the model nor what it has seen.
+    names and places, which are nobody's business, and flags that change neither the model nor what it has
+    seen.
     """
     args = checkpoint["args"]
     recipe = args.get("recipe", "paper")  # older checkpoints have none: there was only this one
     defaults = vars(make_parser().parse_args(["--recipe", recipe]))
     defaults["recipe"] = make_parser().get_default("recipe")
     words = []
-    for name, default in defaults.items():
-        value = args.get(name, default)
+    for name, value in args.items():
+        default = defaults.get(name, REMOVED_FLAGS.get(name))
         if value == default or name in MAY_CHANGE | {"name", "out"}:
             continue
         words.append(flag(name))
-        if isinstance(value, list):
+        if name == "init_from":
+            words.append("RUN")
+        elif isinstance(value, list):
             words += map(str, value)
         elif value is not True:
             words.append(str(value))

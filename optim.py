@@ -91,12 +91,12 @@ def weight_decay_scale(config, n_layer, total_batch, growth):
         return min((12 / n_layer) ** 2, 1.0)
     return total_batch / BATCH_AT_DEPTH_12 / learning_rate_scale(total_batch) / growth
 
-def make_optimizers(model, config, batch_scale=1.0, decay_scale=1.0):
+def make_optimizers(model, config, batch_scale=1.0, decay_scale=1.0, share=None):
     """
     The two optimizers of a GPT, (adamw, muon). Learning rates are multiplied by batch_scale, those of
     embeddings and head also by sqrt(768 / n_embd), weight decay by decay_scale. Every group keeps its
     `initial_lr` and, in Muon, `initial_weight_decay`, of which set_learning_rates() makes the current ones.
-    In a process group, both are Sharded.
+    In a process group, both are Sharded, or what share(adamw, muon) makes of them.
     """
     groups = model.parameter_groups()
     width_scale = (model.config.n_embd / 768) ** -0.5
@@ -136,7 +136,9 @@ def make_optimizers(model, config, batch_scale=1.0, decay_scale=1.0):
 
     adamw = torch.optim.AdamW(adamw_groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     muon = Muon(muon_groups, weight_decay=config.weight_decay * decay_scale, **config.muon_options)
-    if dist.is_initialized():
+    if share is not None:
+        adamw, muon = share(adamw, muon)
+    elif dist.is_initialized():
         adamw = Sharded(adamw, work=torch.numel)
         muon = Sharded(muon, work=lambda p: p.numel() * min(p.shape))
     for optimizer in (adamw, muon):
@@ -355,28 +357,10 @@ class Sharded:
 
     def state_dict(self):
         """
-        As of the optimizer in one process: rank 0 gets it whole, its tensors on the CPU, the others get their
-        share. All ranks have to call it. One tensor at a time is on all devices.
+        This rank's share: the state_dict of the optimizer in one process, but with the state of this rank's
+        parameters only. The states of all ranks together are that of one process.
         """
-        state_dict = self.optimizer.state_dict()
-        mine, whole = state_dict["state"], {}
-        metas = [None] * self.world_size  # the state of each rank, without the numbers
-        meta = {i: {name: x.to("meta") for name, x in tensors.items()} for i, tensors in mine.items()}
-        dist.all_gather_object(metas, meta)
-        for rank, meta in enumerate(metas):
-            for i, tensors in meta.items():
-                whole[i] = {}
-                for name, x in tensors.items():
-                    if rank == self.rank:
-                        x = mine[i][name]
-                    else:
-                        x = torch.empty_like(x, device=self.params[i].device)
-                    dist.broadcast(x, rank)
-                    if self.rank == 0:
-                        whole[i][name] = x.cpu()
-        if self.rank == 0:
-            state_dict["state"] = whole
-        return state_dict
+        return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict):
         """Load this rank's share of the state_dict of all. Raises ValueError if it does not fit."""

@@ -16,8 +16,11 @@ import torch
 import torch.distributed as dist
 from helpers import ROOT, shell
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 import train
+from interleave import Schedule, TrainStep
+from model import GPT, GPTConfig
 from plan import make_plan
 
 # -----------------------------------------------------------------------------
@@ -87,6 +90,42 @@ def test_gradients_live_in_the_buckets_of_ddp(process_group):
         step(idx, idx)[0].backward()
         size, n_buckets = bytes_of_gradients()
         assert total <= size < total + 64 * n_parameters and n_buckets < n_parameters / 4
+
+
+# -----------------------------------------------------------------------------
+# Forward-only passes
+
+def products(schedule):
+    """How many matrix products the compiled step of a schedule has, forward and backward."""
+    counts = [0, 0]
+
+    def compiler(i):
+        def compile(graph, inputs):
+            counts[i] += sum(node.target == torch.ops.aten.mm.default for node in graph.graph.nodes)
+            return graph
+        return compile
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = GPTConfig(sequence_len=16, vocab_size=32, n_layer=4, n_head=2, n_kv_head=2, n_embd=16,
+                       window_pattern="L", lrt="shared", inject="kv")
+    backend = aot_autograd(fw_compiler=compiler(0), bw_compiler=compiler(1),
+                           partition_fn=min_cut_rematerialization_partition)
+    step = torch.compile(TrainStep(GPT(config), schedule), backend=backend, dynamic=False, fullgraph=True)
+    idx = torch.randint(32, (2, 16))
+    step(idx, idx)[0].backward()
+    return counts
+
+def test_forward_only_passes_have_no_backward_when_compiled():
+    """
+    The first of two passes ends at the source layer, and nothing of it is computed twice or backwards.
+    """
+    forward, backward = products(Schedule("draft"))
+    first, second = 3 * 7, 4 * 7 + 2  # products a layer, gates among them, and the two of the memory
+    loss = 3  # the head, and its two gradients
+    assert forward == first + second + loss
+    # each product has two gradients but the two of the memory, which needs none itself
+    assert backward == 2 * (second - 2) + 2
 
 
 # -----------------------------------------------------------------------------

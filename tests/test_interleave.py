@@ -35,6 +35,29 @@ def new_cache(model, B, length, **options):
     return KVCache(model.config, B, length, "cpu", model.wte.weight.dtype, **options)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("overrides", [dict(lrt="shared"), dict(lrt="none", smear=True)])
+def test_rows_of_a_cache_can_be_chosen(overrides):
+    """As beam search does: what follows is what follows in a cache that was filled with these rows."""
+    model = make(sequence_len=24, **overrides)
+    idx, _ = tokens(10, B=3)
+    start = torch.tensor([0, 4, 2])
+    rows = torch.tensor([2, 0, 0])
+    chosen = new_cache(model, 3, 12, start=start)
+    _, memory, _ = prefill(model, idx, chosen)
+    chosen.select_rows(rows)
+    filled = new_cache(model, 3, 12, start=start[rows])
+    _, expected_memory, _ = prefill(model, idx[rows], filled)
+    if memory is not None:
+        memory = memory[rows]
+    assert chosen.first == filled.first == 2
+    for position in (10, 11):
+        step = idx[rows][:, position - 9:position - 8], range(position, position + 1)
+        hidden, memory = model(*step, chosen, memory)
+        expected, expected_memory = model(*step, filled, expected_memory)
+        torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-10)
+
+
 # -----------------------------------------------------------------------------
 # Prefill
 
