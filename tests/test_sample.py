@@ -25,7 +25,7 @@ import sample
 from attention import KVCache
 from checkpointing import load_model
 from interleave import plain, prefill, run
-from model import NANOCHAT_BACKBONE, GPTConfig
+from model import NANOCHAT_BACKBONE, GPTConfig, product
 from recurrent import RecurrentConfig, build_model
 from sample import Decoder, IncrementalDetokenizer, complete, generate, read_prompts, sample_next_token
 from test_model import CONFIG, decode, make, randomize, tokens
@@ -278,6 +278,25 @@ def test_packed_weights_are_the_same_weights(variant, monkeypatch):
     a_layer = 5 if variant == "recurrent" else 4  # it projects its output, too
     others = (model.config.lrt != "none") + model.config.smear
     assert len(products) == a_layer * model.config.n_layer + others
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 64])
+def test_products_do_not_depend_on_who_computes_them(rows):
+    """oneDNN where it is faster: several rows, no gradient, and not a part of the rows of packed weights."""
+    from test_recurrent import Recorder  # which imports this file
+    torch.manual_seed(0)
+    x = torch.randn(rows, 1, 768)
+    weight = torch.randn(2048, 768)
+    in_columns = weight.t().contiguous().t()
+    for w, is_dense in ((weight, True), (in_columns, True), (in_columns[:1024], False)):
+        with torch.no_grad(), Recorder() as recorder:
+            y = product(x, w)
+        kernels = {str(kernel) for kernel, *_ in recorder.calls}
+        by_onednn = torch.backends.mkldnn.is_available() and is_dense and rows > 2
+        assert ("mkldnn._linear_pointwise.default" in kernels) == by_onednn
+        torch.testing.assert_close(y.double(), x.double() @ w.double().T, rtol=1e-5, atol=1e-3)
+    w = weight.requires_grad_()
+    product(x, w).sum().backward()
+    torch.testing.assert_close(w.grad, x.sum((0, 1)).expand(2048, -1), rtol=1e-4, atol=1e-4)
 
 def test_samples_share_one_prefill_and_a_token_is_one_forward(trained_models, monkeypatch):
     model = trained_models["shared"]
