@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import ROOT, assert_refused, cli, shell
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -270,7 +271,7 @@ def test_packed_weights_are_the_same_weights(variant, monkeypatch):
 
     # one product for q, k, v and the gates, and one for all of Rk and Rv
     products = []
-    monkeypatch.setattr("model.product", lambda x, w: products.append(w) or torch.nn.functional.linear(x, w))
+    monkeypatch.setattr("model.product", lambda x, w: products.append(w) or F.linear(x, w))
     kv = KVCache(model.config, 2, 1, "cpu", torch.float64)
     memory = None if model.config.lrt == "none" else memory[:, :1]
     with torch.no_grad():
@@ -294,6 +295,14 @@ def test_products_do_not_depend_on_who_computes_them(rows):
         by_onednn = torch.backends.mkldnn.is_available() and is_dense and rows > 2
         assert ("mkldnn._linear_pointwise.default" in kernels) == by_onednn
         torch.testing.assert_close(y.double(), x.double() @ w.double().T, rtol=1e-5, atol=1e-3)
+
+    graphs = []  # Inductor refuses calls of oneDNN that are not its own
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(product, backend=lambda graph, inputs: graphs.append(graph.code) or graph)
+        torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
+    assert len(graphs) == 1 and "mkldnn" not in graphs[0]
+
     w = weight.requires_grad_()
     product(x, w).sum().backward()
     torch.testing.assert_close(w.grad, x.sum((0, 1)).expand(2048, -1), rtol=1e-4, atol=1e-4)
