@@ -172,7 +172,7 @@ def fake(guard, case, *args):
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
-@pytest.mark.parametrize("case", ["training", "checkpoints", "inference", "trace"])
+@pytest.mark.parametrize("case", ["training", "checkpoints", "inference", "decoding", "trace"])
 def test_on_fake_cuda(case, guard):
     fake(guard, case)
 
