@@ -6,7 +6,7 @@ checkpoint.
     ckpt_0001000.share_1.pt               of several processes: what rank 1 holds of the optimizers' states, a
                                           dict with the keys of SHARE; rank 0's is in the checkpoint
     log.jsonl                             JSON lines: the run's id, training steps, evaluations, CORE,
-                                          skipped steps
+                                          skipped steps, loss spikes
     tokenizer.tiktoken, tokenizer.json    those of the data it was trained on
     core_0001000.json, .csv               CORE, if it was scored (core.py)
     set_aside/                            checkpoints that were newer when the run went back to an older one
@@ -46,10 +46,12 @@ from common import (
 )
 from interleave import Schedule
 from recurrent import build_model, config_from_dict
+from sharding import load_whole_state_dict
 
 # Of the checkpoint's format. 0: those from before it was counted, which have none. 1: with run_id. 2: with
-# commit, save_id and shares, and with the optimizers' states of all ranks but the first in shares.
-VERSION = 2
+# commit, save_id and shares, and with the optimizers' states of all ranks but the first in shares. 3: with
+# left_out.
+VERSION = 3
 
 SET_ASIDE = "set_aside"  # the folder, within that of the run, for checkpoints that nothing looks for any more
 MAX_SET_ASIDE = 2  # how many of them stay
@@ -63,6 +65,7 @@ CHECKPOINT = dict(
     shares=int,  # in how many files the optimizers' states are, this one included: the number of processes
     step=int,  # optimizer steps done
     rows_seen=int,  # training rows read, over all ranks: the position in the data (dataset.Rows)
+    left_out=list,  # the first rows of batches that were left out because of a loss spike, of any row number
     seconds=float,  # time in training steps, over all starts
     config=dict,  # the fields of GPTConfig or RecurrentConfig
     schedule=dict,  # the fields of Schedule, of the last step
@@ -75,7 +78,7 @@ CHECKPOINT = dict(
 )
 
 # what older versions do not have, as it was then
-OLDER = dict(version=0, run_id="", commit="unknown", shares=1, save_id="")
+OLDER = dict(version=0, run_id="", commit="unknown", shares=1, save_id="", left_out=[])
 
 # the keys of a share
 SHARE = dict(version=int, optimizers=list, rank=int, step=int, save_id=str)
@@ -525,7 +528,7 @@ def check_same_run(path, checkpoint):
 def load_weights(model, checkpoint):
     """Put a checkpoint's weights into a model. Raises UserError if they are those of another model."""
     try:
-        model.load_state_dict(checkpoint["model"])
+        load_whole_state_dict(model, checkpoint["model"])
     except (RuntimeError, AttributeError, TypeError) as e:
         reason = str(e).split("\n")[-1].strip()
         raise UserError(f"the checkpoint's weights are not of its own configuration: {reason}") from e
@@ -675,6 +678,21 @@ class Log:
         write_atomic(self.path, lambda f: f.write(rows))
         self.file = open(self.path, "a+b", buffering=0)
         say(f"warning: {self.path} was moved or removed: it was written again")
+
+    def take_back(self, step):
+        """
+        Take the run's folder back to `step`, see rewind(), and go on with the log of that. Returns the last
+        step that was evaluated, on rank 0; -1 on others, where nothing happens. Raises UserError.
+        """
+        if self.file is None:
+            return -1
+        try:
+            self.sync()
+        except OSError as e:
+            raise UserError(f"cannot write {self.path}: {e.strerror}; make room, then --resume") from e
+        evaluated = rewind(self.path.parent, step)
+        self.file = open(self.path, "a+b", buffering=0)
+        return evaluated
 
     def flush(self):
         """Write what is not written yet. Raises OSError if the disk is full, and what put_back() raises."""

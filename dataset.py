@@ -368,6 +368,12 @@ def first_rows(shards, T, n):
         return torch.zeros(0, T + 1, dtype=torch.int64)
     return torch.from_numpy(np.stack(rows))
 
+def skip_rows(first, left_out, rows_per_step):
+    """The first row, from `first` on, where no batch begins that is left out."""
+    while first in left_out:
+        first += rows_per_step
+    return first
+
 class Rows:
     """
     The training rows, numbered 0, 1, 2, .. without end. An epoch goes through the shards in a random order,
@@ -423,11 +429,13 @@ class Rows:
         rows = rows.to(device, non_blocking=cuda)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-    def micro_batches(self, first, count, rank, world_size, device):
+    def micro_batches(self, first, count, rank, world_size, device, left_out=(), rows_per_step=0):
         """
         Without end, this rank's micro-batches of `count` rows, from row `first` on: (inputs, targets) as
-        batch() gives them. The ranks take turns, so together they read every row once.
+        batch() gives them. The ranks take turns, so together they read every row once. left_out: the first
+        rows of batches, of rows_per_step rows, that are not read.
         """
         while True:
+            first = skip_rows(first, left_out, rows_per_step)
             yield self.batch(first + rank * count, count, device)
             first += world_size * count

@@ -91,12 +91,12 @@ def weight_decay_scale(config, n_layer, total_batch, growth):
         return min((12 / n_layer) ** 2, 1.0)
     return total_batch / BATCH_AT_DEPTH_12 / learning_rate_scale(total_batch) / growth
 
-def make_optimizers(model, config, batch_scale=1.0, decay_scale=1.0):
+def make_optimizers(model, config, batch_scale=1.0, decay_scale=1.0, share=None):
     """
     The two optimizers of a GPT, (adamw, muon). Learning rates are multiplied by batch_scale, those of
     embeddings and head also by sqrt(768 / n_embd), weight decay by decay_scale. Every group keeps its
     `initial_lr` and, in Muon, `initial_weight_decay`, of which set_learning_rates() makes the current ones.
-    In a process group, both are Sharded.
+    In a process group, both are Sharded, or what share(adamw, muon) makes of them.
     """
     groups = model.parameter_groups()
     width_scale = (model.config.n_embd / 768) ** -0.5
@@ -136,7 +136,9 @@ def make_optimizers(model, config, batch_scale=1.0, decay_scale=1.0):
 
     adamw = torch.optim.AdamW(adamw_groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     muon = Muon(muon_groups, weight_decay=config.weight_decay * decay_scale, **config.muon_options)
-    if dist.is_initialized():
+    if share is not None:
+        adamw, muon = share(adamw, muon)
+    elif dist.is_initialized():
         adamw = Sharded(adamw, work=torch.numel)
         muon = Sharded(muon, work=lambda p: p.numel() * min(p.shape))
     for optimizer in (adamw, muon):

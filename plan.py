@@ -30,6 +30,7 @@ from recurrent import RecurrentConfig, build_model
 DEFAULT_VOCAB_SIZE = 32768  # what --dry-run assumes where there is no data yet
 ASSUMED_GPU = "NVIDIA H100 80GB HBM3"  # of --mfu, where there is none or its peak is not known
 MAX_POSITIONS = 2**15  # of a forward, over all passes and rows, for the default device batch
+GPU_MEMORY = 80  # GiB, of the GPUs that --dry-run thinks of
 DEEPER_SHARE = 0.25  # of the steps of --schedule draft, the last ones, have one draft more
 COPY_RATE = 20e9  # bytes a second from a GPU to page-locked memory; PCIe 4 x16 has 31.5e9 on paper
 MAX_PASSES_COUNTED = 16  # --dry-run does not count the activations of longer schedules: it would take minutes
@@ -377,14 +378,29 @@ def saved_bytes(work, parameters):
         count(x)
     return sum(n for storage, n in sizes.items() if storage not in before)
 
-def memory_estimate(plan, world_size, dtype, recompute):
+def put_together_bytes(model, dtype):
+    """
+    Bytes of whole weights and gradients that --shard has at a time, see sharding.py: what is put together all
+    along, and of the largest unit the weights, those of the next one, and the gradients. Layers are in dtype.
+    """
+    def n_parameters(module):
+        return sum(p.numel() for p in module.parameters())
+
+    embeddings = [model.wte, *model.value_embeds.values()]
+    units = [dtype.itemsize * n_parameters(block) for block in model.h]
+    units += [4 * n_parameters(embedding) for embedding in embeddings]
+    rest = n_parameters(model) - sum(map(n_parameters, [*model.h, *embeddings]))
+    return 8 * rest + 3 * max(units)
+
+def memory_estimate(plan, world_size, dtype, recompute, shard=False):
     """
     Bytes that one process needs at least, a dict by kind: weights, gradients and optimizer state in
     float32, the state shared by all ranks, and the activations that the forward of a micro-batch keeps
     for its backward, counted on fake tensors in this dtype. That is without compilation, which keeps
     less. The activations of long schedules and of the Recurrent Transformer are not counted. Under DDP the
     gradients are its buckets. Where those of a micro-batch are added to them, there are two of each for a
-    moment; a compiled backward returns all of them at once, and frees the activations meanwhile.
+    moment; a compiled backward returns all of them at once, and frees the activations meanwhile. shard: with
+    --shard.
     """
     total, T = plan.counts["total"], plan.config.sequence_len
     muon = plan.counts["matrices"] + plan.counts["memory projections"]
@@ -396,17 +412,26 @@ def memory_estimate(plan, world_size, dtype, recompute):
         gradients=4 * total,
         optimizers=(8 * adamw + 4 * muon) // world_size,  # AdamW keeps two moments, Muon one
     )
+    if shard:
+        parts["weights"] //= world_size
+        parts["gradients"] //= world_size
+        with torch.device("meta"):
+            parts["put together"] = put_together_bytes(build_model(plan.config), dtype)
     recurrent = isinstance(plan.config, RecurrentConfig)
     if not recurrent and len(plan.deepest.passes(T)) <= MAX_PASSES_COUNTED:
         with FakeTensorMode():
             model = build_model(plan.config)
             model.compute_dtype = dtype
             model.recompute = recompute
+            if shard:  # the layers are in the dtype in which they are sent
+                for module in model.h.modules():
+                    for name, p in list(module.named_parameters(recurse=False)):
+                        module.register_parameter(name, torch.nn.Parameter(torch.empty_like(p, dtype=dtype)))
             step = TrainStep(model, plan.deepest)
             idx = torch.zeros(plan.device_batch, T, dtype=torch.int64)
             parts["activations"] = saved_bytes(lambda: step(idx, idx), model.parameters())
     new_gradients = 4 * total - parts.get("activations", 0)
-    if (world_size > 1 or plan.micro_steps > 1) and new_gradients > 0:
+    if not shard and (world_size > 1 or plan.micro_steps > 1) and new_gradients > 0:
         parts["new gradients"] = new_gradients
     return parts
 
@@ -418,7 +443,8 @@ def describe_checkpoint(parts, world_size):
     """
     copied = parts["weights"] + parts["optimizers"]
     whole = parts["weights"] + world_size * parts["optimizers"]
-    return (f"checkpoint: {whole / 1e9:.2f} GB in {world_size} files; a save stops training for "
+    files = "one file" if world_size == 1 else f"{world_size} files"
+    return (f"checkpoint: {whole / 1e9:.2f} GB in {files}; a save stops training for "
             f"{copied / COPY_RATE:.2f} s, in which rank 0 copies {copied / 1e9:.2f} GB "
             f"at {COPY_RATE / 1e9:.0f} GB/s into as much memory of the host")
 
@@ -441,9 +467,26 @@ def dry_run(args):
     print("\n".join(lines))
 
     dtypes = [dtype] if dtype == torch.bfloat16 else [dtype, torch.bfloat16]  # as on a GPU, too
+    ways = [False, True] if world_size > 1 and args.arch == "gpt" else [False]
     for activation_dtype in dtypes:
-        parts = memory_estimate(plan, world_size, activation_dtype, args.activation_checkpointing)
-        terms = " + ".join(f"{name} {n / 2**30:.2f}" for name, n in parts.items())
-        print(f"memory a process, {str(activation_dtype)[6:]}, {plan.device_batch} rows: {terms} "
-              f"= {sum(parts.values()) / 2**30:.2f} GiB")
-    print(describe_checkpoint(parts, world_size))
+        needed = []
+        for shard in ways:
+            parts = memory_estimate(plan, world_size, activation_dtype, args.activation_checkpointing, shard)
+            if not shard:
+                whole_parts = parts
+            needed.append(sum(parts.values()) / 2**30)
+            terms = " + ".join(f"{name} {n / 2**30:.2f}" for name, n in parts.items())
+            print(f"memory a process{' with --shard' if shard else ''}, {str(activation_dtype)[6:]}, "
+                  f"{plan.device_batch} rows: {terms} = {needed[-1]:.2f} GiB")
+        if len(ways) == 2:
+            print(what_fits(*needed))
+    print(describe_checkpoint(whole_parts, world_size))
+
+def what_fits(whole, sharded):
+    """A line about the GiB that a process needs without and with --shard."""
+    room = f"{GPU_MEMORY} GiB"
+    if whole <= GPU_MEMORY:
+        return f"it fits in {room}"
+    if sharded <= GPU_MEMORY:
+        return f"it does not fit in {room}, --shard does"
+    return f"it does not fit in {room}, with --shard neither: lower --device-batch-size, take more processes"

@@ -25,7 +25,7 @@ import time
 import warnings
 from argparse import BooleanOptionalAction, Namespace
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from checkpointing import (
     Saver,
     default_name,
     list_checkpoints,
+    load_checkpoint,
     load_optimizers,
     load_weights,
     new_run_folder,
@@ -68,19 +69,33 @@ from common import (
     say,
     side_group,
     training_dtype,
+    wait_for_all,
 )
 from core import describe_core, evaluate_core, load_tasks
-from dataset import BOS, Rows, first_rows, open_data
+from dataset import BOS, Rows, first_rows, open_data, skip_rows
 from eval_core import LEARNED_ROWS, describe_learned, evaluate_bpb, learned
 from interleave import TrainStep
 from optim import make_optimizers, set_learning_rates
 from plan import RECIPES, describe, dry_run, fill_in, make_plan
 from recurrent import build_model
 from sample import complete
+from sharding import clip_gradients, shard, share, whole_model, whole_state_dict
+from soundness import (
+    MAX_REWINDS,
+    SPIKE,
+    WINDOW,
+    GradientChecksums,
+    LossSpikes,
+    checksum,
+    ranks_that_differ,
+    suspects,
+    use_deterministic_algorithms,
+)
 from tracking import Tracker, check_tracking
+from watchdog import Watchdog
 
 MAX_SKIPS = 10  # --on-nonfinite skip: this many steps in a row are no accident
-TIMEOUT = timedelta(minutes=10)  # of a collective, for a process that hangs; one that dies is noticed at once
+TIMEOUT = timedelta(minutes=10)  # of a collective, for what the watchdog does not time: evaluations, saves
 PATIENCE = timedelta(hours=12)  # with a rank that verifies its share of the data for the first time
 COMPILED_MEMORY_BUDGET = 0.2  # --activation-checkpointing with --compile: share of activations that is kept
 MAX_PASSES_LOGGED = 16  # the losses of longer schedules, pass by pass, would make log.jsonl large
@@ -202,6 +217,9 @@ def make_parser():
     add("--device-batch-size", type=int,
         help="rows a forward and device; lower it when memory runs out (default: the largest of 16, 8, .. "
         "that divides, with at most 32768 positions in all passes)")
+    add("--shard", action=BooleanOptionalAction, default=False,
+        help="cut up weights, gradients and optimizer state over the processes, for models too large for one "
+        "GPU otherwise (--dry-run says); not compiled")
     add("--activation-checkpointing", action="store_true",
         help="save memory: keep each layer's input only, and run the layer again in the backward")
     add("--matrix-lr", type=float, help=f"Muon {of_recipe('matrix_lr')}")
@@ -220,6 +238,13 @@ def make_parser():
     add("--on-nonfinite", choices=["stop", "skip"], default="stop",
         help="a step whose loss or gradient is not finite: stop, or leave the weights as they are "
         f"({MAX_SKIPS} in a row stop in any case)")
+    add("--on-spike", choices=["report", "rewind"], default="report",
+        help="a loss far above those before it: say so, or also go back to the last checkpoint and leave out "
+        f"the batches that led to it (at most {MAX_REWINDS} times from a checkpoint)")
+    add("--check-every", type=int, default=0, metavar="N",
+        help="run one step in N twice and compare all bits, to find hardware that computes wrongly; 0: never")
+    add("--deterministic", action=BooleanOptionalAction, default=False,
+        help="the same bits every time on the same hardware, a GPU included")
     add("--warmup-steps", type=int, help=f"steps of linear warm-up {of_recipe('warmup_steps')}")
     add("--warmdown-ratio", type=float,
         help=f"share of the run over which the learning rates fall linearly {of_recipe('warmdown_ratio')}")
@@ -252,7 +277,7 @@ LEAST = dict(
     num_iterations=1, target_flops=1, target_param_data_ratio=0,
     total_batch_size=1, device_batch_size=1, grad_clip=0,
     matrix_lr=0, memory_lr=0, embedding_lr=0, head_lr=0, gate_lr=0, scalar_lr=0, weight_decay=0,
-    warmup_steps=0, warmdown_ratio=0, final_lr_frac=0,
+    warmup_steps=0, warmdown_ratio=0, final_lr_frac=0, check_every=0,
     eval_every=0, eval_tokens=1, decode_tokens=0, core_every=0, core_max_per_task=1,
     save_every=0, save_minutes=0, keep=1, log_every=1,
 )
@@ -270,7 +295,8 @@ MOST = dict(
 # flags that may change when a run is resumed; a change of any other would make it another run
 MAY_CHANGE = {
     "resume", "data", "device", "dtype", "compile", "dry_run", "mfu", "dollars_per_hour",
-    "device_batch_size", "activation_checkpointing", "on_nonfinite",
+    "device_batch_size", "activation_checkpointing", "shard", "on_nonfinite",
+    "on_spike", "check_every", "deterministic",
     "eval_every", "eval_tokens", "decode_tokens", "core_every", "core_bundle", "core_max_per_task",
     "save_every", "save_minutes", "keep", "log_every", "wandb",
 }
@@ -312,6 +338,7 @@ def parse_args(damaged=()):
     if not is_text(args.out + (args.name or "")):
         raise UserError("torch cannot open checkpoints in a folder whose name is not UTF-8: "
                         "choose another --out or --name")
+    check_shard(args)
     if args.core_every is None and (args.core_bundle or args.core_max_per_task):
         raise UserError("--core-bundle and --core-max-per-task go with --core-every")
     if args.mfu is not None and not args.dry_run:
@@ -321,6 +348,19 @@ def parse_args(damaged=()):
     if args.core_every is not None and args.max_seq_len < 2:
         raise UserError("CORE needs a context of 2 tokens or more: raise --max-seq-len")
     return args, checkpoint, start
+
+def check_shard(args):
+    """Raise UserError for what does not go with --shard."""
+    if not args.shard:
+        return
+    if args.arch == "recurrent":
+        raise UserError("--shard does not go with --arch recurrent: its layers keep their weights at hand")
+    if args.compile:
+        raise UserError("--shard does not go with --compile: its layers are put together and taken apart "
+                        "between what would be compiled")
+    if args.loss_weights is not None and 0 in args.loss_weights:
+        raise UserError("--shard needs a loss in every pass that has a gradient: the last layer of a pass "
+                        "without one would not be put together for the backward")
 
 def check_restarts(args):
     """Under torchrun --max-restarts, refuse now what would only fail when the first process has died."""
@@ -390,6 +430,8 @@ class TrainState:
     rows_seen: int = 0  # training rows read, over all ranks
     seconds: float = 0.0  # time in training steps, over all starts
     smooth_loss: float | None = None  # running mean, for the console only
+    left_out: list = field(default_factory=list)  # batches that are not read, by their first rows
+    rewinds: dict = field(default_factory=dict)  # step of a checkpoint -> how often a spike led back to it
     skipped: int = 0  # steps in a row whose loss or gradient was not finite
 
 def print0(text):
@@ -426,23 +468,25 @@ def make_rows(data, plan, args):
 
 def setup_training(args, plan, device, dtype, start=None):
     """
-    The model, its optimizers, and the training step, compiled and wrapped in DDP as asked: all passes of a
-    step are one forward. start: a checkpoint whose weights to begin with. Raises UserError.
+    The model, its optimizers, and the training step, compiled and wrapped in DDP, or sharded, as asked: all
+    passes of a step are one forward. start: a checkpoint whose weights to begin with. Raises UserError.
     """
     torch.manual_seed(args.seed)
-    with torch.device(device):
+    with torch.device("cpu" if args.shard else device):  # a sharded model is moved unit by unit
         model = build_model(plan.config)
     if start:
         start_from(model, start, args.init_from)
     model.compute_dtype = dtype
-    use_compile = device.type == "cuda" if args.compile is None else args.compile
+    use_compile = device.type == "cuda" and not args.shard if args.compile is None else args.compile
     if args.activation_checkpointing and use_compile:  # the compiler picks what to compute again
         torch._functorch.config.activation_memory_budget = COMPILED_MEMORY_BUDGET
     model.recompute = args.activation_checkpointing and not use_compile
 
-    optimizers = make_optimizers(model, plan.optimizer, plan.batch_scale, plan.decay_scale)
-
     train_step = TrainStep(model, plan.mix[0][1])
+    if args.shard:
+        shard(train_step, device)
+    optimizers = make_optimizers(model, plan.optimizer, plan.batch_scale, plan.decay_scale,
+                                 share=share if args.shard else None)
     if use_compile:
         # One graph. By default Dynamo would cut it up under DDP, to reduce a bucket while the backward still
         # runs; it counts a parameter once for every pass, which makes 202 graphs at depth 20. What is not
@@ -452,7 +496,7 @@ def setup_training(args, plan, device, dtype, start=None):
         # their number, and it gives up on a function after 8 times.
         torch._dynamo.config.recompile_limit = 8 + plan.config.n_layer
         train_step = torch.compile(train_step, dynamic=False)
-    if dist.is_initialized():
+    if dist.is_initialized() and not args.shard:
         # the gradients are views of DDP's buckets, from the start and for good: there is no second copy
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
@@ -501,7 +545,8 @@ def resume(checkpoint, path, model, optimizers):
     torch.set_rng_state(checkpoint["torch_rng"])
     load_weights(model, checkpoint)
     load_optimizers(optimizers, checkpoint, path)
-    return TrainState(checkpoint["step"], checkpoint["rows_seen"], checkpoint["seconds"])
+    return TrainState(checkpoint["step"], checkpoint["rows_seen"], checkpoint["seconds"],
+                      left_out=checkpoint["left_out"])
 
 def check_same_step(step, out):
     """Raise UserError unless all ranks found the checkpoint of the same step."""
@@ -604,6 +649,98 @@ def not_finite(what, saver, step):
     return UserError(f"step {step}: {what}; {last_good}: "
                      "lower --matrix-lr, --embedding-lr, --head-lr or --scalar-lr")
 
+def compute_gradients(train_step, plan, schedule, batch, batches, watch):
+    """
+    Forward and backward of a step: the gradients of all micro-batches add up, those of all ranks in the last
+    one. batch: the first micro-batch, of which `batches` has the others. Returns the losses of this rank, of
+    the step and of every pass, (1 + passes,), and the first micro-batch of the next step.
+    """
+    losses = 0
+    for micro_step in range(plan.micro_steps):
+        watch.at("forward")
+        idx, targets = batch
+        last = micro_step == plan.micro_steps - 1
+        with nullcontext() if last or not isinstance(train_step, DDP) else train_step.no_sync():
+            loss, pass_losses = train_step(idx, targets, schedule)
+            watch.at("backward")
+            (loss / plan.micro_steps).backward()
+        losses = losses + torch.cat([loss.detach().view(1), pass_losses]) / plan.micro_steps
+        watch.at("loading")
+        batch = next(batches)  # loaded while a GPU still computes
+    return losses, batch
+
+def clear_gradients(optimizers):
+    """Before the next backward; those in DDP's buckets stay there."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=not dist.is_initialized())
+
+def compute_gradients_twice(train_step, model, optimizers, plan, schedule, batch, batches, again, watch):
+    """
+    compute_gradients(), after a first run on the same rows, which `again` has once more. Raises UserError, on
+    all ranks, if the two do not agree in every bit.
+    """
+    with GradientChecksums(model) as first_sums:
+        first, _ = compute_gradients(train_step, plan, schedule, next(again), again, watch)
+    clear_gradients(optimizers)
+    with GradientChecksums(model) as sums:
+        losses, batch = compute_gradients(train_step, plan, schedule, batch, batches, watch)
+    watch.at("comparison")
+    # by their bits, too: the loss of a pass without one is nan, which is not equal to itself
+    ranks = ranks_that_differ([int(checksum(first)), *first_sums.tolist()],
+                              [int(checksum(losses)), *sums.tolist()])
+    if ranks:
+        names = ", ".join(map(str, ranks))
+        raise UserError(f"step {watch.progress.step}, run twice, gave different bits on rank {names}: "
+                        "its GPU, CPU or memory is broken; --resume without that machine")
+    return losses, batch
+
+def rewind_target(folder, step, save_every, rewinds):
+    """
+    The checkpoint to go back to from a loss spike in this step, None if there is none. Only those of
+    --save-every count, if there are any: others depend on when a run was stopped.
+    """
+    paths = [path for path in list_checkpoints(folder) if step_of(path) <= step]
+    regular = [path for path in paths if due(save_every, step_of(path))]
+    paths = regular or paths
+    if not paths or rewinds.get(step_of(paths[-1]), 0) == MAX_REWINDS:
+        return None
+    return paths[-1]
+
+def report_spike(args, state, saver, log, loss, score):
+    """
+    Say that a loss is a spike. Returns the checkpoint to go back to, the same on all ranks, None to go on.
+    """
+    target = None
+    if args.on_spike == "rewind":
+        saver.wait()  # for the newest one, that may still be being written
+        target = from_rank_0(rewind_target(saver.folder, state.step, args.save_every, state.rewinds))
+    what = f"step {state.step:05d}: the loss {loss:.4f} is a spike, {score:.0f} deviations above the median"
+    if target is None:
+        print0(f"warning: {what}")
+        log.add(kind="spike", step=state.step, loss=loss, score=score)
+    else:
+        print0(f"warning: {what}: back to {target}")
+    return target
+
+def go_back(path, state, plan, model, optimizers, log, loss, score):
+    """
+    Take a run back to a checkpoint because of a spike, and leave out the batches that led to it. Returns the
+    TrainState, and the last step that was evaluated.
+    """
+    before = resume(load_checkpoint(path, shares=True), path, model, optimizers)
+    left_out = suspects(state.rows_seen, plan.rows_per_step, before.rows_seen)
+    before.left_out = sorted({*state.left_out, *left_out})
+    before.rewinds = {before.step: state.rewinds.get(before.step, 0) + 1}
+    before.rows_seen = skip_rows(before.rows_seen, before.left_out, plan.rows_per_step)
+    evaluated = from_rank_0(log.take_back(before.step))
+    log.add(kind="spike", step=before.step, loss=loss, score=score, seen_in_step=state.step,
+            left_out=before.left_out)
+    return before, evaluated
+
+def recent_losses(folder):
+    """The losses of the last steps in a run's log, the same list on all ranks."""
+    return from_rank_0([row["loss"] for row in read_log(folder) if row["kind"] == "train"][-WINDOW:])
+
 def mean_over_ranks(x):
     """The mean of a tensor over all ranks, the same bits in each of them."""
     if dist.is_initialized():
@@ -641,7 +778,7 @@ def log_step(args, state, plan, log, losses, norm, multiplier, dt, rows_per_epoc
     print0(f"step {step:05d}/{num_iterations:05d} ({100 * step / num_iterations:.1f}%) "
            f"| loss: {state.smooth_loss:.4f} | norm: {norm:.2f} | lrm: {multiplier:.2f} "
            f"| dt: {1000 * dt:.0f}ms | tok/sec: {rate:,.0f}{mfu} "
-           f"| epoch: {step * plan.rows_per_step / rows_per_epoch:.2f} "
+           f"| epoch: {state.rows_seen / rows_per_epoch:.2f} "
            f"| total time: {state.seconds / 60:.1f}m | eta: {eta / 60:.1f}m")
 
 def finish(finished, model, tokenizer, folder, state, log):
@@ -672,16 +809,30 @@ def main():
     check_new_folder(args.out)
     check_tracking(args.wandb)
 
-    # device, process group, data
+    if args.deterministic:
+        use_deterministic_algorithms()
     device, rank, world_size = init_processes(args.device, TIMEOUT)
-    group = side_group(TIMEOUT)  # of what goes on beside training
+    if args.check_every and device.type == "cuda" and not args.deterministic:
+        raise UserError("--check-every needs --deterministic on a GPU: without it, bits differ by themselves")
+    if args.shard and not dist.is_initialized():
+        raise UserError("--shard needs several processes: start it with torchrun")
+    with Watchdog(rank, world_size) as watch:
+        train(args, checkpoint, start, device, rank, world_size, watch)
+    end_processes()
+
+def train(args, checkpoint, start, device, rank, world_size, watch):
+    """
+    A run from its setup to its last words, by the flags. checkpoint: to go on with; start: of another run,
+    whose weights to begin with; both may be None. Raises UserError.
+    """
+    # the checkpoint and the data
+    group, patient_group = side_group(TIMEOUT), side_group(PATIENCE)  # for what goes on beside training
     args, checkpoint = verify_checkpoint(args, checkpoint, group)
     dtype = training_dtype(device, args.dtype)
     args.dtype = str(dtype)[6:]  # a resumed run goes on in it
     run_folder = Path(args.out, args.name) if args.name else None
     data = open_data(args.data, rank=rank, world_size=world_size, run_folder=run_folder)
-    if group is not None:  # shards that are read for the first time may take longer than a collective waits
-        dist.monitored_barrier(group, timeout=PATIENCE)
+    wait_for_all(patient_group)  # reading shards for the first time may take longer than a collective waits
     if checkpoint:
         check_same_data(data, checkpoint, args.resume)
     if start:
@@ -722,10 +873,17 @@ def main():
 
     stop = StopRequest()
     stopping = False  # whether a rank was asked to stop
+    spikes = LossSpikes(recent_losses(folder))
+
+    def read_rows():
+        """The micro-batches of this rank from where training is."""
+        return rows.micro_batches(state.rows_seen, plan.device_batch, rank, world_size, device,
+                                  state.left_out, plan.rows_per_step)
+
     minutes_over = False  # whether rank 0's clock says that it is time to save
-    batches = rows.micro_batches(state.rows_seen, plan.device_batch, rank, world_size, device)
+    batches = read_rows()
     batch = next(batches)
-    if dist.is_initialized():
+    if isinstance(train_step, DDP):
         settle_buckets(train_step, batch, plan.schedule_at(0), optimizers)
     bar = tqdm(total=plan.num_iterations, initial=state.step, unit="step", dynamic_ncols=True,
                disable=None if rank == 0 else True)
@@ -735,68 +893,89 @@ def main():
         save_due = finished or stopping or minutes_over or due(args.save_every, state.step)
         save_now = save_due and state.step > began
         if save_now:
+            watch.between("save", state.step)
             saver.save(
                 optimizers, state.step, final=finished or stopping,
-                model=model.state_dict(),
+                model=whole_state_dict(model),
                 rows_seen=state.rows_seen,
+                left_out=state.left_out,
                 seconds=state.seconds,
                 torch_rng=torch.get_rng_state(),
                 schedule=dataclasses.asdict(plan.scored_schedule(state.step)),
                 **checkpoint_header)
         if state.step > evaluated and (finished or (due(args.eval_every, state.step) and not stopping)):
-            figures = evaluate(model, val_rows, data, plan, args, saver, state.step)
+            watch.between("evaluation", state.step)
+            figures = evaluate(whole_model(model), val_rows, data, plan, args, saver, state.step)
             log.add(kind="eval", step=state.step, **figures)
         if save_now or state.step == began:  # not before: an evaluation may find that the newest is no good
             saver.remove_old(good=state.step)
         if tasks and state.step > 0 and (finished or (due(args.core_every, state.step) and not stopping)):
-            core = evaluate_tasks(model, data.tokenizer, tasks, folder, state.step, args.core_max_per_task,
-                                  plan.device_batch)
+            watch.between("CORE", state.step)
+            core = evaluate_tasks(whole_model(model), data.tokenizer, tasks, folder, state.step,
+                                  args.core_max_per_task, plan.device_batch)
             log.add(kind="core", step=state.step, **core)
         if finished or stopping:
             break
 
-        # forward and backward: the gradients of all micro-batches add up, those of all ranks in the last one
+        # forward and backward
         t0 = time.perf_counter()
         multiplier = set_learning_rates(optimizers, state.step, plan.num_iterations, plan.optimizer)
         schedule = plan.schedule_at(state.step)
-        losses = 0
-        for micro_step in range(plan.micro_steps):
-            idx, targets = batch
-            last = micro_step == plan.micro_steps - 1
-            with nullcontext() if last or not dist.is_initialized() else train_step.no_sync():
-                loss, pass_losses = train_step(idx, targets, schedule)
-                (loss / plan.micro_steps).backward()
-            losses = losses + torch.cat([loss.detach().view(1), pass_losses]) / plan.micro_steps
-            batch = next(batches)  # loaded while a GPU still computes
+        watch.begin_step(state.step, str(schedule))
+        if due(args.check_every, state.step):
+            losses, batch = compute_gradients_twice(train_step, model, optimizers, plan, schedule, batch,
+                                                    batches, read_rows(), watch)
+        else:
+            losses, batch = compute_gradients(train_step, plan, schedule, batch, batches, watch)
 
         # clip; all ranks act on the same numbers, a request to stop and rank 0's clock among them
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        watch.at("exchange")
+        norm = clip_gradients(model, args.grad_clip or math.inf)
         votes = [float(stop.made), float(rank == 0 and saver.minutes_over(args.save_minutes))]
         figures = torch.cat([losses, norm.view(1), losses.new_tensor(votes)])
         *losses, norm, stop_votes, save_votes = mean_over_ranks(figures).tolist()
         stopping, minutes_over = stop_votes > 0, save_votes > 0
 
-        # step, unless a number is not finite
+        # a loss spike: go on, or back
         finite = math.isfinite(losses[0]) and math.isfinite(norm)
+        score = spikes.score(losses[0])
+        if finite and score > SPIKE:
+            target = report_spike(args, state, saver, log, losses[0], score)
+            if target is not None:
+                watch.between("rewind", state.step)
+                state, evaluated = go_back(target, state, plan, model, optimizers, log, losses[0], score)
+                began = state.step  # which is saved already
+                clear_gradients(optimizers)
+                spikes = LossSpikes(recent_losses(folder))
+                batches = read_rows()
+                batch = next(batches)
+                bar.reset()
+                bar.update(state.step)
+                continue
+
+        # step, unless a number is not finite
+        watch.at("update")
         if finite:
             state.skipped = 0
             for optimizer in optimizers:
                 optimizer.step()
         else:
             skip_step(f"the loss is {losses[0]}, the gradient's norm {norm}", args, state, saver, log)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=not dist.is_initialized())  # those in DDP's buckets stay there
+        clear_gradients(optimizers)
 
         # log
         dt = time.perf_counter() - t0
         state.seconds += dt
         if finite:
+            spikes.add(losses[0])
             log_step(args, state, plan, log, losses, norm, multiplier, dt, rows.per_epoch, peak)
         state.step += 1
-        state.rows_seen += plan.rows_per_step
+        state.rows_seen = skip_rows(state.rows_seen + plan.rows_per_step, state.left_out, plan.rows_per_step)
         bar.update()
 
+    watch.close()
     bar.close()
+    model = whole_model(model)
     if rank == 0:
         try:
             log.sync()
@@ -804,7 +983,6 @@ def main():
             raise UserError(f"cannot write {folder / 'log.jsonl'}: {e.strerror}; "
                             f"make room, then --resume {folder}") from e
         finish(finished, model, data.tokenizer, folder, state, log)
-    end_processes()
 
 if __name__ == "__main__":
     faulthandler.enable(2)  # a bus error or a segmentation fault says where

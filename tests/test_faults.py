@@ -733,15 +733,31 @@ def test_a_checkpoint_whose_evaluation_is_not_finite_is_not_the_newest(data, her
 # -----------------------------------------------------------------------------
 # Several processes and nodes
 
+def late_for_the_others(folder, env):
+    """Rank 1 verifies its data for longer than a collective may take."""
+    os.environ |= env
+    dist.init_process_group("gloo", timeout=timedelta(seconds=5))
+    group, patient_group = common.side_group(timedelta(seconds=5)), common.side_group(train.PATIENCE)
+    if env["RANK"] == "1":
+        time.sleep(7)
+    common.wait_for_all(patient_group)
+    assert common.from_all_ranks(env["RANK"], group) == ["0", "1"]
+
+def test_ranks_wait_for_one_that_verifies_its_data(here, fork):
+    assert wait(*[fork(late_for_the_others, here, env) for env in ranks(2)]) == [0, 0]
+
 def limit_patience(seconds):
     train.TIMEOUT = timedelta(seconds=seconds)
 
 @pytest.mark.parametrize("sig, seconds, words", [
-    (signal.SIGKILL, 600, "connection"),
+    (signal.SIGKILL, 600, "rank 1 died in step"),
     (signal.SIGSTOP, 3, "time"),
 ])
 def test_a_process_that_dies_or_hangs(sig, seconds, words, data, here, fork):
-    """The other one ends, and says why. seconds: what a collective may take."""
+    """
+    The other one ends, and says why. seconds: what a collective may take; where the watchdog does not time a
+    rank, that is all there is (test_watchdog.py has the rest).
+    """
     flags = ["--data", data, *TINY, "--num-iterations", 10**6, "--log-every", 1]
     processes = []
     for env in ranks(2):

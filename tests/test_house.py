@@ -8,8 +8,9 @@ import pytest
 from helpers import ROOT
 
 # every file may import those before it; research/ is one room, the last
-ROOMS = ("common attention model recurrent interleave optim dataset prepare_data checkpointing "
-         "tracking plan sample core tokens_page eval_core train export bench research").split()
+ROOMS = ("common attention model recurrent interleave optim sharding dataset prepare_data "
+         "checkpointing tracking plan sample core tokens_page eval_core soundness watchdog train "
+         "export bench research").split()
 SCRIPTS = [path for path in ROOT.glob("*.py") if path.stem not in ("test_model", "conftest")]
 RESEARCH = list(ROOT.glob("research/*.py"))
 
