@@ -184,7 +184,7 @@ def checkpoints():
             assert kinds(content) == (shapes, {"cpu"})
             content |= dict(version=VERSION, commit="", save_id="", run_id="", shares=1, step=1, rows_seen=2,
                             seconds=0.0, torch_rng=rng, config=dataclasses.asdict(plan.config),
-                            schedule=dataclasses.asdict(plan.schedule), args=vars(args),
+                            schedule=dataclasses.asdict(plan.schedule_at(0)), args=vars(args),
                             tokenizer_sha256="", shards_sha256=[])
             torch.save(content, path)
         checkpoint = load_checkpoint(path, verify=False)  # fakes have no numbers to compare
