@@ -29,12 +29,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
 
 def take(x, positions, dim=1):
-    """The slice of x at a range of positions along dim: a view."""
+    """
+    x at some positions along dim: a view for a range of positions, a copy for a tensor (P,) int64 of them.
+    """
+    if isinstance(positions, Tensor):
+        return x.index_select(dim, positions)
     index = (slice(None),) * dim + (slice(positions.start, positions.stop, positions.step),)
     return x[index]
 
@@ -44,6 +49,10 @@ def dot_product_attention(q, k, v, mask=None, is_causal=False):
     head.
     """
     grouped = q.size(1) != k.size(1)
+    if grouped and q.size(2) == 1:
+        # without a grouped kernel: the queries of a key head are like positions that all see the same keys
+        y = F.scaled_dot_product_attention(q.view(q.size(0), k.size(1), -1, q.size(3)), k, v, attn_mask=mask)
+        return y.view(q.shape)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
 
 def attention_mask(positions, window, device):
@@ -70,7 +79,8 @@ class KVStore:
     """
     The protocol of a store, all that model.py knows of one. The keys and values of P positions of a layer
     are tensors (B, n_kv_head, P, d), the queries (B, n_head, P, d); `positions` is the range of the P
-    positions.
+    positions. A KVCache also takes a single position as a tensor (1,) int64 on the device: then no number of
+    a decoding step is known to Python, and the step can be compiled or captured once for all positions.
     """
     start = None  # (B,) int64: the position where the text of each row starts, after padding; None: all at 0
     first = 0  # the largest start; the row that starts last is the last to reach the end of its context
@@ -80,10 +90,17 @@ class KVStore:
         """Store the keys and values of one layer at `positions`, in place of any that were there."""
         raise NotImplementedError
 
-    def attend(self, layer, positions, q, k, v, window):
+    def view(self, positions, window):
         """
-        Write k and v at `positions`, then let every query see what the layer holds, from `window` positions
-        back up to its own. Returns (B, n_head, P, d).
+        What queries at `positions` see of a layer with this window, from `window` positions back up to their
+        own, in the form that attend() takes. Computed once for all layers with the same window.
+        """
+        raise NotImplementedError
+
+    def attend(self, layer, positions, q, k, v, view):
+        """
+        Write k and v at `positions`, then let every query see the view() of what the layer holds. Returns
+        (B, n_head, P, d).
         """
         raise NotImplementedError
 
@@ -108,6 +125,9 @@ class KVBuffer(KVStore):
         left = split(self.parts[layer], positions, 2)
         # the newest first, because merging starts with the queries' own keys
         self.parts[layer] = ((positions, k, v), *left)
+
+    def view(self, positions, window):
+        return window
 
     def attend(self, layer, positions, q, k, v, window):
         self.write(layer, positions, k, v)
@@ -158,11 +178,14 @@ class KVCache(KVStore):
             self.k.append(torch.zeros(shape, device=device, dtype=dtype))
             self.v.append(torch.zeros(shape, device=device, dtype=dtype))
         self.tokens = torch.full((batch_size, length), -1, device=device)  # by position; noted for smear only
-        self.masks = {}  # by window, for the positions of the latest pass: all its layers share them
-        self.masked_positions = None
 
     def write(self, layer, positions, k, v):
         slots = self.k[layer].size(2)
+        if isinstance(positions, Tensor):
+            slot = positions % slots
+            self.k[layer].index_copy_(2, slot, k)
+            self.v[layer].index_copy_(2, slot, v)
+            return
         if positions[-1] >= slots:  # around the end of a rolling layer
             slot = positions[-1] % slots
             positions = range(slot, slot + 1)
@@ -170,42 +193,53 @@ class KVCache(KVStore):
         take(self.v[layer], positions, dim=2).copy_(v)
 
     def previous_tokens(self, positions, idx):
-        take(self.tokens, positions).copy_(idx)
-        index = torch.arange(positions.start, positions.stop, positions.step, device=idx.device)
+        if isinstance(positions, Tensor):
+            self.tokens.index_copy_(1, positions, idx)
+            index = positions
+        else:
+            take(self.tokens, positions).copy_(idx)
+            index = torch.arange(positions.start, positions.stop, positions.step, device=idx.device)
         start = 0 if self.start is None else self.start[:, None]
-        return self.tokens[:, index - 1].masked_fill(index <= start, -1)
+        return take(self.tokens, (index - 1).clamp(min=0)).masked_fill(index <= start, -1)
 
-    def attend(self, layer, positions, q, k, v, window):
-        self.write(layer, positions, k, v)
-        if positions != self.masked_positions:
-            self.masks = {}
-            self.masked_positions = positions
-        if window not in self.masks:
-            self.masks[window] = self.mask(positions, window, q.device)
-        mask, is_causal, first = self.masks[window]
-        k = self.k[layer][:, :, first:positions[-1] + 1]
-        v = self.v[layer][:, :, first:positions[-1] + 1]
-        return dot_product_attention(q, k, v, mask, is_causal)
-
-    def mask(self, positions, window, device):
+    def view(self, positions, window):
         """
-        attention_mask() for the slots of this store, `first` being a slot; with `start`, mask (B, 1, P,
-        slots).
+        (mask, is_causal, first slot, end) of the slots that are read: mask (P, n) bool, with `start` (B, 1,
+        P, n), or None; see attention_mask().
         """
         slots = self.slots[window]
+        if isinstance(positions, Tensor):
+            return self.mask(positions, positions, window, range(slots)), False, 0, slots
         rolling = slots < self.length
         last = positions[-1]
+        end = min(last + 1, slots)
         if self.start is None:
-            mask, is_causal, first = attention_mask(positions, window, device)
-            return mask, is_causal, 0 if rolling else first  # a rolling layer holds nothing but its window
+            mask, is_causal, first = attention_mask(positions, window, self.tokens.device)
+            return mask, is_causal, 0 if rolling else first, end  # rolling: it holds nothing but its window
         first = 0 if rolling else max(positions[0] - window, 0)
-        key = torch.arange(first, min(last + 1, slots), device=device)
-        if rolling:
-            key = last - (last - key) % slots  # from slots to the newest positions in them
-        query = torch.arange(positions.start, positions.stop, positions.step, device=device)[:, None]
-        seen = (key <= query) & (key >= query - window) & (key >= self.start[:, None, None])
-        seen = seen | (key == query)  # padding sees itself: softmax over nothing would be NaN
-        return seen[:, None], False, first
+        query = torch.arange(positions.start, positions.stop, positions.step, device=self.start.device)
+        return self.mask(query, last, window, range(first, end)), False, first, end
+
+    def mask(self, query, last, window, slots):
+        """
+        Which of a range of slots are seen by queries at the positions `query` (P,), the newest position that
+        was written being `last`: (P, n) bool, or with `start` (B, 1, P, n).
+        """
+        slot = torch.arange(slots.start, slots.stop, device=query.device)
+        key = last - (last - slot) % self.slots[window]  # the newest positions in these slots
+        query = query[:, None]
+        seen = (key >= query - window) & (key <= query) & (key >= 0)
+        if self.start is not None:
+            seen = seen & (key >= self.start[:, None, None])
+            seen = (seen | (key == query))[:, None]  # padding sees itself: softmax over nothing would be NaN
+        return seen
+
+    def attend(self, layer, positions, q, k, v, view):
+        self.write(layer, positions, k, v)
+        mask, is_causal, first, end = view
+        k = self.k[layer][:, :, first:end]
+        v = self.v[layer][:, :, first:end]
+        return dot_product_attention(q, k, v, mask, is_causal)
 
     def copy_from(self, other, n, repeats):
         """Take over positions 0 .. n-1 of a cache that is not rolling, every row `repeats` times."""
@@ -479,3 +513,21 @@ def cuda_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
 @cuda_backward.register_fake
 def _(grad, q, k, v, *_):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+def flash_flops(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, *_, window_size_left=None, **__):
+    """
+    FLOPs of aten._flash_attention_forward on q (B, P, n_head, d) and k (B, n, n_kv_head, d): two products,
+    for the queries and keys that meet.
+    """
+    B, P, n_head, d = q.shape
+    pairs = P * k.size(1)
+    if causal:
+        pairs = P * (P + 1) // 2
+        if window_size_left is not None and window_size_left < P:
+            beyond = P - 1 - window_size_left
+            pairs -= beyond * (beyond + 1) // 2
+    return 4 * B * n_head * d * pairs
+
+# By FLOPs the compiler chooses what it computes again with activation checkpointing. torch's own formula
+# takes positions for heads, which makes them so few that every call was.
+flop_registry[aten._flash_attention_forward] = flash_flops

@@ -1,7 +1,7 @@
 """
 Timings and counts, measured side by side in one process: the variants take turns, and medians are compared.
 
-    python bench.py decode                                latency a token: none, shared, layerwise, recurrent
+    python bench.py decode [--nanochat DIR]               latency a token: none, shared, layerwise, recurrent
     python bench.py prefill --checkpoint runs/d4_shared   exact parallel prefill against token by token
     python bench.py step                                  time and memory of a training step, S = 1, 2, 4, 8
     python bench.py muon                                  a step of our Muon against one of torch's
@@ -19,6 +19,7 @@ if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process a
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import ctypes
+import math
 import multiprocessing
 import os
 import statistics
@@ -56,7 +57,7 @@ from model import GPTConfig
 from optim import Muon, make_optimizers, product_dtype
 from plan import RECIPES, saved_bytes
 from recurrent import RecurrentConfig, build_model, graphs, keys_read, reference, tiled
-from sample import load_run, new_cache
+from sample import Decoder, load_run, new_cache
 
 MIB = 2**20
 
@@ -137,25 +138,66 @@ def report(args, device, title, rows):
 # -----------------------------------------------------------------------------
 # decode: latency of a token
 
-class Decoder:
-    """A model with a full cache of `context` positions, of which it decodes the last one again and again."""
+def greedy(logits, uniform):
+    """The likeliest token of each row, in the place of sample_next_token."""
+    return logits.argmax(-1)
 
-    def __init__(self, model, batch, context, device):
-        self.model = model
-        self.position = range(context - 1, context)
-        self.kv = KVCache(model.config, batch, context, device, model.compute_dtype, rolling=True)
-        for tensor in self.kv.k + self.kv.v:
-            tensor.normal_()
-        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.memory = None
+def full_decoder(model, args, batch, context, device):
+    """A Decoder in front of the last args.tokens positions of a full cache of `context`."""
+    kv = KVCache(model.config, batch, context, device, model.compute_dtype, rolling=True)
+    for tensor in kv.k + kv.v:
+        tensor.normal_()
+    hidden = torch.randn(batch, 1, model.config.n_embd, device=device, dtype=model.compute_dtype)
+    memory = None if model.config.lrt == "none" else hidden
+    uniform = torch.zeros(args.tokens + 1, batch, device=device)
+    first = context - args.tokens
+    return Decoder(model, kv, hidden, memory, first, uniform, greedy, compile=args.compile)
 
-    def decode(self, tokens):
-        """One forward, logits and argmax for each of so many tokens; token and memory are carried along."""
-        for _ in range(tokens):
-            hidden, source = self.model(self.token, self.position, self.kv, self.memory)
-            if self.model.config.lrt != "none":
-                self.memory = source
-            self.token = self.model.logits(hidden).argmax(-1)
+def decode(decoder, tokens):
+    """So many tokens, from the same position on every time."""
+    decoder.made = 1
+    decoder.index.fill_(1)
+    for _ in range(tokens):
+        decoder.step()
+
+def nanochat_decode(folder, args, batch, context, device):
+    """The same as decode() by nanochat's own model and cache, of the same sizes: a function."""
+    if not (Path(folder) / "nanochat" / "gpt.py").is_file():
+        raise UserError(f"{folder} is no checkout of nanochat: it has no nanochat/gpt.py")
+    sys.path.insert(0, folder)
+    try:
+        from nanochat import engine, gpt
+    except ImportError as e:
+        raise UserError(f"nanochat cannot be imported from {folder}: {e}") from e
+    heads = max(args.width // 64, 1)
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.GPTConfig(
+        sequence_len=max(args.context), vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads,
+        n_kv_head=heads, n_embd=args.width))
+    model.init_weights()
+    model.to(device).eval()
+    dtype = model.cos.dtype
+    kv = engine.KVCache(batch, heads, context, args.width // heads, args.depth, device, dtype)
+    kv.k_cache.normal_()
+    kv.v_cache.normal_()
+
+    def run():
+        tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        kv.cache_seqlens.fill_(context - args.tokens)
+        for _ in range(args.tokens):
+            logits = model(tokens, kv_cache=kv)
+            tokens = engine.sample_next_token(logits[:, -1], None, temperature=0.0)
+    return run
+
+def seconds_to_read(model, device):
+    """
+    Seconds that reading every weight of the model's products once takes, the limit of a decoded token: their
+    bytes at the rate at which 256 MiB are summed.
+    """
+    memory = torch.ones(2**26, device=device)
+    read = statistics.median(clock(device, memory.sum) for _ in range(7))
+    n_bytes = model.parameter_counts()["scaling"] * torch.finfo(model.compute_dtype).bits // 8
+    return read * n_bytes / (4 * memory.numel())
 
 def decode_models(args, device):
     """One model of each kind, of the same sizes: a dict by name."""
@@ -171,22 +213,31 @@ def decode_models(args, device):
         with torch.device(device):
             models[name] = build_model(config)
         models[name].compute_dtype = compute_dtype(device)
+        for module in models[name].modules():  # as load_model() does
+            if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+                module.to(models[name].compute_dtype)
+        models[name].pack()
     return models
 
-@torch.no_grad()
+@torch.inference_mode()
 def bench_decode(args, device):
-    """Milliseconds a token for each batch size and context, on a full cache."""
+    """
+    Milliseconds a token for each batch size and context, on a full cache, and what reading the weights alone
+    would take.
+    """
     models = decode_models(args, device)
     rows = []
     for batch in args.batch:
         for context in args.context:
             works = {}
             for name, model in models.items():
-                decoder = Decoder(model, batch, context, device)
-                decoder.decode(2)  # warm up; from the second token on there is a memory
-                works[name] = partial(decoder.decode, args.tokens)
-
+                works[name] = partial(decode, full_decoder(model, args, batch, context, device), args.tokens)
+            if args.nanochat:
+                works["nanochat"] = nanochat_decode(args.nanochat, args, batch, context, device)
+            for work in works.values():
+                work()  # warm up, and capture
             times = take_turns(device, works, args.repeats)
+            limits = {name: 1000 * seconds_to_read(model, device) for name, model in models.items()}
             for name, seconds in times.items():
                 per_token = [1000 * t / args.tokens for t in seconds]
                 low, _, high = statistics.quantiles(per_token, n=4)
@@ -197,6 +248,7 @@ def bench_decode(args, device):
                     ms_per_token=statistics.median(per_token),
                     quartiles=f"{low:.3f}-{high:.3f}",
                     over_none=round(median_ratio(seconds, times["none"]), 3),
+                    reading_weights_ms=limits.get(name, math.nan),
                 ))
     title = f"decode: depth {args.depth}, width {args.width}, vocabulary {args.vocab_size}"
     return title, rows
@@ -210,9 +262,9 @@ def token_by_token(model, idx):
     hidden = decode_tokens(model, idx, new_cache(model, *idx.shape))
     return model.logits(hidden[:, -1:])
 
-def in_parallel(model, idx, subsets):
+def in_parallel(model, idx):
     """The same by parallel prefill, and the number of sweeps that it took."""
-    hidden, _, sweeps = prefill(model, idx, new_cache(model, *idx.shape), subsets)
+    hidden, _, sweeps = prefill(model, idx, new_cache(model, *idx.shape))
     return model.logits(hidden[:, -1:]), sweeps
 
 @torch.no_grad()
@@ -226,6 +278,7 @@ def bench_prefill(args, device):
         path = find_checkpoint(run)
         checkpoint = load_checkpoint(path)
         model = load_model(checkpoint, device)
+        model.pack()
         data = open_data(args.data or checkpoint["args"]["data"], verify=False)
         context = model.config.sequence_len
         lengths = [T for T in (128, 256, 512, 1024, 2048, 4096) if T < context] + [context]
@@ -234,25 +287,20 @@ def bench_prefill(args, device):
 
             # once without the clock: what they compute
             exact = token_by_token(model, idx)
-            sweeps, error = {}, {}
-            for S in args.subsets:
-                logits, sweeps[S] = in_parallel(model, idx, S)
-                error[S] = (logits - exact).abs().max().item()
+            logits, sweeps = in_parallel(model, idx)
 
-            works = {"serial": partial(token_by_token, model, idx)}
-            works |= {S: partial(in_parallel, model, idx, S) for S in args.subsets}
+            serial = partial(token_by_token, model, idx)
+            works = dict(serial=serial, parallel=partial(in_parallel, model, idx))
             times = take_turns(device, works, args.repeats)
-            for S in args.subsets:
-                rows.append(dict(
-                    run=path.parent.name,
-                    T=T,
-                    S=S,
-                    sweeps=sweeps[S],
-                    seconds=statistics.median(times[S]),
-                    token_by_token=statistics.median(times["serial"]),
-                    error=error[S],
-                    speedup=median_ratio(times["serial"], times[S]),
-                ))
+            rows.append(dict(
+                run=path.parent.name,
+                T=T,
+                sweeps=sweeps,
+                seconds=statistics.median(times["parallel"]),
+                token_by_token=statistics.median(times["serial"]),
+                error=(logits - exact).abs().max().item(),
+                speedup=median_ratio(times["serial"], times["parallel"]),
+            ))
     return f"prefill: batch {args.batch}", rows
 
 
@@ -706,13 +754,14 @@ def make_parser():
     p.add_argument("--vocab-size", type=int, default=32768, help="vocabulary")
     p.add_argument("--context", type=int, nargs="+", default=[128, 1024], help="positions in the cache")
     p.add_argument("--tokens", type=int, default=8, help="tokens a measurement")
+    p.add_argument("--compile", action="store_true", help="compile our step, as sample.py --compile does")
+    p.add_argument("--nanochat", metavar="DIR", help="a checkout of nanochat, whose own decoding takes turns")
 
     p = command(bench_prefill, "prefill", "exact parallel prefill against token by token")
     p.add_argument("--checkpoint", nargs="+", metavar="PATH",
                    help="trained runs (default: the newest in runs/)")
     p.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
     p.add_argument("--batch", type=int, default=1, help="rows at a time")
-    p.add_argument("--subsets", type=int, nargs="+", default=[1, 2, 4], help="subsets a sweep")
 
     p = command(bench_core, "core", "CORE in batches against one example at a time")
     p.add_argument("--checkpoint", metavar="PATH", help="trained run (default: the newest in runs/)")

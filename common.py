@@ -669,6 +669,13 @@ def side_group(timeout):
         return None
     return dist.new_group(backend="gloo", timeout=timeout)
 
+def wait_for_all(group):
+    """Wait until all ranks have come here, as long as the group's timeout allows; then leave the group."""
+    import torch.distributed as dist
+    if group is not None:
+        dist.barrier(group)
+        dist.destroy_process_group(group)
+
 def from_rank_0(value, device=None):
     """
     Broadcast rank 0's value, anything that can be pickled, and return it; the other ranks' values are

@@ -145,12 +145,6 @@ def evaluate_bpb(model, rows, token_bytes, schedule, batch_size, decode=False, t
     by_position["bytes"] = n_bytes[0].numpy()
     return bpb, by_position
 
-
-# -----------------------------------------------------------------------------
-# What training made of the memory's path
-
-LEARNED_ROWS = 16  # rows that the mean gates are of
-
 @torch.no_grad()
 def evaluate_stability(model, rows, token_bytes, n_passes, batch_size, progress=None):
     """
@@ -196,6 +190,11 @@ def evaluate_stability(model, rows, token_bytes, n_passes, batch_size, progress=
     moved = (squares / counts[1]).sqrt().tolist()
     return dict(bpb=bpb, moved=[None, *moved[1:]], decode=decode)
 
+# -----------------------------------------------------------------------------
+# What training made of the memory's path
+
+LEARNED_ROWS = 16  # rows that the mean gates are of
+
 @torch.no_grad()
 def learned(model, idx):
     """
@@ -206,15 +205,16 @@ def learned(model, idx):
     gates = {}
 
     def keep_gates_of(layer):
-        def hook(module, inputs, output):
-            by_kind = 2 * torch.sigmoid(output.float()).unflatten(-1, (-1, model.config.n_kv_head))
+        def hook(attention, inputs):
+            *_, arguments = attention.project(inputs[0])
+            by_kind = 2 * torch.sigmoid(arguments.float()).unflatten(-1, (-1, model.config.n_kv_head))
             gates[layer] = by_kind.mean((0, 1, 3))
         return hook
 
     hooks = []
     for layer, block in enumerate(model.h):
         if block.attn.gate is not None:
-            hooks.append(block.attn.gate.register_forward_hook(keep_gates_of(layer)))
+            hooks.append(block.attn.register_forward_pre_hook(keep_gates_of(layer)))
     # what is kept is of prefill's last pass: over all positions, unless it had to end token by token
     prefill(model, idx, new_cache(model, *idx.shape))
     for hook in hooks:

@@ -352,6 +352,7 @@ def pass_losses(model, idx, targets, schedule):
 
 # prefill takes a memory for final when it moves by less, relative to its size: above the rounding of a pass
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
+CONTRACTION = 10  # by which a sweep reduces what memories of trained models move, about (research/SPEED.md)
 
 @torch.no_grad()
 def decode_tokens(model, idx, kv):
@@ -366,19 +367,18 @@ def decode_tokens(model, idx, kv):
     return torch.cat(done, dim=1)
 
 @torch.no_grad()
-def prefill(model, idx, kv, subsets=2, max_sweeps=24, tolerance=None, first=0, memory=None, ends=None,
-            recurrence=True):
+def prefill(model, idx, kv, max_sweeps=24, tolerance=None, first=0, memory=None, ends=None, recurrence=True):
     """
     Fill the cache for tokens idx (B, T) exactly as decoding them one by one would, in a few passes.
 
-    The recurrence is a fixed point, which sweeps over S interleaved subsets iterate until no memory moves
-    by more than `tolerance` (relative; None: by dtype). A sweep runs the layers up to the source, and
-    leaves out the positions that are final: those that stopped moving together with all before them, and at
-    least S more each time. What is not final after max_sweeps is decoded token by token, so the result is
-    never an unconverged one. A last full pass computes all layers of all final positions.
+    The recurrence is a fixed point. Sweeps over all positions, each with the memories that the one before has
+    left, are repeated until no memory moves by more than `tolerance` (relative; None: by dtype). A sweep runs
+    the layers up to the source, or all layers if it is likely to be the last. Settled are the positions that
+    stopped moving together with all before them, at least one more each time, because position t is exact
+    after t + 1 sweeps. What is not settled after max_sweeps is decoded token by token, so the result is never
+    an unconverged one.
 
     kv: a KVCache that is not rolling, of length first + T at least. It may have a `start` for each row.
-    subsets: S; 2 is the fastest for long prompts (bench.py prefill).
     first: how many positions the cache holds already, idx being the next ones.
     memory: that of the last of these positions, (B, 1, D); None: zero.
     ends: (B,) int64, the position at which the text of each row ends; what follows is padding, for which
@@ -402,13 +402,19 @@ def prefill(model, idx, kv, subsets=2, max_sweeps=24, tolerance=None, first=0, m
         behind = position >= ends[:, None, None]
         padding = behind if padding is None else padding | behind
 
+    # what is looked up by token, once for all sweeps
+    previous = kv.previous_tokens(range(first, first + T), idx) if config.smear else None
+    embedding, x0, value_embeds = model.embed(idx, previous)
+
     def compute(positions, memory, n_layer=None):
         """
         Recompute positions, counted from `first` on, with this memory: hidden, and the new memory, 0 at
         padding.
         """
-        shifted = range(first + positions.start, first + positions.stop, positions.step)
-        hidden, source = model(take(idx, positions), shifted, kv, memory, n_layer)
+        embedded = take(embedding, positions), take(x0, positions), \
+            [None if x is None else take(x, positions) for x in value_embeds]
+        shifted = range(first + positions.start, first + positions.stop)
+        hidden, source = model(take(idx, positions), shifted, kv, memory, n_layer, embedded)
         if padding is not None:
             source = source.masked_fill(take(padding, positions), 0)
         return hidden, source
@@ -431,38 +437,48 @@ def prefill(model, idx, kv, subsets=2, max_sweeps=24, tolerance=None, first=0, m
         else:
             hidden, _ = compute(range(T), read)
         return hidden, None if first_memory is None else first_memory[:, -1:], 1
+    if T == 1:  # it reads what the position before has left
+        hidden, source = compute(range(1), read)
+        return hidden, source, 1
 
-    # The first pass. Position p reads memories[:, p], equation (5), and leaves memories[:, p + 1].
+    # The first sweep. Position p reads memories[:, p], equation (5), and leaves memories[:, p + 1].
     source_layers = config.source_layer + 1
     _, source = compute(range(T), read, source_layers)
     if memory is None:
         memory = torch.zeros_like(source[:, :1])
     memories = torch.cat([memory, source], dim=1)
 
-    # sweeps over the positions that are not final
-    final = 1  # the first token has read its memory already
     sweeps = 1
-    while final < T and sweeps < max_sweeps:
-        moved = memories.new_zeros(T)
-        for i in range(final, min(final + subsets, T)):
-            positions = range(i, T, subsets)
-            _, source = compute(positions, take(memories, positions), source_layers)
-            old = take(memories, range(i + 1, T + 1, subsets))
-            change = (source - old).square().mean(-1).sqrt().amax(0)  # memories have RMS 1
-            take(moved, positions, dim=0).copy_(change)
-            old.copy_(source)
+    settled = 1  # the first token has read its memory already
+    may_be_last = settled == T - 1
+    while sweeps < max_sweeps and settled < T:
+        # A sweep from the first position on needs no mask, which saves more than a few settled positions
+        # cost, and the last one computes what is returned.
+        begin = 0 if may_be_last or settled < T // 4 else settled
+        positions = range(begin, T)
+        hidden, source = compute(positions, take(memories, positions), None if may_be_last else source_layers)
+        sweeps += 1
+        old = memories[:, begin + 1:]
+        moved = (source - old).square().mean(-1).sqrt().amax(0)  # memories have RMS 1
+        old.copy_(source)
+
+        # positions that read what was settled are settled now
+        if may_be_last and settled == T - 1:
+            return hidden, source[:, -1:], sweeps
         moving = (moved > tolerance).nonzero()
         if len(moving) == 0:
-            final = T
+            if may_be_last:
+                return hidden, source[:, -1:], sweeps
+            settled = T
         else:
-            final = min(max(final + subsets, moving[0].item()), T)
-        sweeps += 1
+            settled = min(max(settled + 1, begin + moving[0].item()), T)
+        may_be_last = settled >= T - 1 or moved.max().item() <= CONTRACTION * tolerance
 
-    # all layers of the final positions, then token by token
-    hidden, source = compute(range(final), memories[:, :final])
+    # it did not converge: all layers of the settled positions, then token by token
+    hidden, source = compute(range(settled), memories[:, :settled])
     done = [hidden]
     memory = source[:, -1:]
-    for t in range(final, T):
+    for t in range(settled, T):
         hidden, memory = compute(range(t, t + 1), memory)
         done.append(hidden)
     return torch.cat(done, dim=1), memory, sweeps

@@ -54,6 +54,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import take
 
 SMEAR_CHANNELS = 24  # of an embedding are read by the gate of smear
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 @dataclass
@@ -214,6 +215,18 @@ def rotate(x, cos, sin):
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin).to(x.dtype)
 
+def product(x, weight):
+    """x (.., n_in) times the transposed weight (n_out, n_in): (.., n_out)."""
+    is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if HAS_ONEDNN and is_plain and x.device.type == "cpu" and x.dtype == torch.float32:
+        # oneDNN's products of some rows are faster than BLAS's, which torch prefers, but slower to begin, and
+        # very slow with a part of the rows of packed weights. Inductor only takes its own calls of it.
+        n_rows = x.numel() // x.size(-1)
+        is_dense = weight.is_contiguous() or weight.t().is_contiguous()
+        if n_rows > 2 and n_rows * weight.numel() >= 2**22 and is_dense:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
+
 def rotary_tables(config):
     """
     What rotate() multiplies with, (cos, cos) and (sin, -sin) at every position: two tensors (2 *
@@ -236,7 +249,28 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return product(x, self.weight.to(x.dtype))
+
+@torch.no_grad()
+def pack(linears):
+    """
+    Put the weights of several Linears that read the same input below each other: (sum of n_out, n_in). Their
+    own weights become views of it. One that reads only the first channels gets zeros for the others.
+    On a CPU the numbers of a column lie side by side, because a product with a single row, a decoded token's,
+    then takes half the time.
+    """
+    weights = [linear.weight for linear in linears]
+    n_out = [weight.size(0) for weight in weights]
+    n_in = max(weight.size(1) for weight in weights)
+    if weights[0].device.type == "cpu":
+        packed = weights[0].new_zeros(n_in, sum(n_out)).t()
+    else:
+        packed = weights[0].new_zeros(sum(n_out), n_in)
+    for linear, rows in zip(linears, packed.split(n_out)):
+        view = rows[:, :linear.weight.size(1)]
+        view.copy_(linear.weight)
+        linear.weight.data = view
+    return packed
 
 class Attention(nn.Module):
 
@@ -262,21 +296,42 @@ class Attention(nn.Module):
         if config.has_value_embed(layer):
             n_gates += 1
         self.gate = Linear(self.gate_channels or D, n_gates * self.n_kv_head) if n_gates else None
+        self.packed = None  # for inference: the weights of project() below each other, see GPT.pack
 
-    def local_kv(self, u, value_embed):
+    def project(self, u):
         """
-        Equation (2) without its memory term, before rotation. u (B, P, D); value_embed (B, P, G*d) or None.
+        All that is computed from u (B, P, D) by matrices: the queries (B, P, D), keys and values (B, P, G*d),
+        and the arguments of the gates (B, P, n_gates * G), None without gates.
+        """
+        if self.packed is None:
+            gates = None
+            if self.gate is not None:
+                gates = self.gate(u if self.gate_channels is None else u[:, :, :self.gate_channels])
+            return self.c_q(u), self.c_k(u), self.c_v(u), gates
+        outputs = product(u, self.packed.to(u.dtype)).split(self.widths, dim=-1)
+        return outputs if self.gate is not None else (*outputs, None)
+
+    def pack(self):
+        """Lay out the weights for inference: project() is one product from now on."""
+        linears = [self.c_q, self.c_k, self.c_v]
+        if self.gate is not None:
+            linears.append(self.gate)
+        self.packed = pack(linears)
+        self.widths = [linear.out_features for linear in linears]
+
+    def local_kv(self, k, v, gates, value_embed):
+        """
+        Equation (2) without its memory term, before rotation. k, v and gates as project() returns them,
+        value_embed (B, P, G*d) or None.
         Returns k, v (B, P, G, d), and the gate of the memory g_mem (B, P, G, 1) or None without KV memory.
         """
         G = self.n_kv_head
-        heads = u.shape[:2] + (G, self.head_dim)
-        k = self.c_k(u).view(heads)
-        v = self.c_v(u).view(heads)
+        heads = k.shape[:2] + (G, self.head_dim)
+        k = k.view(heads)
+        v = v.view(heads)
         g_mem = None
-        if self.gate is not None:
-            if self.gate_channels is not None:
-                u = u[:, :, :self.gate_channels]
-            gates = torch.sigmoid(self.gate(u)).unsqueeze(-1)  # (B, P, n_gates * G, 1)
+        if gates is not None:
+            gates = torch.sigmoid(gates).unsqueeze(-1)  # (B, P, n_gates * G, 1)
             if self.kv_memory:
                 g_loc, g_mem = (2 * gates[:, :, :2 * G]).chunk(2, dim=2)
                 gates = gates[:, :, 2 * G:]
@@ -297,22 +352,23 @@ class Attention(nn.Module):
             v = torch.addcmul(v, g_mem, memory_v.view(v.shape))
         return norm(rotate(k, *rotary)).transpose(1, 2), v.transpose(1, 2)
 
-    def query(self, u, rotary):
-        """u (B, P, D) -> queries (B, H, P, d), rotated, normed and scaled."""
-        B, P, _ = u.shape
-        q = self.c_q(u).view(B, P, self.n_head, self.head_dim)
+    def query(self, q, rotary):
+        """q (B, P, D) -> queries (B, H, P, d), rotated, normed and scaled."""
+        B, P, _ = q.shape
+        q = q.view(B, P, self.n_head, self.head_dim)
         q = norm(rotate(q, *rotary)).transpose(1, 2)
         return q if self.query_scale == 1 else self.query_scale * q
 
-    def forward(self, u, value_embed, memory_kv, rotary, positions, window, kv):
+    def forward(self, u, value_embed, memory_kv, rotary, positions, view, kv):
         """u (B, P, D) -> (B, P, D). The other arguments are those of Block.forward."""
         B, P, D = u.shape
-        local = self.local_kv(u, value_embed)
+        q, k, v, gates = self.project(u)
+        local = self.local_kv(k, v, gates, value_embed)
         if kv.local is not None and kv.local[self.layer] is None:  # the first pass keeps it for GPT.refresh
             kv.local[self.layer] = local
-        q = self.query(u, rotary)
+        q = self.query(q, rotary)
         k, v = self.finish_kv(*local, memory_kv, rotary)
-        y = kv.attend(self.layer, positions, q, k, v, window)
+        y = kv.attend(self.layer, positions, q, k, v, view)
         return self.c_proj(y.transpose(1, 2).reshape(B, P, D))
 
 class MLP(nn.Module):
@@ -332,14 +388,14 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, h, value_embed, memory_kv, rotary, positions, window, kv):
+    def forward(self, h, value_embed, memory_kv, rotary, positions, view, kv):
         """
         One layer without its residual injection: h (B, P, D) -> (B, P, D).
         value_embed (B, P, G*d) or None; memory_kv: the memory projected by Rk and Rv, a pair (B, P, G*d), or
-        None; rotary: the tables (P, 1, d) of cos and sin; positions: a range of length P; window: how far
-        back they see; kv: the store (attention.KVStore), which is read and written.
+        None; rotary: the tables (P, 1, d) of cos and sin; positions: a range of length P; kv: the store
+        (attention.KVStore), which is read and written; view: kv.view() of the positions.
         """
-        h = h + self.attn(norm(h), value_embed, memory_kv, rotary, positions, window, kv)
+        h = h + self.attn(norm(h), value_embed, memory_kv, rotary, positions, view, kv)
         return h + self.mlp(norm(h))
 
 
@@ -453,6 +509,7 @@ class GPT(nn.Module):
             n_pairs = 1 if config.lrt == "shared" else len(config.memory_layers)
         self.mem_k = nn.ModuleList(Linear(D, kv_dim) for _ in range(n_pairs))
         self.mem_v = nn.ModuleList(Linear(D, kv_dim) for _ in range(n_pairs))
+        self.packed_memory = None  # for inference: Rk and Rv of all layers below each other, see pack()
         self.mem_input = Linear(D, D) if config.input_memory else None
         self.mem_input_gate = Linear(D, D) if config.input_memory else None
 
@@ -487,6 +544,21 @@ class GPT(nn.Module):
                     nn.init.uniform_(p, 0.0, 0.02)
             self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, self.config.n_layer))
             self.x0_lambdas.copy_(torch.linspace(0.2, 0.05, self.config.n_layer))
+
+    def pack(self):
+        """
+        Lay out the weights for inference, once they are loaded and on their device: fewer and faster
+        products, and the same numbers but for their rounding. The parameters become views of what is packed.
+        """
+        for block in self.h:
+            block.attn.pack()
+        if self.config.kv_memory:
+            pairs = zip(self.mem_k, self.mem_v)
+            self.packed_memory = pack([linear for pair in pairs for linear in pair])
+        for module in self.modules():
+            is_packed = module.weight.stride(0) == 1 if isinstance(module, Linear) else True
+            if not is_packed:
+                pack([module])
 
     # -------------------------------------------------------------------------
     # The forward
@@ -539,15 +611,16 @@ class GPT(nn.Module):
         if memory is None or not self.config.kv_memory:
             return pairs
         layers = self.config.memory_layers
-        shared = None
-        for l in layers[:max(n_layer - layers.start, 0)]:
-            if self.config.lrt == "layerwise":
-                i = l - layers.start
-                pairs[l] = self.mem_k[i](memory), self.mem_v[i](memory)
-            else:
-                if shared is None:
-                    shared = self.mem_k[0](memory), self.mem_v[0](memory)
-                pairs[l] = shared
+        n = len(layers[:max(n_layer - layers.start, 0)])  # of them are run
+        n_pairs = min(n, 1) if self.config.lrt == "shared" else n
+        if self.packed_memory is None:
+            projected = [(self.mem_k[i](memory), self.mem_v[i](memory)) for i in range(n_pairs)]
+        else:
+            kv_dim = self.mem_k[0].out_features
+            weight = self.packed_memory[:2 * n_pairs * kv_dim].to(memory.dtype)
+            outputs = product(memory, weight).split(kv_dim, dim=-1)
+            projected = list(zip(outputs[::2], outputs[1::2]))
+        pairs[layers.start:layers.start + n] = projected * n if self.config.lrt == "shared" else projected
         return pairs
 
     def memory_projections(self, n_layer):
@@ -560,7 +633,8 @@ class GPT(nn.Module):
     def forward(self, idx, positions, kv, memory=None, n_layer=None, embedded=None):
         """
         The one forward, equations (1) to (3).
-        idx (B, P) int64: the tokens at `positions`, a range of length P within the context.
+        idx (B, P) int64: the tokens at `positions`, a range of length P within the context, or in a decoding
+        step with a KVCache a tensor (1,) int64, whose caller sees to it that it is within the context.
         kv: KVBuffer or KVCache. The keys and values of `positions` are written; the queries see all
         positions up to their own, so the store must hold those, from earlier calls or from this one.
         memory (B, P, D): m_{t-1} for every t in positions; None: zero, and its projections are not computed.
@@ -570,12 +644,14 @@ class GPT(nn.Module):
         and source (B, P, D), the memory m_t of every position. Raises ValueError beyond the context.
         """
         config = self.config
-        last = positions[-1] - kv.first
-        if last >= config.sequence_len:
+        if isinstance(positions, range) and positions[-1] - kv.first >= config.sequence_len:
+            last = positions[-1] - kv.first
             raise ValueError(f"position {last} is beyond the context of {config.sequence_len} tokens")
         if n_layer is None:
             n_layer = config.n_layer
         rotary = take(self.cos, positions, dim=0), take(self.sin, positions, dim=0)
+        windows = [config.window(l) for l in range(n_layer)]
+        views = {window: kv.view(positions, window) for window in set(windows)}
         memory_kv = self.project_memory(memory, n_layer)
         if embedded is None:
             previous = kv.previous_tokens(positions, idx) if config.smear else None
@@ -598,7 +674,8 @@ class GPT(nn.Module):
         for l in range(n_layer):
             lambdas = resid_lambdas[l], x0_lambdas[l], mem_lambdas[l]
             h = run_layer(l, kv, h=h, x0=x0, value_embed=value_embeds[l], memory=memory,
-                          memory_kv=memory_kv[l], lambdas=lambdas, rotary=rotary, positions=positions)
+                          memory_kv=memory_kv[l], lambdas=lambdas, rotary=rotary, positions=positions,
+                          view=views[windows[l]])
             if l == config.source_layer:
                 source = norm(h)
             if l == config.n_layer // 2:
@@ -607,13 +684,13 @@ class GPT(nn.Module):
             h = torch.addcmul(h, self.backout_lambda.to(h.dtype), middle, value=-1)
         return norm(h), source if config.memory == "hidden" else embedding
 
-    def layer(self, l, kv, h, x0, value_embed, memory, memory_kv, lambdas, rotary, positions):
+    def layer(self, l, kv, h, x0, value_embed, memory, memory_kv, lambdas, rotary, positions, view):
         """Layer l: equation (1), with lambdas its a, b and c, and the block. h (B, P, D) -> (B, P, D)."""
         a, b, c = lambdas
         h = torch.addcmul(a * h, b, x0)
         if memory is not None and self.config.residual_memory and l in self.config.memory_layers:
             h = torch.addcmul(h, c, memory)
-        return self.h[l](h, value_embed, memory_kv, rotary, positions, self.config.window(l), kv)
+        return self.h[l](h, value_embed, memory_kv, rotary, positions, view, kv)
 
     def recomputed_layer(self, l, kv, **inputs):
         """layer() with activation checkpointing: only its inputs are kept, and the backward runs it again."""
@@ -647,7 +724,7 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """hidden (B, P, D) -> logits (B, P, V) in float32 or wider, softly capped at +-15; equation (3)."""
         logits = self.lm_head(hidden)
-        return 15 * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / 15)
+        return 15 * logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(15).tanh_()
 
     def token_loss(self, hidden, targets):
         """

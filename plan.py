@@ -443,7 +443,8 @@ def describe_checkpoint(parts, world_size):
     """
     copied = parts["weights"] + parts["optimizers"]
     whole = parts["weights"] + world_size * parts["optimizers"]
-    return (f"checkpoint: {whole / 1e9:.2f} GB in {world_size} files; a save stops training for "
+    files = "one file" if world_size == 1 else f"{world_size} files"
+    return (f"checkpoint: {whole / 1e9:.2f} GB in {files}; a save stops training for "
             f"{copied / COPY_RATE:.2f} s, in which rank 0 copies {copied / 1e9:.2f} GB "
             f"at {COPY_RATE / 1e9:.0f} GB/s into as much memory of the host")
 

@@ -80,7 +80,8 @@ class RecurrentBlock(Block):
 
     def pair(self, u, value_embed, rotary):
         """u (B, P, D) -> keys and values (B, G, P, d), rotated and normed."""
-        return self.attn.finish_kv(*self.attn.local_kv(u, value_embed), None, rotary)
+        _, k, v, gates = self.attn.project(u)
+        return self.attn.finish_kv(*self.attn.local_kv(k, v, gates, value_embed), None, rotary)
 
     def arguments(self, x, value_embed, rotary):
         """The arguments of tiled() and reference() for the layer's input x (B, T, D)."""
@@ -91,15 +92,16 @@ class RecurrentBlock(Block):
             pair_weights.append(attn.gate.weight)
         weights = [attn.c_proj.weight, torch.cat(pair_weights), mlp.c_fc.weight, mlp.c_proj.weight]
         weights = [w.to(x.dtype) for w in weights]
-        q = attn.query(u, rotary)
-        k, v = self.pair(u, value_embed, rotary)
+        q, k, v, gates = attn.project(u)
+        q = attn.query(q, rotary)
+        k, v = attn.finish_kv(*attn.local_kv(k, v, gates, value_embed), None, rotary)
         return x, q, k, v, value_embed, rotary, weights, self.window
 
-    def forward(self, x, value_embed, memory_kv, rotary, positions, window, kv):
+    def forward(self, x, value_embed, memory_kv, rotary, positions, view, kv):
         """As Block.forward, for one position (decoding) or for all from 0 on. Raises ValueError otherwise."""
         if len(positions) == 1:
             # attention finds the temporary pair in the place that the final one takes afterwards
-            y = super().forward(x, value_embed, memory_kv, rotary, positions, window, kv)
+            y = super().forward(x, value_embed, memory_kv, rotary, positions, view, kv)
             k, v = self.pair(norm(y), value_embed, rotary)
         elif positions == range(len(positions)):
             y, k, v = tiled(*self.arguments(x, value_embed, rotary), kv.start)

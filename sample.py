@@ -17,6 +17,7 @@ import json
 import os
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ from common import (
 )
 from dataset import BOS, encode_text, load_tokenizer, tokenizer_sha256
 from interleave import prefill
+from recurrent import record
 
 MAX_SAMPLES = 10**6  # of a prompt; all of them are one batch
 
@@ -60,6 +62,7 @@ def load_run(path, device):
     if tokenizer_sha256(path.parent) != checkpoint["tokenizer_sha256"]:
         raise UserError(f"the tokenizer in {path.parent} is not the one of {path.name}: {repair}")
     model = load_model(checkpoint, device)
+    model.pack()
     if tokenizer.n_vocab != model.config.vocab_size:
         raise UserError(f"the tokenizer in {path.parent} has {tokenizer.n_vocab} tokens, "
                         f"the model {model.config.vocab_size}: they are not of one run")
@@ -133,9 +136,9 @@ class IncrementalDetokenizer:
 # -----------------------------------------------------------------------------
 # Generation
 
-def sample_next_token(logits, generators, temperature, top_k, top_p):
+def sample_next_token(logits, uniform, temperature, top_k, top_p):
     """
-    Draw one token from each row of logits (N, V): (N,) int64. Row i uses one uniform number of generators[i]
+    Draw one token from each row of logits (N, V): (N,) int64. Row i uses the uniform random number uniform[i]
     and does not depend on the other rows. Only the top_k likeliest tokens are kept (None or 0: all), and of
     these only the likeliest that together reach the probability top_p (None: all).
     Temperature 0 takes the argmax and uses no random number, and so does one that float32 rounds to 0.
@@ -156,8 +159,7 @@ def sample_next_token(logits, generators, temperature, top_k, top_p):
         kept = cumulative.gather(1, last_kept)
 
     # invert the cumulative distribution at a uniform number
-    uniform = torch.stack([torch.rand((), generator=g) for g in generators]).to(logits.device)[:, None]
-    choice = torch.searchsorted(cumulative, uniform * kept, right=True).clamp(max=k - 1)
+    choice = torch.searchsorted(cumulative, uniform[:, None] * kept, right=True).clamp(max=k - 1)
     return tokens.gather(1, choice)[:, 0]
 
 def new_cache(model, batch_size, length, **options):
@@ -193,9 +195,66 @@ def prefill_prompts(model, prompts, pad_token, num_samples, max_new_tokens, use_
         memory = memory.repeat_interleave(num_samples, dim=0)
     return hidden, memory, kv
 
-@torch.no_grad()
+class Decoder:
+    """
+    Decodes N sequences, all by one token at a time. What changes from token to token lies in tensors that
+    stay in their places on the device, down to the position and the random numbers. So a step is the same
+    work every time, which can be compiled, and which on CUDA is captured as a CUDA graph: a thousand kernels,
+    launched at once. Otherwise Python knows the position, and attention reads no more of the cache than it.
+    """
+
+    def __init__(self, model, kv, hidden, memory, first, uniform, draw, use_memory=True, compile=False,
+                 capture=None):
+        """
+        kv: the cache of what was processed, of which hidden (N, 1, D) and memory (N, 1, D) or None are the
+        last position's; first: the next position; uniform (n, N): random numbers for n tokens a sequence;
+        draw(logits, uniform): as sample_next_token; compile: it takes half a minute, and saves a third of the
+        time of a step on a CPU (research/SPEED.md); capture: None means on CUDA.
+        """
+        self.model = model
+        self.kv = kv
+        self.memory = memory
+        self.uniform = uniform
+        self.draw = draw
+        self.use_memory = use_memory
+        self.first = first
+        self.work = None  # a step whose numbers are all on the device; None: Python walks over the layers
+        if compile:
+            self.work = torch.compile(self.forward_on_device, dynamic=False, fullgraph=True)
+        self.capture = model.wte.weight.is_cuda if capture is None else capture
+        self.made = 1  # tokens a sequence so far
+        self.index = torch.ones(1, dtype=torch.int64, device=hidden.device)  # the same, on the device
+        self.tokens = draw(model.logits(hidden)[:, -1], uniform[0])  # (N,), the newest
+
+    def forward(self, positions, uniform):
+        """Feed the newest tokens at `positions`, one position, and draw the next ones."""
+        idx = self.tokens[:, None]
+        hidden, source = self.model(idx, positions, self.kv, self.memory)
+        if self.memory is not None:
+            self.memory.copy_(source if self.use_memory else self.model.first_memory(idx))
+        self.tokens.copy_(self.draw(self.model.logits(hidden)[:, -1], uniform))
+
+    def forward_on_device(self):
+        """The same, with all numbers that Python knew on the device."""
+        self.forward(self.first - 1 + self.index, self.uniform.index_select(0, self.index)[0])
+        self.index.add_(1)
+
+    def step(self):
+        """The next token of every sequence: `tokens` (N,), overwritten by the next step."""
+        position = self.first - 1 + self.made
+        if self.capture:
+            self.work = record(self.work or self.forward_on_device, self.tokens.device)  # which runs it once
+            self.capture = False
+        elif self.work is not None:
+            self.work()
+        else:
+            self.forward(range(position, position + 1), self.uniform[self.made])
+        self.made += 1
+        return self.tokens
+
+@torch.inference_mode()
 def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0,
-             num_samples=1, stop=None, use_memory=True):
+             num_samples=1, stop=None, use_memory=True, compile=False):
     """
     Continue prompts (lists of at least one token id, of any lengths) with the exact recurrence, num_samples
     times each. Yields (sequence, token, text) as the tokens are made. `sequence` numbers the samples of the
@@ -210,8 +269,9 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_k=N
     generator, seeded seed + i, so it does not depend on what else is in the batch.
 
     interleave.prefill processes all prompts at once; then each token is one forward. A sequence carries the
-    standard KV cache and one memory vector. use_memory=False keeps to the first memory, zero by default, for
-    comparison. Raises ValueError for a prompt that is empty or longer than the context.
+    standard KV cache and one memory vector. compile: as for Decoder. use_memory=False keeps to the first
+    memory, zero by default, for comparison. Raises ValueError for a prompt that is empty or longer than the
+    context.
     """
     context = model.config.sequence_len
     lengths = [len(prompt) for prompt in prompts]
@@ -219,25 +279,28 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_k=N
         shortest, longest = min(lengths, default=0), max(lengths, default=0)
         raise ValueError(f"prompts of {shortest} to {longest} tokens; a prompt has 1 to {context}")
 
-    # for each sequence: the tokens it may still take, its random numbers, its text
+    # for each sequence: the tokens it may still take, its text
     bos = tokenizer.encode_single_token(BOS)
-    remaining, generators, detokenizers = [], [], []
+    remaining, detokenizers = [], []
     for length in lengths:
-        for i in range(num_samples):
+        for _ in range(num_samples):
             # the token after the last position of the context is made, too, though never fed to the model
             remaining.append(min(max_new_tokens, context - length + 1))
-            generators.append(torch.Generator().manual_seed(seed + i))
             detokenizers.append(IncrementalDetokenizer(tokenizer, stop))
 
+    # the prompts; random numbers, which lie on the device before they are needed
     steps = max(remaining)
     hidden, memory, kv = prefill_prompts(model, prompts, bos, num_samples, steps, use_memory)
+    uniform = torch.empty(steps, num_samples)
+    for i in range(num_samples):
+        uniform[:, i] = torch.rand(steps, generator=torch.Generator().manual_seed(seed + i))
+    uniform = uniform.repeat(1, len(prompts)).to(hidden.device)
+    draw = partial(sample_next_token, temperature=temperature, top_k=top_k, top_p=top_p)
+    decoder = Decoder(model, kv, hidden, memory, max(lengths), uniform, draw, use_memory, compile)
 
-    first = max(lengths)  # the position of the first new token
-    for position in range(first, first + steps):
-        tokens = sample_next_token(model.logits(hidden)[:, -1], generators, temperature, top_k, top_p)
-
+    while True:
         # detokenize and yield, leaving out the sequences that have ended
-        for i, token in enumerate(tokens.tolist()):
+        for i, token in enumerate(decoder.tokens.tolist()):
             if remaining[i] == 0:
                 continue
             remaining[i] -= 1
@@ -251,10 +314,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_k=N
                 yield i, None, detokenizers[i].finish()
         if not any(remaining):
             return
-
-        # one forward gives the hidden states that the next tokens come from
-        hidden, source = model(tokens[:, None], range(position, position + 1), kv, memory)
-        memory = source if use_memory else model.first_memory(tokens[:, None])
+        decoder.step()
 
 def complete(*args, **options):
     """The finished texts of generate(), which takes the same arguments: a list of str, one a sequence."""
@@ -296,6 +356,8 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text")
     parser.add_argument("--no-memory", action="store_true",
                         help="keep the memory at zero, to see what it is worth")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the step of a token first: takes half a minute, pays for long texts")
     parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
     args = parser.parse_args()
     at_least(args, num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
@@ -309,6 +371,8 @@ def parse_args():
         raise UserError("--prompt-file goes without --prompt and --interactive")
     if args.interactive and (args.prompt or args.out or args.num_samples > 1):
         raise UserError("--interactive goes without --prompt, --out and --num-samples: type the prompts")
+    if args.interactive and args.compile:
+        raise UserError("--interactive goes without --compile: every text would be compiled anew")
     return args
 
 def read_prompts(path):
@@ -401,6 +465,7 @@ def main():
         seed=args.seed,
         stop=args.stop,
         use_memory=not args.no_memory,
+        compile=args.compile,
     )
     if args.interactive:
         interact(model, tokenizer, options)

@@ -30,7 +30,7 @@ def check_tracking(project):
     if online and int(os.environ.get("RANK", 0)) == 0:
         try:
             wandb.login(verify=False)  # that needs no network, without which a run can be trained, too
-        except (wandb.errors.UsageError, ValueError) as e:
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as e:
             raise UserError(f"wandb does not know who you are ({first_line(e)}): "
                             "run `wandb login`, or set WANDB_MODE=offline") from e
 

@@ -69,6 +69,7 @@ from common import (
     say,
     side_group,
     training_dtype,
+    wait_for_all,
 )
 from core import describe_core, evaluate_core, load_tasks
 from dataset import BOS, Rows, first_rows, open_data, skip_rows
@@ -825,14 +826,13 @@ def train(args, checkpoint, start, device, rank, world_size, watch):
     whose weights to begin with; both may be None. Raises UserError.
     """
     # the checkpoint and the data
-    group = side_group(TIMEOUT)  # of what goes on beside training
+    group, patient_group = side_group(TIMEOUT), side_group(PATIENCE)  # for what goes on beside training
     args, checkpoint = verify_checkpoint(args, checkpoint, group)
     dtype = training_dtype(device, args.dtype)
     args.dtype = str(dtype)[6:]  # a resumed run goes on in it
     run_folder = Path(args.out, args.name) if args.name else None
     data = open_data(args.data, rank=rank, world_size=world_size, run_folder=run_folder)
-    if group is not None:  # shards that are read for the first time may take longer than a collective waits
-        dist.monitored_barrier(group, timeout=PATIENCE)
+    wait_for_all(patient_group)  # reading shards for the first time may take longer than a collective waits
     if checkpoint:
         check_same_data(data, checkpoint, args.resume)
     if start:

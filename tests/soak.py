@@ -36,7 +36,7 @@ from checkpointing import list_checkpoints  # noqa: E402
 from common import append_row, read_rows  # noqa: E402
 
 DATA = ROOT / "tests/checkpoints/data"
-PATIENCE = 600  # seconds until a run that was not killed must have ended
+PATIENCE = 3600  # seconds until a run that was not killed must have ended
 KINDS = {  # what is trained, by name; together they have every kind of optimizer state
     "shared": "--lrt shared",
     "layerwise": "--lrt layerwise --recipe nanochat --aspect-ratio 32",

@@ -12,18 +12,24 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import ROOT, assert_refused, cli, shell
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import sample
 from attention import KVCache
 from checkpointing import load_model
 from interleave import plain, prefill, run
-from sample import IncrementalDetokenizer, complete, generate, read_prompts, sample_next_token
-from test_model import decode, make, tokens
+from model import NANOCHAT_BACKBONE, GPTConfig, product
+from recurrent import RecurrentConfig, build_model
+from sample import Decoder, IncrementalDetokenizer, complete, generate, read_prompts, sample_next_token
+from test_model import CONFIG, decode, make, randomize, tokens
 
 BOS = 36
 
@@ -45,8 +51,8 @@ def test_sampling_follows_the_distribution():
 
     def share(temperature=1.0, top_k=None, top_p=None):
         """How often each of the four tokens is drawn."""
-        generators = [torch.Generator().manual_seed(i) for i in range(4000)]
-        drawn = sample_next_token(logits.expand(4000, 4), generators, temperature, top_k, top_p)
+        uniform = torch.rand(4000, generator=torch.Generator().manual_seed(0))
+        drawn = sample_next_token(logits.expand(4000, 4), uniform, temperature, top_k, top_p)
         return torch.bincount(drawn, minlength=4) / 4000
 
     def assert_near(found, expected):
@@ -169,6 +175,137 @@ def test_generation_ends_before_the_stop_string(trained_models):
 def test_bad_prompts(prompts, trained_models):
     with pytest.raises(ValueError, match="a prompt has 1 to 64"):
         list(generate(trained_models["shared"], toy_tokenizer(), prompts, 5))
+
+STEPS = {
+    "shared": {},
+    "grouped-windows": dict(lrt="layerwise", window_pattern="SL", n_kv_head=1),
+    "none": dict(lrt="none"),
+    "control": dict(first_memory="embedding", memory="embedding"),
+    "nanochat": dict(**NANOCHAT_BACKBONE, lrt="shared", n_layer=4),
+    "recurrent": dict(arch="recurrent", lrt="none", window_pattern="SL"),
+}
+
+def step_model(variant):
+    """A model whose context ends within the text, and whose windows are shorter than that."""
+    config = CONFIG | dict(sequence_len=20) | STEPS[variant]
+    make_config = RecurrentConfig if config.get("arch") == "recurrent" else GPTConfig
+    torch.manual_seed(0)
+    return randomize(build_model(make_config(**config)))
+
+def step_tokens(model, **options):
+    """All tokens of a batch of prompts of different lengths, and of each of them alone."""
+    prompts = [[BOS, 1, 2, 3, 4, 5, 6, 7, 8], [BOS], [BOS, 5, 6]]
+    found = []
+    for batch in (prompts, prompts[:1], prompts[1:2]):
+        generated = generate(model, toy_tokenizer(), batch, 30, temperature=1.0, top_k=20, top_p=0.95,
+                             seed=7, num_samples=2, **options)
+        found.append([(i, token) for i, token, _ in generated])
+    return found
+
+@pytest.mark.parametrize("variant", STEPS)
+def test_a_captured_step_makes_the_same_tokens(variant, monkeypatch):
+    """With a recorder in the place of a CUDA graph: what it replays knows neither position nor numbers."""
+    from test_recurrent import Recorder  # which imports this file
+    recorders = []
+
+    def record(work, device):
+        with Recorder() as recorder:  # as the original, the work is done once
+            work()
+        recorders.append(recorder)
+        return recorder.replay
+
+    model = step_model(variant)
+    expected = [step_tokens(model, use_memory=use_memory) for use_memory in (True, False)]
+    monkeypatch.setattr(sample, "record", record)
+    monkeypatch.setattr(sample, "Decoder", partial(Decoder, capture=True))
+    assert [step_tokens(model, use_memory=use_memory) for use_memory in (True, False)] == expected
+    assert len(recorders) == 6  # one for each batch
+    assert max(len(tokens) for tokens in expected[0]) > 60
+
+@pytest.mark.parametrize("variant", STEPS)
+def test_a_compiled_step_makes_the_same_tokens(variant, monkeypatch):
+    """One graph for all positions, without a break or a recompilation."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=counter, **options))
+    model = step_model(variant)
+    expected = step_tokens(model)
+    assert step_tokens(model, compile=True) == expected
+    assert counter.frame_count == 3  # one for each batch
+
+def test_random_numbers_do_not_depend_on_how_many_there_are(trained_models):
+    """A longer text begins with the shorter one of the same seed."""
+    model = trained_models["shared"]
+    short, = complete(model, toy_tokenizer(), [[BOS, 3]], 7, seed=1)
+    long, = complete(model, toy_tokenizer(), [[BOS, 3]], 40, seed=1)
+    assert long.startswith(short) and len(short) > 2
+
+@pytest.mark.parametrize("variant", STEPS)
+def test_packed_weights_are_the_same_weights(variant, monkeypatch):
+    """Packed for inference: the same parameters by name and value, in no more memory, and the same text."""
+    model = step_model(variant).double()
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    idx, _ = tokens(12)
+    logits, memory = decode(model, idx)
+    text = step_tokens(model)
+
+    model.pack()
+    assert model.state_dict().keys() == state.keys()
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, state[name]), name
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in model.parameters()}
+    padding = 0  # gates that read a few channels only have zeros for the others
+    for block in model.h:
+        if block.attn.gate is not None:
+            padding += block.attn.packed[0].numel() * block.attn.gate.out_features
+            padding -= block.attn.gate.weight.numel()
+        assert block.attn.packed.data_ptr() == block.attn.c_q.weight.data_ptr()
+    n_bytes = 8 * sum(x.numel() for x in state.values())
+    assert sum(storage.nbytes() for storage in storages.values()) == n_bytes + 8 * padding
+
+    again, memory_again = decode(model, idx)
+    torch.testing.assert_close(again, logits, rtol=0, atol=1e-12)
+    torch.testing.assert_close(memory_again, memory, rtol=0, atol=1e-12)
+    assert step_tokens(model) == text
+
+    # one product for q, k, v and the gates, and one for all of Rk and Rv
+    products = []
+    monkeypatch.setattr("model.product", lambda x, w: products.append(w) or F.linear(x, w))
+    kv = KVCache(model.config, 2, 1, "cpu", torch.float64)
+    memory = None if model.config.lrt == "none" else memory[:, :1]
+    with torch.no_grad():
+        model(idx[:, :1], range(1), kv, memory)
+    a_layer = 5 if variant == "recurrent" else 4  # it projects its output, too
+    others = (model.config.lrt != "none") + model.config.smear
+    assert len(products) == a_layer * model.config.n_layer + others
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 64])
+def test_products_do_not_depend_on_who_computes_them(rows):
+    """oneDNN where it is faster: several rows, no gradient, and not a part of the rows of packed weights."""
+    from test_recurrent import Recorder  # which imports this file
+    torch.manual_seed(0)
+    x = torch.randn(rows, 1, 768)
+    weight = torch.randn(2048, 768)
+    in_columns = weight.t().contiguous().t()
+    for w, is_dense in ((weight, True), (in_columns, True), (in_columns[:1024], False)):
+        with torch.no_grad(), Recorder() as recorder:
+            y = product(x, w)
+        kernels = {str(kernel) for kernel, *_ in recorder.calls}
+        by_onednn = torch.backends.mkldnn.is_available() and is_dense and rows > 2
+        assert ("mkldnn._linear_pointwise.default" in kernels) == by_onednn
+        torch.testing.assert_close(y.double(), x.double() @ w.double().T, rtol=1e-5, atol=1e-3)
+
+    graphs = []  # Inductor refuses calls of oneDNN that are not its own
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(product, backend=lambda graph, inputs: graphs.append(graph.code) or graph)
+        torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
+    assert len(graphs) == 1 and "mkldnn" not in graphs[0]
+
+    w = weight.requires_grad_()
+    product(x, w).sum().backward()
+    torch.testing.assert_close(w.grad, x.sum((0, 1)).expand(2048, -1), rtol=1e-4, atol=1e-4)
 
 def test_samples_share_one_prefill_and_a_token_is_one_forward(trained_models, monkeypatch):
     model = trained_models["shared"]
@@ -365,6 +502,7 @@ def test_interactive(trained):
     (["--interactive", "--prompt", "x"], ["--interactive goes without"]),
     (["--interactive", "--out", "x"], ["--interactive goes without"]),
     (["--interactive", "--num-samples", "2"], ["--interactive goes without"]),
+    (["--interactive", "--compile"], ["--interactive goes without --compile"]),
     (["--prompt", "caf\udce9"], ["prompt 1 is not UTF-8 text: 'caf\\udce9'"]),
 ])
 def test_bad_flags(flags, words, trained, monkeypatch):
