@@ -65,7 +65,7 @@ def assert_alike(folder_a, folder_b, rel=1e-5):
 def assert_same_form(a, b):
     """
     Two checkpoints have the same keys, shapes, dtypes and options, and the same matrices within 1e-3. At the
-    start, gradients of scalars are little but rounding: that of backout is 5e-12, which AdamW makes a step of.
+    start, gradients of scalars are little but rounding: that of backout is 5e-12, still a step of AdamW.
     """
     if isinstance(a, dict):
         assert isinstance(b, dict) and a.keys() == b.keys()
