@@ -6,11 +6,10 @@ anything of that size is allocated. `train.py --dry-run` prints it and ends.
 import gc
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from attention import KVCache
 from common import UserError, pick_device, training_dtype
@@ -293,10 +292,10 @@ def describe(plan, world_size, device, dtype, rows_per_epoch):
 def saved_bytes(work, parameters):
     """
     Bytes that work(), a forward pass, leaves in memory for its backward: all new storages that autograd
-    or Python holds when it is done, those of `parameters` left out. Works on real and on fake tensors.
+    or Python holds when it is done, those of `parameters` left out. Tensors may be on the meta device.
     """
     def live_tensors():
-        return [x for x in gc.get_objects() if type(x) in (torch.Tensor, FakeTensor)]
+        return [x for x in gc.get_objects() if type(x) is torch.Tensor]
 
     def address(x):
         return x.untyped_storage()._cdata
@@ -309,18 +308,63 @@ def saved_bytes(work, parameters):
         sizes[address(x)] = x.untyped_storage().nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        out = work()  # noqa: F841 (keeps the graph, and so its storages, alive until they are counted)
-    gc.collect()
-    for x in live_tensors():
-        count(x)
+    gc.freeze()  # what there was before is not looked through again
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            out = work()  # noqa: F841 (keeps the graph, and so its storages, alive until they are counted)
+        gc.collect()
+        for x in live_tensors():
+            count(x)
+    finally:
+        gc.unfreeze()
     return sum(n for storage, n in sizes.items() if storage not in before)
+
+def count_activations(config, schedule, rows, dtype, recompute):
+    """What activation_bytes() returns, for this GPTConfig and `rows` sequences, by running all of its layers."""
+    with torch.device("meta"):
+        model = build_model(config)
+        model.compute_dtype = dtype
+        model.recompute = recompute
+        step = TrainStep(model, schedule)
+        idx = torch.zeros(rows, config.sequence_len, dtype=torch.int64)
+        return saved_bytes(lambda: step(idx, idx), model.parameters())
+
+def activation_bytes(plan, dtype, recompute):
+    """
+    Bytes of the activations in this dtype that the forward of a micro-batch keeps for its backward. Layers
+    come in periods, of which each keeps as much as any other on its side of the source layer. So a deep
+    model is counted in three shallow ones: one without these periods, and one with one more on each side.
+    """
+    config = plan.config
+    period = len(config.window_pattern)
+    if config.value_embeds == "alternate":
+        period = math.lcm(period, 2)
+    below = config.source_layer + 1
+    above = config.n_layer - below
+    few_below = min(below, below % period + max(period, 2))
+    few_above = min(above, above % period + max(period, 2))
+
+    def count(below, above):
+        shallow = replace(config, n_layer=below + above, source_layer=below - 1)
+        return count_activations(shallow, plan.schedule, plan.device_batch, dtype, recompute)
+
+    if config.n_layer <= 3 * (few_below + few_above):  # three counts would not be faster
+        return count(below, above)
+    few = count(few_below, few_above)
+    total = few
+    if below > few_below:
+        period_below = count(few_below + period, few_above) - few
+        total += (below - few_below) // period * period_below
+    if above > few_above:
+        period_above = count(few_below, few_above + period) - few
+        total += (above - few_above) // period * period_above
+    return total
 
 def memory_estimate(plan, world_size, dtype, recompute):
     """
     Bytes that one process needs at least, a dict by kind: weights, gradients and optimizer state in
     float32, the state shared by all ranks, and the activations that the forward of a micro-batch keeps
-    for its backward, counted on fake tensors in this dtype. That is without compilation, which keeps
+    for its backward, counted on the meta device in this dtype. That is without compilation, which keeps
     less. The activations of long schedules and of the Recurrent Transformer are not counted. Under DDP the
     gradients are its buckets. Where those of a micro-batch are added to them, there are two of each for a
     moment; a compiled backward returns all of them at once, and frees the activations meanwhile.
@@ -337,13 +381,7 @@ def memory_estimate(plan, world_size, dtype, recompute):
     )
     recurrent = isinstance(plan.config, RecurrentConfig)
     if not recurrent and len(plan.schedule.passes(T)) <= MAX_PASSES_COUNTED:
-        with FakeTensorMode():
-            model = build_model(plan.config)
-            model.compute_dtype = dtype
-            model.recompute = recompute
-            step = TrainStep(model, plan.schedule)
-            idx = torch.zeros(plan.device_batch, T, dtype=torch.int64)
-            parts["activations"] = saved_bytes(lambda: step(idx, idx), model.parameters())
+        parts["activations"] = activation_bytes(plan, dtype, recompute)
     new_gradients = 4 * total - parts.get("activations", 0)
     if (world_size > 1 or plan.micro_steps > 1) and new_gradients > 0:
         parts["new gradients"] = new_gradients

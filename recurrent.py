@@ -245,7 +245,7 @@ def keys_read(T, window):
             total += keys.stop - keys.start
     return total
 
-@torch.compiler.disable  # torch.compile would unroll T steps into one graph
+@torch._disable_dynamo  # torch.compile would unroll T steps into one graph
 def tiled(x, q, k, v, value_embed, rotary, weights, window, start=None, qk_norm=True, capture=None):
     """
     One recurrent layer over positions 0 .. T-1, differentiable once.
