@@ -24,7 +24,8 @@ def plan_of(flags, vocab_size=512):
 # Dry run
 
 def dry_run(*flags):
-    code, out, err = cli("train.py", "--dry-run", "--depth", 20, "--lrt", "shared", "--dtype", "float32", *flags)
+    code, out, err = cli("train.py", "--dry-run", "--depth", 20, "--lrt", "shared",
+                         "--dtype", "float32", *flags)
     assert code == 0, err
     return out
 
