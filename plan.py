@@ -320,7 +320,7 @@ def saved_bytes(work, parameters):
     return sum(n for storage, n in sizes.items() if storage not in before)
 
 def count_activations(config, schedule, rows, dtype, recompute):
-    """What activation_bytes() returns, of this GPTConfig and `rows` sequences, by running all of its layers."""
+    """What activation_bytes() returns, for `rows` sequences, by running all layers of this GPTConfig."""
     with torch.device("meta"):
         model = build_model(config)
         model.compute_dtype = dtype
