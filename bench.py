@@ -48,8 +48,9 @@ from core import batches, load_tasks, make_example, score
 from dataset import Rows, first_rows, open_data
 from interleave import Schedule, TrainStep, decode_tokens, prefill
 from model import GPTConfig
-from optim import Muon, OptimizerConfig, make_optimizers, product_dtype
+from optim import Muon, make_optimizers, product_dtype
 from plan import saved_bytes
+from recipes import OptimizerConfig
 from recurrent import RecurrentConfig, build_model, graphs, keys_read, reference, tiled
 from sample import load_run, new_cache
 

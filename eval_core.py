@@ -19,15 +19,11 @@ if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process a
 import json
 import math
 
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
-
-from attention import take
 from common import (
     ArgumentParser,
     UserError,
     at_least,
+    check_command_line,
     check_folder,
     end_processes,
     init_processes,
@@ -35,7 +31,59 @@ from common import (
     run_main,
     write_atomic,
 )
-from core import BUNDLE, describe_core, evaluate_core, load_tasks
+
+# -----------------------------------------------------------------------------
+# Flags
+
+def parse_args():
+    """The command line, checked. Raises UserError."""
+    parser = ArgumentParser(
+        description="Bits per byte, CORE and samples of a trained run, with the memory that it really has.")
+    parser.add_argument("--checkpoint", metavar="PATH",
+                        help="run folder or checkpoint file (default: the newest in runs/)")
+    parser.add_argument("--eval", default="bpb", metavar="A,B", help="what to run: any of bpb,core,sample")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows of the context's length at a time")
+    parser.add_argument("--no-memory", action="store_true",
+                        help="core, sample: keep the memory at zero, as the authors score")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file, too")
+    parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
+
+    g = parser.add_argument_group("bpb")
+    g.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
+    g.add_argument("--split", choices=["train", "val", "both"], default="both", help="which text to score")
+    g.add_argument("--rows", type=int, default=256,
+                   help="rows of the context's length scored in parallel, per split")
+    g.add_argument("--decode-rows", type=int, default=64,
+                   help="rows of them scored with the exact recurrence, 0: none")
+    g.add_argument("--referee", action="store_true",
+                   help="score these token by token, too: the same figure, slowly")
+
+    g = parser.add_argument_group(
+        "core",
+        "results go to core_<step>.json and .csv in the run folder; "
+        "a second call goes on with the tasks that are missing")
+    g.add_argument("--bundle", metavar="DIR",
+                   help="folder with core.yaml (default: data_core/eval_bundle, downloaded once)")
+    g.add_argument("--tasks", metavar="A,B", help="run only these")
+    g.add_argument("--max-per-task", type=int, metavar="N",
+                   help="run only so many examples of each: an estimate")
+
+    args = parser.parse_args()
+    at_least(args, rows=1, decode_rows=0, batch_size=1, max_per_task=1)
+    check_folder(args.json)
+    if not set(args.eval.split(",")) <= {"bpb", "core", "sample"}:
+        raise UserError(f"--eval {args.eval}: choose from bpb,core,sample")
+    return args
+
+if __name__ == "__main__":  # --help does not wait for what follows
+    check_command_line(parse_args)
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from attention import take
+from core import describe_core, evaluate_core, load_tasks
 from dataset import first_rows, open_data
 from interleave import Schedule, decode_tokens, pass_losses, prefill
 from sample import complete, encode_prompts, load_run, new_cache
@@ -214,46 +262,6 @@ def report_samples(args, model, tokenizer, encoded, print0):
     for prompt, text in zip(PROMPTS, texts):
         print0(f"\n{prompt}{text}")
     return dict(zip(PROMPTS, texts))
-
-def parse_args():
-    """The command line, checked. Raises UserError."""
-    parser = ArgumentParser(
-        description="Bits per byte, CORE and samples of a trained run, with the memory that it really has.")
-    parser.add_argument("--checkpoint", metavar="PATH",
-                        help="run folder or checkpoint file (default: the newest in runs/)")
-    parser.add_argument("--eval", default="bpb", metavar="A,B", help="what to run: any of bpb,core,sample")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows of the context's length at a time")
-    parser.add_argument("--no-memory", action="store_true",
-                        help="core, sample: keep the memory at zero, as the authors score")
-    parser.add_argument("--json", metavar="FILE", help="write the results to this file, too")
-    parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
-
-    g = parser.add_argument_group("bpb")
-    g.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
-    g.add_argument("--split", choices=["train", "val", "both"], default="both", help="which text to score")
-    g.add_argument("--rows", type=int, default=256,
-                   help="rows of the context's length scored in parallel, per split")
-    g.add_argument("--decode-rows", type=int, default=64,
-                   help="rows of them scored with the exact recurrence, 0: none")
-    g.add_argument("--referee", action="store_true",
-                   help="score these token by token, too: the same figure, slowly")
-
-    g = parser.add_argument_group(
-        "core",
-        "results go to core_<step>.json and .csv in the run folder; "
-        "a second call goes on with the tasks that are missing")
-    g.add_argument("--bundle", metavar="DIR",
-                   help=f"folder with core.yaml (default: {BUNDLE}, downloaded once)")
-    g.add_argument("--tasks", metavar="A,B", help="run only these")
-    g.add_argument("--max-per-task", type=int, metavar="N",
-                   help="run only so many examples of each: an estimate")
-
-    args = parser.parse_args()
-    at_least(args, rows=1, decode_rows=0, batch_size=1, max_per_task=1)
-    check_folder(args.json)
-    if not set(args.eval.split(",")) <= {"bpb", "core", "sample"}:
-        raise UserError(f"--eval {args.eval}: choose from bpb,core,sample")
-    return args
 
 def main():
     args = parse_args()

@@ -6,7 +6,7 @@ anything of that size is allocated. `train.py --dry-run` prints it and ends.
 import gc
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,57 +15,14 @@ from attention import KVCache
 from common import UserError, pick_device, training_dtype
 from dataset import Rows, open_data
 from interleave import Schedule, TrainStep
-from model import GPT, NANOCHAT_BACKBONE, GPTConfig
-from optim import (
-    BATCH_AT_DEPTH_12,
-    NANOCHAT_OPTIMIZER,
-    OptimizerConfig,
-    learning_rate_scale,
-    weight_decay_scale,
-)
+from model import GPT, GPTConfig
+from optim import BATCH_AT_DEPTH_12, learning_rate_scale, weight_decay_scale
+from recipes import RECIPES, OptimizerConfig, make_optimizer_config
 from recurrent import RecurrentConfig, build_model
 
 DEFAULT_VOCAB_SIZE = 32768  # what --dry-run assumes where there is no data yet
 MAX_POSITIONS = 2**15  # of a forward, over all passes and rows, for the default device batch
 MAX_PASSES_COUNTED = 16  # --dry-run does not count the activations of longer schedules: it would take minutes
-
-
-# -----------------------------------------------------------------------------
-# Recipes
-
-@dataclass
-class Recipe:
-    """What a run has where no flag says otherwise."""
-    flags: dict  # values of flags
-    model: dict = field(default_factory=dict)  # fields of GPTConfig that are not its defaults
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-
-    def value_of(self, flag):
-        """The value of a flag that was not given; None if that is no matter of the recipe."""
-        if flag in self.flags:
-            return self.flags[flag]
-        return getattr(self.optimizer, flag, None)
-
-RECIPES = {
-    # the LRT paper's: nanochat's at the time when its code was forked
-    "paper": Recipe(dict(value_embeds="all", target_param_data_ratio=10.0, grad_clip=1.0)),
-    # nanochat's of 2026-07-03
-    "nanochat": Recipe(
-        flags=dict(value_embeds="alternate", target_param_data_ratio=12.0, grad_clip=0.0),
-        model=NANOCHAT_BACKBONE,
-        optimizer=NANOCHAT_OPTIMIZER,
-    ),
-}
-
-def fill_in(args):
-    """Give the flags that were not given, None, the values of args.recipe, in place."""
-    for name, value in vars(args).items():
-        if value is None:
-            setattr(args, name, RECIPES[args.recipe].value_of(name))
-
-def make_optimizer_config(args):
-    """The optimizers' configuration from train.py's flags and the recipe."""
-    return OptimizerConfig.from_args(args, RECIPES[args.recipe].optimizer)
 
 
 # -----------------------------------------------------------------------------

@@ -29,31 +29,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
-from tqdm import tqdm
-
-from checkpointing import (
-    Log,
-    RunFolder,
-    default_name,
-    list_checkpoints,
-    load_optimizers,
-    load_weights,
-    new_run_folder,
-    newest_checkpoint,
-    read_log,
-    rewind,
-    save_checkpoint,
-    set_aside,
-    step_of,
-)
 from common import (
     ArgumentParser,
     UserError,
     at_least,
     at_most,
+    check_command_line,
     check_new_folder,
     end_processes,
     flag,
@@ -65,14 +46,7 @@ from common import (
     say,
     training_dtype,
 )
-from core import describe_core, evaluate_core, load_tasks
-from dataset import BOS, Rows, first_rows, open_data
-from eval_core import evaluate_bpb
-from interleave import TrainStep
-from optim import make_optimizers, set_learning_rates
-from plan import RECIPES, describe, dry_run, fill_in, make_plan
-from recurrent import build_model
-from sample import complete
+from recipes import RECIPES, fill_in
 
 MAX_SKIPS = 10  # --on-nonfinite skip: this many steps in a row are no accident
 TIMEOUT = timedelta(minutes=10)  # of a collective, for a process that hangs; one that dies is noticed at once
@@ -259,6 +233,41 @@ REMOVED_FLAGS = {"memory_start": 0.0, "memory_share": 1.0}
 
 # flags that older checkpoints do not have, where their default is not what was done then
 NEWER_FLAGS = {"dtype": None}
+
+if __name__ == "__main__":  # --help does not wait for what follows
+    check_command_line(make_parser().parse_args)
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+from checkpointing import (
+    Log,
+    RunFolder,
+    default_name,
+    list_checkpoints,
+    load_optimizers,
+    load_weights,
+    new_run_folder,
+    newest_checkpoint,
+    read_log,
+    rewind,
+    save_checkpoint,
+    set_aside,
+    step_of,
+)
+from core import describe_core, evaluate_core, load_tasks
+from dataset import BOS, Rows, first_rows, open_data
+from eval_core import evaluate_bpb
+from interleave import TrainStep
+from optim import make_optimizers, set_learning_rates
+from plan import describe, dry_run, make_plan
+from recurrent import build_model
+from sample import complete
+
+# -----------------------------------------------------------------------------
+# The command line, and the run to go on with
 
 def parse_args():
     """The flags, and the checkpoint to go on with or None. Raises UserError."""

@@ -31,7 +31,8 @@ from common import UserError, append_row, at_least, machine, read_rows, run_main
 from dataset import first_rows
 from interleave import TrainStep
 from optim import make_optimizers, set_learning_rates
-from plan import make_config, make_optimizer_config, make_schedule
+from plan import make_config, make_schedule
+from recipes import make_optimizer_config
 from recurrent import build_model
 from research.experiments import curve, same_run, score
 

@@ -30,7 +30,8 @@ from checkpointing import (
 )
 from common import Unreadable, UserError
 from eval_core import recurrent_losses
-from optim import OptimizerConfig, make_optimizers
+from optim import make_optimizers
+from recipes import OptimizerConfig
 
 
 @pytest.fixture

@@ -19,9 +19,7 @@ from checkpointing import load_checkpoint, load_optimizers
 from common import training_dtype
 from model import GPT, GPTConfig
 from optim import (
-    NANOCHAT_OPTIMIZER,
     Muon,
-    OptimizerConfig,
     Sharded,
     learning_rate_scale,
     make_optimizers,
@@ -29,6 +27,7 @@ from optim import (
     weight_decay_scale,
 )
 from plan import make_plan
+from recipes import NANOCHAT_OPTIMIZER, OptimizerConfig
 from recurrent import build_model, config_from_dict
 
 STEPS = 1000
