@@ -325,8 +325,8 @@ class Tiled(torch.autograd.Function):
 
         # the walk in reverse: the tile that the last position of a block completes, then the block
         for_positions = dv_dgate, normed_y, r_y, 2 * hidden, normed_h, r_h, *tables
-        read = grad_y, a, q, lse, final_k, final_v, padding, dk, *for_positions
-        updated = da, delta, dq, dv, *output_grads
+        read = grad_y, a, q, lse, final_k, final_v, padding, dk, dv, *for_positions
+        updated = da, delta, dq, *output_grads
         walk = by_blocks(walk_backward, weights, read, updated, window, qk_norm, capture)
         for block in reversed(range(0, T, BLOCK)):
             last = min(block + BLOCK, T) - 1
@@ -341,12 +341,13 @@ class Tiled(torch.autograd.Function):
         dq = dq.view(B, G, T, R, d).transpose(2, 3).reshape(B, G * R, T, d)
         dk_temporary = (ds * q).unflatten(1, (T, R)).sum(2).view(B, G, T, d)
         dv_temporary = (p * da).unflatten(1, (T, R)).sum(2).view(B, G, T, d)
+        dh, dhidden, dy, dpair = output_grads
         dvalue_embed = None
         if gated:
-            dvalue_embed = (2 * gate * dv.view(B, G, T, d).transpose(1, 2)).flatten(2)
+            _, dv, _ = split_pair(dpair, G, gated)
+            dvalue_embed = (2 * gate * dv).flatten(2)
 
         # the weights: the gradient of a matrix's output times its input
-        dh, dhidden, dy, dpair = output_grads
         products = (dh, a), (dpair, normed_y), (dhidden, normed_h), (dy, hidden.square())
         dweights = [grad.flatten(0, 1).t() @ inputs.flatten(0, 1) for grad, inputs in products]
         return (None, None, None, None,  # window, start, qk_norm, capture
@@ -369,7 +370,7 @@ def walk_forward(weights, read, updated, window, qk_norm):
     N, _, d = q.shape
     G, R = N // B, q.size(1) // P
     wide = accumulator.dtype
-    eps = torch.finfo(wide).eps
+    least = root_of_eps(wide, x.device)
 
     # what is before the block counts as one key: number 0, of which the score is known
     scores_before = row_max + row_sum.log()
@@ -384,28 +385,29 @@ def walk_forward(weights, read, updated, window, qk_norm):
     keys_at, values_at = (i.unflatten(0, (B, G)).unbind(2) for i in (keys[:, 1:], values))  # (B, G, d)
     pairs = x.new_empty(P, B, w_kv.size(1))
     k, v, gates = split_pair(pairs, G, value_embed is not None)
-    k_at, v_at = k.unbind(), v.unbind()
+    pairs_at, k_at, v_at = pairs.unbind(), k.unbind(), v.unbind()
     twice_value_embed = None
     if value_embed is not None:
         twice_value_embed = 2 * value_embed.unflatten(-1, (G, d))
         gates_at = gates.unbind()
     at = by_position(x, cos, sin, a, y, twice_value_embed)
 
+    keys_mt = keys.mT
     for t, (x_t, cos_t, sin_t, a_t, y_t, twice_value_embed_t) in enumerate(at):
         # attention
-        p = torch.baddbmm(masks_at[t], queries_at[t], keys.mT).softmax(-1)
-        before = p[:, :, :1] * values_before_at[t]
-        a_t.copy_(torch.baddbmm(before, p[:, :, 1:], values).view(B, D))
+        p = torch.bmm(queries_at[t], keys_mt).add_(masks_at[t]).softmax(-1)
+        p_before, p = p.split((1, P), dim=2)
+        a_t.copy_(torch.bmm(p, values).addcmul_(p_before, values_before_at[t]).view(B, D))
         # norm(h) @ w_fc = h @ w_fc / rms, and relu(..)**2 takes the square of that factor
         h = torch.addmm(x_t, a_t, w_o)
-        hidden = (h @ w_fc).relu_().square_()
-        torch.addcdiv(h, hidden @ w_proj, mean_square(h, wide, eps), out=y_t)
+        hidden = torch.mm(h, w_fc).relu_().square_()
+        torch.addcdiv(h, torch.mm(hidden, w_proj), rms(h, least).square_(), out=y_t)
         # the final pair
-        torch.mul(y_t @ w_kv, mean_square(y_t, wide, eps).rsqrt_(), out=pairs[t])
+        torch.div(torch.mm(y_t, w_kv), rms(y_t, least), out=pairs_at[t])
         k = k_at[t]
         k = torch.addcmul(k * cos_t, k.roll(d // 2, -1), sin_t)
         if qk_norm:
-            torch.mul(k, mean_square(k, wide, eps).rsqrt_(), out=keys_at[t])
+            torch.div(k, rms(k, least), out=keys_at[t])
         else:
             keys_at[t].copy_(k)
         if value_embed is None:
@@ -425,8 +427,8 @@ def walk_backward(weights, read, updated, window, qk_norm):
     the factors of norm(x) = x * r. The tables turn the gradient of a final key into that of Wk's output,
     but for the projection of its norm. Weights are (out, in).
     """
-    grad_y, a, q, lse, final_k, final_v, padding, dk, dv_dgate, *for_mlp, cos, sin = read
-    da, delta, dq, dv, dh, dhidden, dy, dpair = updated
+    grad_y, a, q, lse, final_k, final_v, padding, dk, dv, dv_dgate, *for_mlp, cos, sin = read
+    da, delta, dq, dh, dhidden, dy, dpair = updated
     w_o, w_kv, w_fc, w_proj = weights
     B, P, D = a.shape
     N, _, d = q.shape
@@ -455,8 +457,7 @@ def walk_backward(weights, read, updated, window, qk_norm):
          dh_t, dhidden_t, dy_t, dpair_t, dk_out_t, dv_out_t, dgate_out_t) = at[t]
         # the final pair: what later queries of the block add
         dk_t = torch.baddbmm(dk_t, ds_of_key, queries).view(B, G, d)
-        torch.baddbmm(dv_t, p_of_key, da_wide, out=dv_t)
-        dv_t = dv_t.view(B, G, d)
+        dv_t = torch.baddbmm(dv_t, p_of_key, da_wide).view(B, G, d)
         if qk_norm:
             dk_t = along(dk_t, k_t)
         torch.addcmul(dk_t * cos_t, dk_t.roll(d // 2, -1), sin_t, out=dk_out_t)
@@ -464,10 +465,10 @@ def walk_backward(weights, read, updated, window, qk_norm):
         if dv_dgate_t is not None:
             dgate_out_t.copy_((dv_t * dv_dgate_t).sum(-1, keepdim=True))
         # MLP and Wo
-        torch.addcmul(grad_y_t, along(dpair_t @ w_kv, normed_y), r_y, out=dy_t)
-        torch.mul(dy_t @ w_proj, dsquare, out=dhidden_t)
-        torch.addcmul(dy_t, along(dhidden_t @ w_fc, normed_h), r_h, out=dh_t)
-        da_t.copy_((dh_t @ w_o).view(N, R, d))
+        torch.addcmul(grad_y_t, along(torch.mm(dpair_t, w_kv), normed_y), r_y, out=dy_t)
+        torch.mul(torch.mm(dy_t, w_proj), dsquare, out=dhidden_t)
+        torch.addcmul(dy_t, along(torch.mm(dhidden_t, w_fc), normed_h), r_h, out=dh_t)
+        da_t.copy_(torch.mm(dh_t, w_o).view(N, R, d))
         # the query
         delta_t.copy_((da_t * a_t).sum(-1, keepdim=True))
         torch.mul(torch.baddbmm(delta_t, da_t, values.mT, beta=-1), p_of_query, out=ds_of_query)
@@ -492,15 +493,20 @@ def rows_of(x, G, R):
     B, P, _ = x.shape
     return x.view(B, P, G, R, -1).transpose(1, 2).reshape(B * G, P * R, -1)
 
-def mean_square(x, wide, eps):
-    """The mean of the squares of x (.., n), and eps, in the dtype `wide`: (.., 1)."""
-    x = x.to(wide)
-    return (x * x).mean(-1, keepdim=True).add_(eps)
+def rms(x, root_of_eps):
+    """The root of the mean of the squares of x (.., n), and eps, of which the root is given: (.., 1)."""
+    n = x.size(-1)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=root_of_eps.dtype)
+    return length.mul_(n**-0.5).hypot_(root_of_eps)
 
 def inverse_rms(x):
     """r of norm(x) = x * r. Like rms_norm, it is computed in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return mean_square(x, wide, torch.finfo(wide).eps).rsqrt_().to(x.dtype)
+    return rms(x, root_of_eps(wide, x.device)).reciprocal_().to(x.dtype)
+
+def root_of_eps(dtype, device):
+    """The root of the eps of rms_norm in this dtype, a tensor of one number."""
+    return torch.full((), torch.finfo(dtype).eps**0.5, dtype=dtype, device=device)
 
 def along(dy, y):
     """The gradient of x where y = norm(x) = x * r, but for the factor r."""
