@@ -270,11 +270,10 @@ class Tiled(torch.autograd.Function):
         # the walk: a block, then the tile that its last position completes
         a, y, lse = torch.empty_like(x), torch.empty_like(x), torch.empty_like(row_max)
         final_k, final_v = torch.empty_like(k), torch.empty_like(v)
-        transposed_weights = [w.t().contiguous() for w in weights]
         tables = cos.transpose(0, 1), sin.transpose(0, 1)
         read = x, value_embed, *tables, padding, q, row_max, row_sum, accumulator
         updated = a, y, final_k, final_v, lse
-        walk = by_blocks(walk_forward, transposed_weights, read, updated, window, qk_norm, capture)
+        walk = by_blocks(walk_forward, weights, read, updated, window, qk_norm, capture)
         for block in range(0, T, BLOCK):
             walk(block)
             last = min(block + BLOCK, T) - 1
@@ -327,7 +326,8 @@ class Tiled(torch.autograd.Function):
         for_positions = dv_dgate, normed_y, r_y, 2 * hidden, normed_h, r_h, *tables
         read = grad_y, a, q, lse, final_k, final_v, padding, dk, dv, *for_positions
         updated = da, delta, dq, *output_grads
-        walk = by_blocks(walk_backward, weights, read, updated, window, qk_norm, capture)
+        transposed_weights = [w.t().contiguous() for w in weights]
+        walk = by_blocks(walk_backward, transposed_weights, read, updated, window, qk_norm, capture)
         for block in reversed(range(0, T, BLOCK)):
             last = min(block + BLOCK, T) - 1
             add_tile_backward(last, q, final_k, final_v, padding, window, lse, da, delta, dq, dk, dv)
@@ -361,11 +361,11 @@ class Tiled(torch.autograd.Function):
 def walk_forward(weights, read, updated, window, qk_norm):
     """
     Every position of a block. The running softmax row_max, row_sum, accumulator holds what tiles have added
-    so far. Weights are (in, out).
+    so far. Weights are (out, in): the products with few rows are faster if what is added up is contiguous.
     """
     x, value_embed, cos, sin, padding, q, row_max, row_sum, accumulator = read
     a, y, final_k, final_v, lse = updated
-    w_o, w_kv, w_fc, w_proj = weights
+    w_o, w_kv, w_fc, w_proj = (w.t() for w in weights)
     B, P, D = x.shape
     N, _, d = q.shape
     G, R = N // B, q.size(1) // P
@@ -425,11 +425,11 @@ def walk_backward(weights, read, updated, window, qk_norm):
     and (Wk, Wv, gate). dk, dq and dv hold what larger tiles have added so far. dv_dgate (B, P, G, d) is the
     derivative of v in the gate's output, dsquare (B, P, 4D) that of relu(..)**2 in its argument, and r are
     the factors of norm(x) = x * r. The tables turn the gradient of a final key into that of Wk's output,
-    but for the projection of its norm. Weights are (out, in).
+    but for the projection of its norm. Weights are (in, out), again for the sake of these products.
     """
     grad_y, a, q, lse, final_k, final_v, padding, dk, dv, dv_dgate, *for_mlp, cos, sin = read
     da, delta, dq, dh, dhidden, dy, dpair = updated
-    w_o, w_kv, w_fc, w_proj = weights
+    w_o, w_kv, w_fc, w_proj = (w.t() for w in weights)
     B, P, D = a.shape
     N, _, d = q.shape
     G, R = N // B, q.size(1) // P
@@ -463,14 +463,14 @@ def walk_backward(weights, read, updated, window, qk_norm):
         torch.addcmul(dk_t * cos_t, dk_t.roll(d // 2, -1), sin_t, out=dk_out_t)
         dv_out_t.copy_(dv_t)
         if dv_dgate_t is not None:
-            dgate_out_t.copy_((dv_t * dv_dgate_t).sum(-1, keepdim=True))
+            torch.sum(dv_t * dv_dgate_t, -1, keepdim=True, out=dgate_out_t)
         # MLP and Wo
         torch.addcmul(grad_y_t, along(torch.mm(dpair_t, w_kv), normed_y), r_y, out=dy_t)
         torch.mul(torch.mm(dy_t, w_proj), dsquare, out=dhidden_t)
         torch.addcmul(dy_t, along(torch.mm(dhidden_t, w_fc), normed_h), r_h, out=dh_t)
         da_t.copy_(torch.mm(dh_t, w_o).view(N, R, d))
         # the query
-        delta_t.copy_((da_t * a_t).sum(-1, keepdim=True))
+        torch.sum(da_t * a_t, -1, keepdim=True, out=delta_t)
         torch.mul(torch.baddbmm(delta_t, da_t, values.mT, beta=-1), p_of_query, out=ds_of_query)
 
     da.copy_(da_wide)
