@@ -218,6 +218,17 @@ class KVCache(KVStore):
             mine[:, :, kept % mine.size(2)] = theirs[:, :, kept].repeat_interleave(repeats, dim=0)
         self.tokens[:, :n] = other.tokens[:, :n].repeat_interleave(repeats, dim=0)
 
+    def select_rows(self, rows):
+        """Keep these rows, an int64 tensor (B,) of their numbers, in this order; one may be kept twice."""
+        for x in (self.k, self.v):
+            for layer, old in enumerate(x):
+                x[layer] = old[rows]
+        self.tokens = self.tokens[rows]
+        if self.start is not None:
+            self.start = self.start[rows]
+            self.first = int(self.start.max())
+        self.masked_positions = None  # the masks are those of the rows before
+
 
 # -----------------------------------------------------------------------------
 # Parts

@@ -7,8 +7,10 @@ Timings and counts, measured side by side in one process: the variants take turn
     python bench.py muon                                  a step of our Muon against one of torch's
     python bench.py recurrent                             a recurrent layer, tiled and by plain autograd
     python bench.py core --bundle DIR                     CORE in batches against one example at a time
+    python bench.py gpu                                   all that only a GPU can settle: research/gpu.py
 
-Every command prints a table and, with --json FILE, writes the same figures with the machine and the commit.
+Every other command prints a table and, with --json FILE, writes the same figures with the machine and the
+commit.
 """
 
 import signal
@@ -18,7 +20,10 @@ if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process a
 
 import ctypes
 import multiprocessing
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from argparse import BooleanOptionalAction
@@ -50,7 +55,7 @@ from interleave import Schedule, TrainStep, decode_tokens, prefill
 from model import GPTConfig
 from optim import Muon, make_optimizers, product_dtype
 from plan import saved_bytes
-from recipes import OptimizerConfig
+from recipes import RECIPES
 from recurrent import RecurrentConfig, build_model, graphs, keys_read, reference, tiled
 from sample import load_run, new_cache
 
@@ -195,7 +200,7 @@ def bench_decode(args, device):
                     over_none=round(median_ratio(seconds, times["none"]), 3),
                 ))
     title = f"decode: depth {args.depth}, width {args.width}, vocabulary {args.vocab_size}"
-    report(args, device, title, rows)
+    return title, rows
 
 
 # -----------------------------------------------------------------------------
@@ -249,7 +254,7 @@ def bench_prefill(args, device):
                     error=error[S],
                     speedup=median_ratio(times["serial"], times[S]),
                 ))
-    report(args, device, f"prefill: batch {args.batch}", rows)
+    return f"prefill: batch {args.batch}", rows
 
 
 # -----------------------------------------------------------------------------
@@ -260,7 +265,8 @@ class Variant(NamedTuple):
     lrt: str
     subsets: int
     checkpointing: bool = False  # activation checkpointing
-    forward_passes: int = 0
+    kind: str = "interleaved"  # the schedule's, interleaved or draft
+    recipe: str = "paper"  # backbone and optimizer, a key of plan.RECIPES
 
 def training_step(args, device, variant):
     """
@@ -271,9 +277,11 @@ def training_step(args, device, variant):
     torch.manual_seed(0)
     head_dim = 64 if args.width % 128 else 128
     heads = max(args.width // head_dim, 1)
+    recipe = RECIPES[variant.recipe]
     config = GPTConfig(
         sequence_len=args.context, vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads,
-        n_kv_head=heads, n_embd=args.width, window_pattern=args.window_pattern, lrt=variant.lrt)
+        n_kv_head=heads, n_embd=args.width, window_pattern=args.window_pattern, lrt=variant.lrt,
+        **recipe.model)
     with torch.device(device):
         model = build_model(config)
         idx = torch.randint(args.vocab_size, (args.batch, args.context))
@@ -284,9 +292,9 @@ def training_step(args, device, variant):
     if variant.lrt == "none":
         schedule = Schedule("plain")
     else:
-        schedule = Schedule(subsets=variant.subsets, forward_passes=variant.forward_passes)
+        schedule = Schedule(variant.kind, subsets=variant.subsets)
     step = TrainStep(model, schedule)
-    optimizers = make_optimizers(model, OptimizerConfig(), batch_scale=1.0)
+    optimizers = make_optimizers(model, recipe.optimizer, batch_scale=1.0)
     if args.compile:
         # the compiler chooses what to compute again; this is the share of activations that it keeps
         torch._functorch.config.activation_memory_budget = 0.2 if variant.checkpointing else 1.0
@@ -399,8 +407,7 @@ def bench_step(args, device):
     for lrt in ("shared", "layerwise"):
         variants += [Variant(lrt, S) for S in args.subsets]
     variants.append(Variant("shared", few, checkpointing=True))
-    variants.append(Variant("shared", few, forward_passes=1))
-    variants.append(Variant("shared", 1, forward_passes=1))
+    variants.append(Variant("shared", 1, kind="draft"))
 
     measure = measure_steps_on_gpu if gpu else measure_steps_on_cpu
     times, flops, memory = measure(args, device, variants)
@@ -420,7 +427,7 @@ def bench_step(args, device):
             lrt=v.lrt,
             S=0 if v == baseline else v.subsets,
             checkpointing=v.checkpointing,
-            forward_passes=v.forward_passes,
+            kind=v.kind,
             step_ms=1000 * seconds,
             quartiles=f"{1000 * low:.0f}-{1000 * high:.0f}",
             over_none=round(over_none, 3),
@@ -437,7 +444,7 @@ def bench_step(args, device):
         f"step: depth {args.depth}, width {args.width}, vocabulary {args.vocab_size}, {args.batch} rows of "
         f"{args.context}, windows {args.window_pattern}, {compiled}; "
         f"loading a batch {1000 * seconds_to_load(args, device):.2f} ms")
-    report(args, device, title, rows)
+    return title, rows
 
 
 # -----------------------------------------------------------------------------
@@ -473,7 +480,7 @@ def bench_muon(args, device):
         ))
     kernels = torch.backends.cpu.get_cpu_capability()
     default = str(product_dtype(torch.empty(0, device=device)))[6:]
-    report(args, device, f"muon: depth {args.depth}, width {D}, {kernels} kernels, default {default}", rows)
+    return f"muon: depth {args.depth}, width {D}, {kernels} kernels, default {default}", rows
 
 
 # -----------------------------------------------------------------------------
@@ -560,7 +567,7 @@ def bench_recurrent(args, device):
                 keys_read=read[name],
             ))
     title = f"recurrent: one layer of width {args.width}, batch {args.batch}, forward and backward"
-    report(args, device, title, rows)
+    return title, rows
 
 
 # -----------------------------------------------------------------------------
@@ -658,7 +665,7 @@ def bench_core(args, device):
             apart=total["apart"],
         ))
     title = f"core: {path.parent.name}, context {context}, examples a second, batches of {args.batch} rows"
-    report(args, device, title, rows)
+    return title, rows
 
 
 # -----------------------------------------------------------------------------
@@ -724,6 +731,8 @@ def make_parser():
                    help="tokens a row (128 256 512 1024, and 2048 on a GPU)")
     p.add_argument("--reference-up-to", type=int, default=1024,
                    help="leave out autograd over t for more tokens: its memory grows with their square")
+
+    commands.add_parser("gpu", help="all that only a GPU can settle, as python -m research.gpu")
     return parser
 
 def check_sizes(args):
@@ -739,11 +748,17 @@ def check_sizes(args):
                 raise UserError(f"{flag(name)} must be at least {low}, not {number}")
 
 def main():
+    if sys.argv[1:2] == ["gpu"]:  # a room of its own, above this one
+        research = [sys.executable, "-m", "research.gpu", *sys.argv[2:]]
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        sys.exit(subprocess.call(research, env=os.environ | {"PYTHONPATH": path}))
     args = make_parser().parse_args()
     check_sizes(args)
     check_folder(args.json)
     try:
-        args.run(args, pick_device(args.device))
+        device = pick_device(args.device)
+        title, rows = args.run(args, device)
+        report(args, device, title, rows)
     except ValueError as e:  # sizes of which no model can be built
         raise UserError(e) from e
 

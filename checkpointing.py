@@ -3,6 +3,8 @@ The run folder: what a run leaves on disk, and how it is found, checked, loaded 
 checkpoint.
 
     ckpt_0001000.pt                       a checkpoint after so many steps: a dict with the keys of CHECKPOINT
+    ckpt_0001000.share_1.pt               of several processes: what rank 1 holds of the optimizers' states, a
+                                          dict with the keys of SHARE; rank 0's is in the checkpoint
     log.jsonl                             JSON lines: the run's id, training steps, evaluations, CORE,
                                           skipped steps
     tokenizer.tiktoken, tokenizer.json    those of the data it was trained on
@@ -13,38 +15,52 @@ checkpoint.
 import json
 import os
 import re
+import secrets
+import time
 import zipfile
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 
 import torch
 
 from common import (
     UserError,
     compute_dtype,
+    from_all_ranks,
     fsync,
     is_in_place,
     is_text,
     is_whole,
     lock,
+    publish,
     raise_if_unreadable,
+    rank_and_world_size,
     read_rows,
     say,
+    unlink,
     write_atomic,
+    write_tmp,
+    writing,
 )
 from interleave import Schedule
 from recurrent import build_model, config_from_dict
 
-VERSION = 1  # of the checkpoint's format; checkpoints from before it was counted have none and are version 0
+# Of the checkpoint's format. 0: those from before it was counted, which have none. 1: with run_id. 2: with
+# commit, save_id and shares, and with the optimizers' states of all ranks but the first in shares.
+VERSION = 2
 
 SET_ASIDE = "set_aside"  # the folder, within that of the run, for checkpoints that nothing looks for any more
 MAX_SET_ASIDE = 2  # how many of them stay
 
-# the keys of a checkpoint and their types; save_checkpoint() and load_checkpoint() both go by it
+# the keys of a checkpoint and their types; Saver and load_checkpoint() both go by it
 CHECKPOINT = dict(
     version=int,
+    commit=str,  # of the code that wrote it
     model=dict,  # the model's state_dict, float32
-    optimizers=list,  # the state_dict of each optimizer, AdamW first, with the state of all ranks
+    optimizers=list,  # the state_dict of each optimizer, AdamW first, with the state that rank 0 holds
+    shares=int,  # in how many files the optimizers' states are, this one included: the number of processes
     step=int,  # optimizer steps done
     rows_seen=int,  # training rows read, over all ranks: the position in the data (dataset.Rows)
     seconds=float,  # time in training steps, over all starts
@@ -55,67 +71,356 @@ CHECKPOINT = dict(
     tokenizer_sha256=str,  # of the data's tokenizer
     shards_sha256=list,  # of the data's training shards, in order
     run_id=str,  # drawn when the run began; empty for those that began before there were any
+    save_id=str,  # drawn for every checkpoint: its files belong together
 )
+
+# what older versions do not have, as it was then
+OLDER = dict(version=0, run_id="", commit="unknown", shares=1, save_id="")
+
+# the keys of a share
+SHARE = dict(version=int, optimizers=list, rank=int, step=int, save_id=str)
+
+CHUNK = 2**20  # bytes that are read at once to compare a checksum
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints
+# Writing checkpoints, while training goes on
+
+class Saver:
+    """
+    Writes the checkpoints of a run in the background, one at a time. save() copies the state out between two
+    steps, and a thread writes the copy. Rank 0 writes the checkpoint, the others a share each, with their
+    part of the optimizers' states. When all files are on the disk, rank 0 gives the checkpoint its name:
+    until then it does not exist, and nothing looks at its shares. All ranks have to make the same calls.
+    """
+
+    def __init__(self, folder, log, keep, group=None):
+        self.folder = Path(folder)
+        self.log = log
+        self.keep = keep  # how many checkpoints stay
+        self.group = group  # a process group that only the thread uses, see common.side_group()
+        self.rank, self.world_size = rank_and_world_size()
+        self.buffers = {}  # of the copies, on the CPU, by their place in the state: they are used again
+        self.thread = None  # which writes
+        self.error = None  # what kept the last checkpoint from being written, a UserError
+        self.failure = None  # what should not have happened in the thread, such as another rank's death
+        self.good = -1  # checkpoints up to this step were evaluated, or need not be; a newer one may be bad
+        self.saved_at = time.monotonic()
+
+    def minutes_over(self, minutes):
+        """Is the last save, or the start, so many minutes ago by this process's clock? 0: never."""
+        return 0 < 60 * minutes <= time.monotonic() - self.saved_at
+
+    def save(self, optimizers, step, final, **state):
+        """
+        Copy a checkpoint out and begin to write it; one that is still being written is waited for. state: the
+        rest of CHECKPOINT, of which only rank 0's matters. What keeps it from being written is said as a
+        warning, and the next save is the next try. final: there is no next one, so wait, and raise a
+        UserError if it was not saved.
+        """
+        self.wait()
+        self.saved_at = time.monotonic()
+        error = log_file = None
+        if self.rank == 0:
+            try:
+                self.log.flush()
+            except (OSError, UserError) as e:
+                error = e
+            log_file = self.log.file
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        if self.rank == 0:
+            content = dict(optimizers=states, step=step, shares=self.world_size, **state)
+        else:
+            content = dict(optimizers=states, step=step, rank=self.rank)
+        content = copy_out(content, self.buffers)
+        copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
+        self.thread = Thread(target=self.write, args=(content, copied, error, log_file, final))
+        self.thread.start()
+        if final:
+            self.wait()
+            if self.error is not None:
+                raise UserError(f"{self.error}, then --resume {self.folder}")
+
+    def write(self, content, copied, error, log_file, final):
+        """
+        Write this rank's file of a checkpoint; the thread does that. content: what is in it; copied: an event
+        of CUDA, after which it is; error: what is wrong with the log, on rank 0; log_file: its open file.
+        """
+        step = content["step"]
+        path = checkpoint_path(self.folder, step)
+        mine = path if self.rank == 0 else share_path(path, self.rank)
+        tmp = None
+
+        def sync_log():
+            if error is not None:
+                raise error
+            if log_file is not None:
+                fsync(log_file.fileno())  # a checkpoint is never ahead of its log
+            return secrets.token_hex(8)
+
+        def write_file():
+            nonlocal tmp
+            if copied is not None:
+                copied.synchronize()
+            with writing(mine):
+                tmp = write_tmp(mine, lambda f: torch.save(content, f))
+                if self.rank > 0:
+                    publish(tmp, mine)
+
+        def publish_checkpoint():
+            if self.rank == 0:
+                with writing(path):
+                    publish(tmp, path)
+
+        try:
+            # only when all ranks have done one thing do they do the next
+            save_ids = self.together(sync_log)
+            content |= dict(version=VERSION, save_id=save_ids[0])
+            assert content.keys() == (CHECKPOINT if self.rank == 0 else SHARE).keys(), content.keys()
+            self.together(write_file)
+            self.together(publish_checkpoint)
+            self.error = None
+        except UserError as e:
+            if tmp is not None:  # else a file of that name is not ours
+                unlink(tmp)
+                unlink(mine)
+            self.error = UserError(f"step {step} was not saved: {e}; make room")
+            if self.rank == 0 and not final:
+                say(f"warning: {self.error}; training goes on, and the next save is the next try")
+        except Exception as e:  # wait() raises it
+            self.failure = e
+        else:
+            if self.rank == 0:
+                say(f"saved {path}")
+                self.remove_old(self.good)
+
+    def together(self, work):
+        """
+        Call work() on every rank and return what it returned on each, a list. Raises UserError, the same on
+        all of them, if it raised something on one.
+        """
+        error = value = None
+        try:
+            value = work()
+        except Exception as e:
+            error = str(e) or repr(e)
+        outcomes = from_all_ranks((error, value), self.group)
+        for rank, (error, _) in enumerate(outcomes):
+            if error is not None:
+                raise UserError(error if rank == 0 else f"rank {rank}: {error}")
+        return [value for _, value in outcomes]
+
+    def wait(self):
+        """Wait until nothing is being written. Raises what should not have happened meanwhile."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.failure is not None:
+            raise self.failure
+
+    def remove_old(self, good):
+        """
+        Remove all but the newest checkpoints, on rank 0. What cannot be removed now may be at the next save.
+        good: all checkpoints up to this step are; the newest of them stays in any case.
+        """
+        self.good = good
+        if self.rank > 0:
+            return
+        with suppress(OSError, UserError):
+            found = list_checkpoints(self.folder)
+            known_good = [path for path in found if step_of(path) <= good]
+            for path in found[:-self.keep]:
+                if path not in known_good[-1:]:
+                    remove_checkpoint(path)
+
+def copy_out(value, buffers, place=()):
+    """
+    A copy of nested dicts and lists, their tensors on the CPU. buffers: the tensors of the last copy, by
+    their place, which are written over; what comes from a GPU goes into memory that it can write to by
+    itself, and is there when its stream has come so far.
+    """
+    if isinstance(value, dict):
+        return {key: copy_out(x, buffers, (*place, key)) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [copy_out(x, buffers, (*place, i)) for i, x in enumerate(value)]
+    if not isinstance(value, torch.Tensor):
+        return value
+    buffer = buffers.get(place)
+    if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+        buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        buffers[place] = buffer
+    return buffer.copy_(value, non_blocking=value.is_cuda)
+
+def checkpoint_path(folder, step):
+    """Where a checkpoint belongs."""
+    return Path(folder) / f"ckpt_{step:07d}.pt"
+
+def share_path(path, rank):
+    """Where the share of a rank belongs, beside its checkpoint."""
+    return path.with_name(f"{path.stem}.share_{rank}.pt")
+
+def list_shares(path):
+    """The shares that lie beside a checkpoint, whether or not it is there."""
+    return sorted(path.parent.glob(f"{path.stem}.share_*.pt"))
+
+def remove_checkpoint(path):
+    """Remove a checkpoint, then its shares. Raises OSError."""
+    shares = list_shares(path)
+    path.unlink(missing_ok=True)
+    for share in shares:
+        share.unlink(missing_ok=True)
+
+def remove_leftovers(folder):
+    """Remove what a killed process left of a checkpoint: half-written files, shares without a checkpoint."""
+    leftovers = list(folder.glob("ckpt_*.pt.tmp"))
+    for share in folder.glob("ckpt_*.share_*.pt"):
+        path = share.with_name(share.name.split(".")[0] + ".pt")
+        if not path.exists():
+            leftovers.append(share)
+    for path in leftovers:
+        unlink(path)
+
+
+# -----------------------------------------------------------------------------
+# Reading checkpoints
 
 class Damaged(UserError):
     """The content of a checkpoint is bad: only an older one can help."""
 
-def save_checkpoint(path, **state):
+def load_checkpoint(path, shares=False, verify=True):
     """
-    Write a checkpoint with exactly the keys of CHECKPOINT, whole or not at all. Raises UserError (disk
-    full).
+    The checkpoint at `path`, a dict with the keys of CHECKPOINT, its tensors on the CPU. shares: with the
+    optimizers' states of all ranks, from the shares beside it. verify: read all of it to compare its
+    checksums, which torch.load does not do; else only what is no tensor, for verify_together() to do the
+    rest. Nothing in the file is executed. Raises Damaged if its content is damaged or of another program,
+    Unreadable if it cannot be read now, and UserError if it is of a newer version.
     """
-    checkpoint = dict(version=VERSION, **state)
-    assert checkpoint.keys() == CHECKPOINT.keys(), checkpoint.keys() ^ CHECKPOINT.keys()
-    write_atomic(path, lambda f: torch.save(checkpoint, f))
+    path = Path(path)
+    checkpoint = read_file(path, verify)
+    with judging(path):
+        update_schedule(checkpoint["schedule"])
+        check_content(checkpoint)
+        if step_of(path) not in (None, checkpoint["step"]):
+            raise ValueError(f"it is of step {checkpoint['step']}, not of that in its name")
+    if not shares:
+        return checkpoint
+    for rank in range(1, checkpoint["shares"]):
+        share_file = share_path(path, rank)
+        with judging(path):
+            try:
+                os.stat(share_file)
+            except FileNotFoundError as e:
+                raise ValueError(f"{share_file.name} is missing") from e
+        share = read_file(share_file, verify)
+        with judging(share_file):
+            check_types(share, SHARE)
+            if share["save_id"] != checkpoint["save_id"] or share["rank"] != rank:
+                raise ValueError(f"it does not belong to {path}")
+            for whole, part in zip(checkpoint["optimizers"], share["optimizers"], strict=True):
+                whole["state"] |= part["state"]
+    return checkpoint
 
-def load_checkpoint(path, verify=False):
-    """
-    The checkpoint at `path`, a dict with the keys of CHECKPOINT, its tensors on the CPU. verify: read all
-    of it to compare its checksums, which torch.load does not do. Nothing in the file is executed. Raises
-    Damaged if its content is damaged or of another program, Unreadable if it cannot be read now, and
-    UserError if it is of a newer version.
-    """
-    if not is_text(str(path)):
-        raise UserError(f"torch cannot open {ascii(str(path))}, which is not UTF-8: rename the folder")
+@contextmanager
+def judging(path):
+    """Within it, whatever is raised about the content of a file becomes Damaged, or Unreadable."""
     try:
-        if verify:
-            with zipfile.ZipFile(path) as z:
-                damaged = z.testzip()
-            if damaged:
-                raise ValueError(f"{damaged} does not match its checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint.setdefault("version", 0)
-        checkpoint.setdefault("run_id", "")
-        newer = checkpoint["version"] > VERSION
-        if not newer:  # a newer version may have other keys
-            check_content(checkpoint)
-            if step_of(path) not in (None, checkpoint["step"]):
-                raise ValueError(f"it is of step {checkpoint['step']}, not of that in its name")
+        yield
     except Exception as e:  # torch.load has no exception of its own for a damaged file
         raise_if_unreadable(path, e)
         reason = str(e).strip().split("\n")[0]
         raise Damaged(f"{path} is damaged or no checkpoint of nanolrt ({reason}): "
                       "use an older one, or train again") from e
+
+def read_file(path, verify):
+    """
+    What is in a checkpoint or a share, a dict with what older versions do not have. Raises Damaged,
+    Unreadable, and UserError if it is of a newer version, which may have other keys.
+    """
+    if not is_text(str(path)):
+        raise UserError(f"torch cannot open {ascii(str(path))}, which is not UTF-8: rename the folder")
+    with judging(path):
+        compare_checksums([path], tensors=verify)
+        content = OLDER | torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        newer = content["version"] > VERSION
     if newer:
-        raise UserError(f"{path} has version {checkpoint['version']} of the checkpoint format, "
+        raise UserError(f"{path} has version {content['version']} of the checkpoint format, "
                         f"this program reads versions up to {VERSION}: update it")
-    return checkpoint
+    return content
+
+def compare_checksums(paths, tensors=True, rank=0, world_size=1):
+    """
+    Read the records of checkpoint files, several at a time, and compare their checksums. tensors: those of
+    tensors, too. Every rank reads its part of them, about as many bytes as the others. Raises ValueError for
+    the first record that is not what was written, and what zipfile raises.
+    """
+    def check(record):
+        path, archive, info = record
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{info.filename} is compressed, which torch does not do")
+        with archive.open(info) as f:  # raises BadZipFile at the end of a record that is not right
+            while f.read(CHUNK):
+                pass
+
+    with ExitStack() as stack:
+        records = []
+        for path in paths:
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            for info in archive.infolist():
+                is_tensor = "/data/" in info.filename
+                if tensors or not is_tensor:
+                    records.append((path, archive, info))
+        records.sort(key=lambda record: record[2].file_size, reverse=True)
+        mine = records[rank::world_size]
+        if sum(info.file_size for _, _, info in mine) < 64 * CHUNK:  # threads would not pay
+            for record in mine:
+                check(record)
+        else:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for _ in pool.map(check, mine):
+                    pass
+
+def verify_together(path, checkpoint, group=None):
+    """
+    Compare the checksums of a checkpoint and its shares, every rank a part of them. Returns None, or what is
+    wrong with it, a Damaged, the same on all ranks. Raises Unreadable.
+    """
+    rank, world_size = rank_and_world_size()
+    path = Path(path)
+    files = [path] + [share_path(path, i) for i in range(1, checkpoint["shares"])]
+    error = None
+    try:
+        with judging(path):
+            compare_checksums(files, rank=rank, world_size=world_size)
+    except Damaged as e:
+        error = str(e)
+    errors = [e for e in from_all_ranks(error, group) if e is not None]
+    return Damaged(errors[0]) if errors else None
+
+def check_types(content, keys):
+    """Raise an exception unless a dict has these keys, with values of these types."""
+    for key, kind in keys.items():
+        if not isinstance(content[key], kind):
+            raise TypeError(f"{key} is no {kind.__name__}")
 
 def check_content(checkpoint):
     """Raises some exception unless a checkpoint has the keys, types and values that it must have."""
-    for key, kind in CHECKPOINT.items():
-        if not isinstance(checkpoint[key], kind):
-            raise TypeError(f"{key} is no {kind.__name__}")
+    check_types(checkpoint, CHECKPOINT)
+    if not 1 <= checkpoint["shares"] < 2**20:
+        raise ValueError(f"it has {checkpoint['shares']} shares")
     for key in ("step", "rows_seen", "seconds"):
         if not 0 <= checkpoint[key] < 2**63:
             raise ValueError(f"{key} is {checkpoint[key]}")
     config_from_dict(checkpoint["config"])
     Schedule(**checkpoint["schedule"])
+
+def update_schedule(schedule):
+    """
+    Bring the schedule of a checkpoint from before 2026-11-26 up to date, in place: forward-only passes had a
+    number of their own, and what is called draft today was a refine schedule with as many of them.
+    """
+    forward_passes = schedule.pop("forward_passes", 0)
+    if schedule["kind"] == "refine" and forward_passes == schedule["refinements"]:
+        schedule |= dict(kind="draft", drafts=forward_passes, subsets=1, loss_weights=None)
 
 def step_of(path):
     """The step in the name of a checkpoint, an int; None if it is not the name of one."""
@@ -173,25 +478,28 @@ def find_checkpoint(path=None):
         raise UserError(f"no checkpoint in {path}" if path.is_dir() else f"no such run or checkpoint: {path}")
     return found[-1]
 
-def newest_checkpoint(path):
+def newest_checkpoint(path, damaged=()):
     """
     (path, checkpoint) of the file `path`, or of the newest checkpoint in the run folder `path` that is
-    whole: damaged ones are passed over with a warning. Raises UserError if there is none, if it is of another
-    run than the log beside it, and for one that cannot be read now or is of a newer version: it may be whole,
-    and an older one would take its place.
+    whole, as far as can be seen without reading its tensors: verify_together() does that. Damaged ones are
+    passed over with a warning, and those that are known to be, the paths in `damaged`. Raises UserError if
+    there is none, if it is of another run than the log beside it, and for one that cannot be read now or is
+    of a newer version: it may be whole, and an older one would take its place.
     """
     newest = find_checkpoint(path)
     folder = newest.absolute().parent
     if folder.name == SET_ASIDE:
         raise UserError(f"{newest} was set aside: move it to {folder.parent} to go on with it")
     if Path(path).is_file():
-        checkpoint = load_checkpoint(newest, verify=True)
+        checkpoint = load_checkpoint(newest, shares=True, verify=False)
         check_same_run(newest, checkpoint)
         return newest, checkpoint
-    error = None
+    error = UserError(f"no checkpoint in {path} is whole: train again")
     for candidate in reversed(list_checkpoints(newest.parent)):
+        if candidate in damaged:
+            continue
         try:
-            checkpoint = load_checkpoint(candidate, verify=True)
+            checkpoint = load_checkpoint(candidate, shares=True, verify=False)
         except Damaged as e:
             error = e
             say(f"warning: {e}")
@@ -221,6 +529,34 @@ def load_weights(model, checkpoint):
     except (RuntimeError, AttributeError, TypeError) as e:
         reason = str(e).split("\n")[-1].strip()
         raise UserError(f"the checkpoint's weights are not of its own configuration: {reason}") from e
+
+# parameters that a model may have beyond those of the checkpoint it starts from
+MEMORY_PARAMETERS = ("mem_k.", "mem_v.", "mem_lambdas", "mem_input", ".attn.gate.")
+
+@torch.no_grad()
+def start_from(model, checkpoint, path):
+    """
+    Begin with the weights of a checkpoint (--init-from). Memory may be new in the model: its projections and
+    c are zero then, and its gates in their middle, so that at first it computes what the checkpoint does.
+    Raises UserError if the two differ in anything else.
+    """
+    weights = checkpoint["model"]
+    too_many = sorted(weights.keys() - dict(model.named_parameters()).keys())
+    if too_many:
+        raise UserError(f"{path} has {too_many[0]}, which this model lacks: leave out the flags that make "
+                        "another model of it (memory can be added, not taken away)")
+    for name, p in model.named_parameters():
+        old = weights.get(name)
+        if old is not None and old.shape == p.shape:
+            p.copy_(old)
+        elif old is None and any(part in name for part in MEMORY_PARAMETERS):
+            p.zero_()
+        elif old is not None and ".attn.gate." in name and len(old) < len(p):
+            p.zero_()
+            p[-len(old):] = old  # those of memory stand before those of the value embedding
+        else:
+            raise UserError(f"{path} has no {name} of the shape {tuple(p.shape)}: "
+                            "leave out the flags that make another model of it")
 
 def load_optimizers(optimizers, checkpoint, path):
     """Put a checkpoint's optimizer states into the optimizers. Raises UserError if they do not fit."""
@@ -301,6 +637,7 @@ class Log:
     log.jsonl of a run, open for appending on rank 0; on other ranks it takes rows and writes nothing. What a
     full disk does not take is tried again with the next row. The first row has the run's id. A log that
     somebody moves or removes, with its folder perhaps, is put back by flush(): the open file still has it.
+    Every row is handed on to the tracker, if there is one.
     """
 
     def __init__(self, folder, rank=0, run_id="", run_folder=None):
@@ -309,6 +646,7 @@ class Log:
         self.run_folder = run_folder  # a RunFolder, which goes on holding the folder
         self.file = open(self.path, "a+b", buffering=0) if rank == 0 else None
         self.unwritten = b""
+        self.tracker = None  # a tracking.Tracker
         if rank == 0 and run_id and read_run_id(folder) is None:
             self.add(kind="run", step=0, run_id=run_id)
 
@@ -319,6 +657,8 @@ class Log:
         self.unwritten += json.dumps(row).encode() + b"\n"
         with suppress(OSError):
             self.write()
+        if self.tracker is not None:
+            self.tracker.add(row)
 
     def put_back(self):
         """
@@ -379,7 +719,8 @@ def set_aside(paths):
         folder = path.parent / SET_ASIDE
         try:
             folder.mkdir(exist_ok=True)
-            os.replace(path, folder / path.name)
+            for file in [*list_shares(path), path]:  # where it is, its shares are
+                os.replace(file, folder / file.name)
         except OSError as e:
             raise UserError(f"cannot move {path} into {folder} ({e.strerror}): "
                             "make that a folder that may be written") from e
@@ -388,7 +729,7 @@ def set_aside(paths):
         moved = sorted(list_checkpoints(folder), key=lambda path: path.stat().st_ctime_ns)
         with suppress(OSError):
             for old in moved[:-MAX_SET_ASIDE]:
-                old.unlink()
+                remove_checkpoint(old)
 
 def rewind(folder, step):
     """
@@ -397,14 +738,16 @@ def rewind(folder, step):
     """
     # the checkpoints first: a log that is ahead of them is taken back by the next start, one behind is not
     set_aside([path for path in list_checkpoints(folder) if step_of(path) > step])
-    for path in folder.glob("ckpt_*.pt.tmp"):
-        with suppress(OSError):
-            path.unlink()
+    remove_leftovers(folder)
     kept = []
     for row in read_log(folder):
         # an evaluation at `step` is of the checkpoint's weights, the training step of that number follows it
         if row["step"] < step or (row["step"] == step and row["kind"] == "eval"):
             kept.append(row)
+    in_log = {row["step"] for row in kept if row["kind"] in ("train", "skip")}
+    if len(in_log) < step:
+        say(f"warning: {folder / 'log.jsonl'} lacks {step - len(in_log)} of {step} steps: "
+            "it was cut or damaged, or begins later")
     lines = "".join(json.dumps(row) + "\n" for row in kept)
     write_atomic(folder / "log.jsonl", lambda f: f.write(lines.encode()))
     return max((row["step"] for row in kept if row["kind"] == "eval"), default=-1)

@@ -10,8 +10,10 @@ none of them and starts in a quarter of a second.
 import argparse
 import contextlib
 import errno
+import functools
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -309,35 +311,59 @@ def open_special(path):
         return None
     return open(path, "wb")
 
+@contextlib.contextmanager
+def writing(path):
+    """Within it, what the file system says of the file `path` becomes a UserError of one line."""
+    try:
+        yield
+    except Exception as e:
+        # torch.save hides a full disk behind a RuntimeError of its own
+        cause = e.__context__ if isinstance(e, RuntimeError) else e
+        if isinstance(cause, OSError):
+            raise UserError(f"cannot write {path}: {cause.strerror or cause}") from e
+        raise
+
+def write_tmp(path, write):
+    """
+    Write what write(f) puts into the binary file f to a temporary file beside `path`, down to the disk.
+    Returns its path; publish() makes `path` of it. Whatever is raised meanwhile is passed on, and the
+    temporary file removed.
+    """
+    tmp = f"{path}.tmp"
+    try:
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            fsync(f.fileno())
+    except BaseException:
+        unlink(tmp)
+        raise
+    return tmp
+
+def unlink(path):
+    """Remove a file, if that can be done."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
 def write_atomic(path, write):
     """
     Create or replace the file `path` with what write(f) puts into the binary file f, all of it or nothing;
     a link is followed, and what is no file is written in place. Whatever write raises is passed on and the
     temporary file removed; an OSError becomes a UserError.
     """
-    tmp = None
-    try:
+    with writing(path):
         special = open_special(path)
         if special:
             with special as f:
                 write(f)
             return
         target = os.path.realpath(path)
-        tmp = f"{target}.tmp"
-        with open(tmp, "wb") as f:
-            write(f)
-            f.flush()
-            fsync(f.fileno())
-        publish(tmp, target)
-    except BaseException as e:
-        if tmp:
-            with contextlib.suppress(OSError):
-                os.unlink(tmp)
-        # torch.save hides a full disk behind a RuntimeError of its own
-        cause = e.__context__ if isinstance(e, RuntimeError) else e
-        if isinstance(cause, OSError):
-            raise UserError(f"cannot write {path}: {cause.strerror or cause}") from e
-        raise
+        tmp = write_tmp(target, write)
+        try:
+            publish(tmp, target)
+        except BaseException:
+            unlink(tmp)
+            raise
 
 def write_json(path, value):
     """Write value as indented JSON, all of it or nothing."""
@@ -402,8 +428,13 @@ def flock(f, wait):
     except OSError as e:
         if e.errno not in NOT_SUPPORTED:
             raise
-        say(f"warning: {f.name} cannot be locked ({e.strerror}): let nothing else write there", sys.stderr)
+        warn_unlocked(f.name, e.strerror)
     return True
+
+@functools.lru_cache
+def warn_unlocked(name, reason):
+    """Say, once, that a file cannot be locked."""
+    say(f"warning: {name} cannot be locked ({reason}): let nothing else write there", sys.stderr)
 
 def lock(folder, what):
     """
@@ -551,11 +582,29 @@ def pick_device(name=None):
                 raise RuntimeError(f"{device} does not exist, this machine has {n_gpus} GPUs; "
                                    "lower --nproc_per_node")
             torch.cuda.set_device(device)  # before anything is allocated, which would else be on GPU 0
+            use_flash_attention_3(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).split("\n")[0]
         raise UserError(f"device {name!r} cannot be used here: {reason}") from e
     return device
+
+def use_flash_attention_3(device):
+    """
+    Let torch's flash attention operators run FlashAttention 3, if it is installed (flash_attn_interface) and
+    the GPU is of the kind that it is written for, Hopper. Without it they run torch's own kernels.
+    """
+    import torch
+    from torch.nn.attention import activate_flash_attention_impl, list_flash_attention_impls
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return
+    if torch.cuda.get_device_capability(device) != (9, 0) or "FA3" not in list_flash_attention_impls():
+        return
+    try:
+        activate_flash_attention_impl("FA3")
+    except (ImportError, OSError, RuntimeError) as e:  # built for another torch
+        reason = str(e).strip().split("\n")[0]
+        say(f"warning: FlashAttention 3 does not load, so torch's own kernels run: {reason}", sys.stderr)
 
 def compute_dtype(device):
     """The dtype of inference: bf16 on GPUs that have it, fp32 elsewhere, so that every CPU scores alike."""
@@ -612,6 +661,29 @@ def rank_and_world_size():
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+def from_all_ranks(value, group=None):
+    """
+    What each rank gives, anything that can be pickled: a list, in the order of the ranks. group: another
+    process group than that of training.
+    """
+    import torch.distributed as dist
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group)
+    return values
+
+def side_group(timeout):
+    """
+    A second process group of all ranks, over gloo, for what goes on beside training, in another thread or
+    before it begins; None without a process group. timeout: how long a collective of it may take, a
+    timedelta.
+    """
+    import torch.distributed as dist
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 def from_rank_0(value, device=None):
     """
@@ -670,17 +742,25 @@ def cpu_name():
                 return line.split(":")[1].strip()
     return platform.processor()
 
+def code_commit():
+    """The commit of this code, with "-dirty" if it was changed since then; "unknown" outside of git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
+        # rows that earlier runs wrote are no change of the code
+        diff = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!research/results"]
+        changed = subprocess.run(diff, capture_output=True).returncode == 1
+    except OSError:  # there is no git
+        return "unknown"
+    if changed:
+        commit += "-dirty"
+    return commit or "unknown"
+
 def machine(device):
     """Where and on what something was measured: device, torch, commit and date, a dict of strings."""
     import torch
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
-    # rows that earlier runs wrote are no change of the code
-    diff = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!research/results"]
-    if subprocess.run(diff, capture_output=True).returncode == 1:
-        commit += "-dirty"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    return dict(device=name, torch=torch.__version__, commit=commit or "unknown", date=str(date.today()))
+    return dict(device=name, torch=torch.__version__, commit=code_commit(), date=str(date.today()))

@@ -8,6 +8,8 @@ A data folder, which prepare_data.py makes, holds:
     train_00000.npy .., val_00000.npy ..  flat token ids, every document starts with <|bos|>
     settings.json                         the settings of the command, so that a second run can continue
     meta.json                             what is there, with checksums; without it, the data is not finished
+    verified.jsonl                        which shards were read whole and found right, so that they are not
+                                          read again at every start (see Stamps)
 
 open_data() checks that all of it is there and belongs together. Rows cuts the training shards into numbered
 rows of one context's length, in an order that only the seed decides.
@@ -19,6 +21,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,10 +29,20 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from common import UserError, is_whole, raise_if_unreadable, sha256_file, write_atomic, write_json
+from common import (
+    UserError,
+    append_row,
+    is_whole,
+    raise_if_unreadable,
+    read_rows,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 
 BOS = "<|bos|>"
 SEGMENT = 50_000  # characters that are handed to tiktoken at once, see segments()
+VERIFIED = "verified.jsonl"
 OPEN_SHARDS = 8  # memory maps open at a time: each holds one of the files that a process may open, often 1024
 
 
@@ -155,7 +168,7 @@ def load_shard(path):
         whole = shard.ndim == 1 and len(shard) and path.stat().st_size == shard.offset + shard.nbytes
     except FileNotFoundError as e:
         raise UserError(f"{path} is missing: re-run prepare_data.py") from e
-    except (OSError, ValueError, EOFError, AttributeError) as e:
+    except Exception as e:  # numpy has none of its own for a damaged header, which it parses as Python
         raise_if_unreadable(path, e)
         raise UserError(f"{path} is damaged ({e}): delete it and re-run prepare_data.py") from e
     if not whole:
@@ -205,6 +218,43 @@ class Data:
     token_bytes: np.ndarray  # int32 (vocab,)
     train: Shards  # of token ids, uint16 or uint32
     val: Shards
+    stamps: "Stamps"  # of the shards that were verified
+
+class Stamps:
+    """
+    Which shards were read whole and found right: rows of verified.jsonl in the data folder or, where that may
+    not be written, in the run's folder. A row holds for a file of this size and these times; copying it, or
+    changing anything about it, makes other times.
+    """
+
+    def __init__(self, *folders):
+        self.rows = set()  # the lines of verified.jsonl
+        self.unwritten = []  # rows that the data folder did not take
+        for folder in folders:
+            with suppress(UserError):  # what cannot be read is verified again
+                self.rows |= {json.dumps(row) for row in read_rows(folder / VERIFIED)}
+
+    def row_of(self, path, sha256, vocab_size):
+        """The row of a shard as it is now, which should have this hex sha256. Raises OSError."""
+        stat = os.stat(path)
+        return [path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, sha256, vocab_size]
+
+    def has(self, path, sha256, vocab_size):
+        """Was this shard found right, as it is now?"""
+        return json.dumps(self.row_of(path, sha256, vocab_size)) in self.rows
+
+    def add(self, folder, row):
+        """Note in a folder that a shard was found right."""
+        try:
+            append_row(folder / VERIFIED, row)
+        except UserError:
+            self.unwritten.append(row)
+
+    def write_to(self, folder):
+        """Note in a folder what the data folder did not take, if that can be done."""
+        rows, self.unwritten = self.unwritten, []
+        for row in rows:
+            self.add(folder, row)
 
 def check_meta(meta):
     """Raise ValueError, KeyError or TypeError unless the numbers and names in meta.json can be true."""
@@ -223,14 +273,14 @@ def check_meta(meta):
     if meta["dtype"] not in ("uint16", "uint32"):
         raise ValueError(f"dtype {meta['dtype']!r}")
 
-def open_data(folder, verify=True, rank=0, world_size=1):
+def open_data(folder, verify=True, rank=0, world_size=1, run_folder=None):
     """
-    The prepared data in folder as a Data. verify: read every shard once to compare its checksum. Every rank
-    reads its share, so that all are done at about the same time: hashing 200 GB on one of them would take
-    longer than the others may wait in a collective. Raises UserError if anything is missing, damaged, or does
-    not belong together.
+    The prepared data in folder as a Data. verify: read every shard once to compare its checksum; every rank
+    reads its share of those that were not verified before. run_folder: the run's, which may know of some.
+    Raises UserError if anything is missing, damaged, or does not belong together.
     """
     folder = Path(folder)
+    stamps = Stamps(*[Path(place) for place in (folder, run_folder) if place is not None])
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         entries = {}
@@ -271,16 +321,19 @@ def open_data(folder, verify=True, rank=0, world_size=1):
                                 "delete it and re-run prepare_data.py")
     if verify:
         files = [(path, digest) for path, _, digest in entries["train"] + entries["val"]]
-        verify_shards(files[rank::world_size], vocab_size)
-    return Data(folder, meta, enc, sizes, **shards)
+        mine = files[rank::world_size]  # first: the other ranks may be noting theirs by now
+        verify_shards([file for file in mine if not stamps.has(*file, vocab_size)], vocab_size, stamps)
+    return Data(folder, meta, enc, sizes, **shards, stamps=stamps)
 
-def verify_shards(files, vocab_size):
+def verify_shards(files, vocab_size, stamps):
     """
-    Read shards once, several at a time. files: pairs of a path and the hex sha256 that it should have. Raises
-    UserError if it differs, if a token id is not below vocab_size, or if a shard cannot be read.
+    Read shards once, several at a time. files: pairs of a path and the hex sha256 that it should have;
+    stamps: where those that are right are noted. Raises UserError if it differs, if a token id is not below
+    vocab_size, or if a shard cannot be read.
     """
     def verify(file):
         path, expected = file
+        row = stamps.row_of(path, expected, vocab_size)  # before it is read: a change makes other times
         if sha256_file(path) != expected:
             raise UserError(f"{path} is damaged (sha256 differs from meta.json): "
                             "delete it and re-run prepare_data.py")
@@ -288,6 +341,7 @@ def verify_shards(files, vocab_size):
         if largest >= vocab_size:
             raise UserError(f"{path} has the token {largest}, the vocabulary is only {vocab_size}: "
                             "delete it and meta.json, and re-run prepare_data.py")
+        stamps.add(path.parent, row)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(verify, files):

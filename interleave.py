@@ -13,7 +13,7 @@ parallel.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -37,6 +37,15 @@ def refine(T, refinements=3):
     """Initialize, then K passes over all positions. With K >= T-1 the last pass is the exact recurrence."""
     return [range(T)] * (1 + refinements)
 
+def draft(T, drafts=1, subsets=1):
+    """
+    Hand memory over first, then train. The drafts run forward only: one pass over all positions, then sweeps
+    of S subsets, as in WhiteMatter (arXiv 2608.18486). One more sweep is what is trained. With S = 1, a sweep
+    is one pass over everything. Without drafts, the first pass is what is trained.
+    """
+    sweep = [range(i, T, subsets) for i in range(min(subsets, T))]
+    return [range(T)] + sweep * drafts
+
 def chunked(T, chunk=64):
     """Contiguous chunks, left to right: memory only crosses a chunk's border. The paper's weak baseline."""
     return [range(start, min(start + chunk, T)) for start in range(0, T, chunk)]
@@ -48,69 +57,65 @@ def sequential(T):
 @dataclass
 class Schedule:
     """A schedule and its options, as train.py's flags give them and as a checkpoint keeps them."""
-    kind: str = "interleaved"  # plain | interleaved | refine | chunked | sequential
-    subsets: int = 2  # interleaved: S
+    kind: str = "interleaved"  # plain | interleaved | refine | draft | chunked | sequential
+    subsets: int | None = None  # interleaved, draft: S; None: 2, and 1 for draft
     refinements: int = 3  # refine: K
+    drafts: int = 1  # draft: how often memory is handed over before the passes that are trained
     chunk: int = 64  # chunked: tokens a chunk
     kv_refresh: bool = False  # interleaved: after each pass, renew the memory term where later passes go
     detach: bool = False  # no gradient from a pass into the ones before it
     loss_weights: list | None = None  # one weight a pass; None: the plain mean, equation (4)
-    forward_passes: int = 0  # so many passes, from the first on, have no loss and no gradient
 
     def __post_init__(self):
         """Raises ValueError for a schedule that cannot be run."""
-        kinds = ("plain", "interleaved", "refine", "chunked", "sequential")
+        kinds = ("plain", "interleaved", "refine", "draft", "chunked", "sequential")
         if self.kind not in kinds:
             raise ValueError(f"schedule {self.kind!r} is none of {', '.join(kinds)}")
-        for name in ("subsets", "refinements", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.subsets is None:
+            self.subsets = 1 if self.kind == "draft" else 2
+        for name, least in (("subsets", 1), ("refinements", 1), ("drafts", 0), ("chunk", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.kv_refresh and self.kind != "interleaved":
             raise ValueError(f"kv_refresh goes with the interleaved schedule, not with {self.kind}")
-        if self.forward_passes and self.kind not in ("interleaved", "refine"):
-            raise ValueError("forward_passes goes with the schedules that initialize, "
-                             f"interleaved and refine, not with {self.kind}")
         if self.loss_weights is not None:
-            if any(self.loss_weights[:self.forward_passes]):
-                raise ValueError(f"forward_passes leaves {self.forward_passes} without a gradient: "
-                                 "their loss weights must be 0")
+            if self.kind == "draft":
+                raise ValueError("loss weights do not go with draft: its drafts have no loss")
             if min(self.loss_weights) < 0 or not 0 < sum(self.loss_weights) < math.inf:
                 raise ValueError("loss weights must be finite, not negative, and not all zero")
 
     def passes(self, T):
-        """The ranges for T tokens. Raises ValueError if loss_weights or forward_passes do not fit them."""
+        """The ranges for T tokens. Raises ValueError if there is not one loss weight for each."""
         if self.kind == "plain":
             passes = plain(T)
         elif self.kind == "interleaved":
             passes = interleaved(T, self.subsets)
         elif self.kind == "refine":
             passes = refine(T, self.refinements)
+        elif self.kind == "draft":
+            passes = draft(T, self.drafts, self.subsets)
         elif self.kind == "chunked":
             passes = chunked(T, self.chunk)
         else:
             passes = sequential(T)
         if self.loss_weights is not None and len(self.loss_weights) != len(passes):
             raise ValueError(f"{len(self.loss_weights)} loss weights for {len(passes)} passes")
-        if not 0 <= self.forward_passes < len(passes):
-            raise ValueError(f"forward_passes must be from 0 to {len(passes) - 1}, "
-                             f"one less than the passes, not {self.forward_passes}")
         return passes
 
-    def weights(self, n):
-        """The loss weights of n passes, of sum 1."""
+    def forward_passes(self, T):
+        """How many of the passes for T tokens, from the first on, have no loss and no gradient."""
+        if self.kind != "draft" or self.drafts == 0:
+            return 0
+        return 1 + min(self.subsets, T) * (self.drafts - 1)
+
+    def weights(self, T):
+        """The loss weights of the passes for T tokens, of sum 1."""
         weights = self.loss_weights
         if weights is None:
-            weights = [0.0] * self.forward_passes + [1.0] * (n - self.forward_passes)
+            forward_passes = self.forward_passes(T)
+            weights = [0.0] * forward_passes + [1.0] * (len(self.passes(T)) - forward_passes)
         total = sum(weights)
         return [w / total for w in weights]
-
-    def deeper(self):
-        """The same with one refinement more, forward only: memory is handed over once more, then the loss."""
-        weights = self.loss_weights
-        if weights is not None:
-            weights = [0.0, *weights]
-        return replace(self, refinements=self.refinements + 1, forward_passes=self.forward_passes + 1,
-                       loss_weights=weights)
 
     def flops_per_token(self, model, T, projections=True):
         """
@@ -120,22 +125,23 @@ class Schedule:
         memory projections.
         """
         passes = self.passes(T)
-        weights = self.weights(len(passes))
+        weights = self.weights(T)
+        forward_passes = self.forward_passes(T)
+        needed = layers_needed(model.config, passes, weights, self.kv_refresh)
         total = 0
         for i, positions in enumerate(passes):
-            forward_only = i < self.forward_passes
-            n_layer = layers_needed(model.config, passes, i, weights, self.kv_refresh)
-            flops = model.flops_per_token(T, n_layer, head=weights[i] > 0)
+            forward_only = i < forward_passes
+            flops = model.flops_per_token(T, needed[i], head=weights[i] > 0)
             if projections and (i > 0 or model.config.first_memory != "zero"):
                 # a matrix entry and a position: forward, gradient of the weight, gradient of the memory
                 per_entry = 2 + 2 + 2
-                memory_is_forward_only = i > 0 and i == self.forward_passes
+                memory_is_forward_only = i > 0 and i == forward_passes
                 memory_is_detached = i > 0 and self.detach and not forward_only
                 if memory_is_forward_only or memory_is_detached:
                     per_entry -= 2
                 if self.kv_refresh:  # each of the i earlier passes has renewed the memory term here
                     per_entry *= 1 + i
-                projections_run = *model.mem_k[:n_layer], *model.mem_v[:n_layer]
+                projections_run = model.memory_projections(needed[i])
                 flops += per_entry * sum(m.weight.numel() for m in projections_run)
             total += len(positions) * flops / (3 if forward_only else 1)
         return total / T
@@ -221,15 +227,21 @@ def gather_positions(x, passes):
             views.append(take(x, positions))
     return views
 
-def layers_needed(config, passes, i, weights, kv_refresh):
+def layers_needed(config, passes, weights, kv_refresh):
     """
-    How many layers pass i has to run. If it has no loss and the next pass writes all of its keys and values
-    anew, it leaves nothing but memory, which is complete after the source layer.
+    How many layers each pass has to run, a list. If a pass has no loss, and the next pass with all layers
+    writes all keys and values anew, it leaves nothing but memory, which is complete after the source layer.
     """
-    overwritten = i + 1 < len(passes) and passes[i + 1] == passes[i]
-    if overwritten and not weights[i] and not kv_refresh:
-        return config.source_layer + 1
-    return config.n_layer
+    everything = range(max(positions[-1] for positions in passes) + 1)
+    needed = [config.n_layer] * len(passes)
+    next_with_all_layers = len(passes) - 1
+    for i in reversed(range(len(passes) - 1)):
+        overwritten = passes[next_with_all_layers] == everything
+        if overwritten and not weights[i] and not kv_refresh:
+            needed[i] = config.source_layer + 1
+        else:
+            next_with_all_layers = i
+    return needed
 
 def run(model, idx, passes, kv_refresh=False, detach=False, forward_passes=0, weights=None):
     """
@@ -243,6 +255,7 @@ def run(model, idx, passes, kv_refresh=False, detach=False, forward_passes=0, we
     if weights is None:
         weights = [1] * len(passes)
     kv_refresh = kv_refresh and config.kv_memory  # without projected memory there is nothing to renew
+    needed = layers_needed(config, passes, weights, kv_refresh)
     kv = KVBuffer(config.n_layer, keep_local=kv_refresh)
     memories = []
 
@@ -264,10 +277,9 @@ def run(model, idx, passes, kv_refresh=False, detach=False, forward_passes=0, we
             memory = previous_memory(left if is_subset else memories, positions, first_memory)
 
         # the pass
-        n_layer = layers_needed(config, passes, i, weights, kv_refresh)
         embedded = embedding[i], x0[i], [x[i] for x in gathered]
         with torch.set_grad_enabled(torch.is_grad_enabled() and i >= forward_passes):
-            hidden, source = model(take(idx, positions), positions, kv, memory, n_layer, embedded)
+            hidden, source = model(take(idx, positions), positions, kv, memory, needed[i], embedded)
         memories = [(positions, source), *left]
         yield positions, hidden if weights[i] else None, memories
 
@@ -296,9 +308,10 @@ class TrainStep(nn.Module):
         """
         if schedule is None:
             schedule = self.schedule
-        passes = schedule.passes(idx.size(1))
-        weights = schedule.weights(len(passes))
-        options = schedule.kv_refresh, schedule.detach, schedule.forward_passes, weights
+        T = idx.size(1)
+        passes = schedule.passes(T)
+        weights = schedule.weights(T)
+        options = schedule.kv_refresh, schedule.detach, schedule.forward_passes(T), weights
         hidden = [hidden for _, hidden, _ in run(self.model, idx, passes, *options)]
 
         # the loss of the passes that have one
@@ -338,7 +351,7 @@ def pass_losses(model, idx, targets, schedule):
 # Exact parallel prefill
 
 # prefill takes a memory for final when it moves by less, relative to its size: above the rounding of a pass
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 
 @torch.no_grad()
 def decode_tokens(model, idx, kv):

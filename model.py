@@ -19,7 +19,10 @@ RMSNorm, D the width, G the key/value heads, and zero memory before the first to
 
 lrt="shared" has one Rk and one Rv for all layers, "layerwise" one of each per layer. lrt="none" is the
 baseline, without m, g_loc and g_mem. memory="embedding" is the control: it hands on norm(embed(token_t))
-instead of m_t, so it has the same parameters and the same path, and no recurrence.
+instead of m_t, so it has the same parameters and the same path, and no recurrence. inject="input" adds memory
+to the input instead, as full-bandwidth transformers do (arXiv 2608.08888):
+
+    x0 = norm(embed(token_t)) + sigmoid(norm(embed(token_t)) @ Wg) * (m_{t-1} @ Wu)
 
 This is the backbone of the LRT release. nanochat, which that was forked from, has moved on:
 NANOCHAT_BACKBONE in recipes.py has the choices of its code of 2026-07-03. Memory enters either backbone the
@@ -67,7 +70,8 @@ class GPTConfig:
     value_embeds: str = "all"  # none | alternate (every other layer, the last one included) | all
     lrt: str = "none"  # none: plain GPT | shared: one memory projection for all | layerwise: one a layer
     source_layer: int | None = None  # 0-based: memory is read after this layer; None: 3/4 of the way up
-    inject: str = "both"  # how memory enters: kv | residual | both
+    inject: str = "both"  # how memory enters: kv | residual | both | input
+    dest_layers: list | None = None  # [first, last] layer that memory enters by kv or residual; None: all
     memory: str = "hidden"  # what is handed on: hidden (m_t of equation 3) | embedding (x0_t: no recurrence)
     first_memory: str = "zero"  # what is read before any pass has computed it: zero | embedding (x0_{t-1})
     memory_init: float = 0.1  # c of equation (1) at the start
@@ -102,7 +106,7 @@ class GPTConfig:
         check_choice("short_window", "half", "quarter")
         check_choice("value_embeds", "none", "alternate", "all")
         check_choice("lrt", "none", "shared", "layerwise")
-        check_choice("inject", "kv", "residual", "both")
+        check_choice("inject", "kv", "residual", "both", "input")
         check_choice("memory", "hidden", "embedding")
         check_choice("first_memory", "zero", "embedding")
         check(self.first_memory == "zero" or self.lrt != "none", "first_memory embedding goes with an LRT")
@@ -124,6 +128,12 @@ class GPTConfig:
         check(0 <= self.source_layer < self.n_layer,
               f"source_layer {self.source_layer} is out of range: "
               f"{self.n_layer} layers are numbered 0 to {self.n_layer - 1}")
+        if self.dest_layers is not None:
+            check(self.lrt != "none", "dest_layers go with an LRT")
+            check(self.inject != "input", "dest_layers do not go with inject input: it is below all layers")
+            first, last = self.dest_layers
+            check(0 <= first <= last < self.n_layer,
+                  f"dest_layers {first} {last} are no range of the layers 0 to {self.n_layer - 1}")
 
     @property
     def label(self):
@@ -142,12 +152,25 @@ class GPTConfig:
     @property
     def kv_memory(self):
         """Is memory projected into keys and values?"""
-        return self.lrt != "none" and self.inject != "residual"
+        return self.lrt != "none" and self.inject in ("kv", "both")
 
     @property
     def residual_memory(self):
         """Is memory added to the residual stream?"""
-        return self.lrt != "none" and self.inject != "kv"
+        return self.lrt != "none" and self.inject in ("residual", "both")
+
+    @property
+    def input_memory(self):
+        """Is memory added to the input of the first layer?"""
+        return self.lrt != "none" and self.inject == "input"
+
+    @property
+    def memory_layers(self):
+        """The range of layers that memory enters by keys and values or by the residual stream."""
+        if self.dest_layers is None:
+            return range(self.n_layer)
+        first, last = self.dest_layers
+        return range(first, last + 1)
 
     def window(self, layer):
         """How many positions back a query of `layer` sees beside its own; sequence_len means all of them."""
@@ -179,6 +202,19 @@ def rotate(x, cos, sin):
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin).to(x.dtype)
 
+def rotary_tables(config):
+    """
+    What rotate() multiplies with, (cos, cos) and (sin, -sin) at every position: two tensors (2 *
+    sequence_len, 1, d) float32, because a row that is padded on its left ends beyond the context.
+    """
+    channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    frequencies = config.rotary_base ** (-channels / config.head_dim)
+    positions = torch.arange(2 * config.sequence_len, dtype=torch.float32)
+    angles = torch.outer(positions, frequencies)[:, None]
+    cos = torch.cat([angles.cos(), angles.cos()], -1)
+    sin = torch.cat([angles.sin(), -angles.sin()], -1)
+    return cos, sin
+
 class Linear(nn.Linear):
     """
     A matrix without bias. Its float32 master weight is cast to the dtype of the activations at every use.
@@ -199,7 +235,7 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head
         self.head_dim = config.head_dim
-        self.kv_memory = config.kv_memory
+        self.kv_memory = config.kv_memory and layer in config.memory_layers
         self.gate_channels = config.gate_channels
         self.value_gate = config.value_gate
         self.query_scale = config.query_scale
@@ -209,7 +245,7 @@ class Attention(nn.Module):
         self.c_proj = Linear(D, D)
         # a gate for each key/value head and each source of k and v: local and memory, value embedding
         n_gates = 0
-        if config.kv_memory:
+        if self.kv_memory:
             n_gates += 2
         if config.has_value_embed(layer):
             n_gates += 1
@@ -399,20 +435,18 @@ class GPT(nn.Module):
         self.smear_lambda = nn.Parameter(torch.zeros(1)) if config.smear else None
         self.backout_lambda = nn.Parameter(torch.full((1,), 0.2)) if config.backout else None
 
-        # Rk and Rv of equation (2)
+        # Rk and Rv of equation (2), Wu and Wg of the fused input
         n_pairs = 0
         if config.kv_memory:
-            n_pairs = 1 if config.lrt == "shared" else L
+            n_pairs = 1 if config.lrt == "shared" else len(config.memory_layers)
         self.mem_k = nn.ModuleList(Linear(D, kv_dim) for _ in range(n_pairs))
         self.mem_v = nn.ModuleList(Linear(D, kv_dim) for _ in range(n_pairs))
+        self.mem_input = Linear(D, D) if config.input_memory else None
+        self.mem_input_gate = Linear(D, D) if config.input_memory else None
 
-        # rotary tables (2 * sequence_len, 1, d): a row that is padded on its left ends beyond the context
-        channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
-        frequencies = config.rotary_base ** (-channels / config.head_dim)
-        positions = torch.arange(2 * config.sequence_len, dtype=torch.float32)
-        angles = torch.outer(positions, frequencies)[:, None]
-        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False)
-        self.register_buffer("sin", torch.cat([angles.sin(), -angles.sin()], -1), persistent=False)
+        cos, sin = rotary_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
         self.init_weights()
 
@@ -426,7 +460,7 @@ class GPT(nn.Module):
         bound = math.sqrt(3 / self.config.n_embd)  # uniform with standard deviation 1/sqrt(D)
         for name, module in self.named_modules():
             if isinstance(module, (Linear, nn.Embedding)):
-                if name.endswith(("c_proj", "gate")):
+                if name.endswith(("c_proj", "gate", "mem_input")):
                     nn.init.zeros_(module.weight)
                 else:
                     nn.init.uniform_(module.weight, -bound, bound)
@@ -487,13 +521,29 @@ class GPT(nn.Module):
     def project_memory(self, memory, n_layer):
         """
         Rk and Rv of the first n_layer layers applied to memory (B, P, D): a list of as many pairs (B, P,
-        G*d). Without memory, or if it does not enter by keys and values, a list of None.
+        G*d), None for a layer that memory does not enter by keys and values.
         """
+        pairs = [None] * n_layer
         if memory is None or not self.config.kv_memory:
-            return [None] * n_layer
-        if self.config.lrt == "shared":
-            return [(self.mem_k[0](memory), self.mem_v[0](memory))] * n_layer
-        return [(self.mem_k[l](memory), self.mem_v[l](memory)) for l in range(n_layer)]
+            return pairs
+        layers = self.config.memory_layers
+        shared = None
+        for l in layers[:max(n_layer - layers.start, 0)]:
+            if self.config.lrt == "layerwise":
+                i = l - layers.start
+                pairs[l] = self.mem_k[i](memory), self.mem_v[i](memory)
+            else:
+                if shared is None:
+                    shared = self.mem_k[0](memory), self.mem_v[0](memory)
+                pairs[l] = shared
+        return pairs
+
+    def memory_projections(self, n_layer):
+        """The matrices that are applied to a memory in a pass through the first n_layer layers."""
+        if self.config.input_memory:
+            return [self.mem_input, self.mem_input_gate]
+        n_pairs = max(n_layer - self.config.memory_layers.start, 0)
+        return [*self.mem_k[:n_pairs], *self.mem_v[:n_pairs]]
 
     def forward(self, idx, positions, kv, memory=None, n_layer=None, embedded=None):
         """
@@ -519,6 +569,9 @@ class GPT(nn.Module):
             previous = kv.previous_tokens(positions, idx) if config.smear else None
             embedded = self.embed(idx, previous)
         embedding, x0, value_embeds = embedded
+        if memory is not None and config.input_memory:
+            gate = torch.sigmoid(self.mem_input_gate(embedding))
+            x0 = torch.addcmul(x0, gate, self.mem_input(memory))
 
         # a, b and c of equation (1): one unbind each, whose backward is one stack
         resid_lambdas = self.resid_lambdas.to(x0.dtype).unbind()
@@ -546,7 +599,7 @@ class GPT(nn.Module):
         """Layer l: equation (1), with lambdas its a, b and c, and the block. h (B, P, D) -> (B, P, D)."""
         a, b, c = lambdas
         h = torch.addcmul(a * h, b, x0)
-        if memory is not None and self.config.residual_memory:
+        if memory is not None and self.config.residual_memory and l in self.config.memory_layers:
             h = torch.addcmul(h, c, memory)
         return self.h[l](h, value_embed, memory_kv, rotary, positions, self.config.window(l), kv)
 
@@ -572,9 +625,9 @@ class GPT(nn.Module):
         """
         rotary = take(self.cos, positions, dim=0), take(self.sin, positions, dim=0)
         memory_kv = self.project_memory(memory, self.config.n_layer)
-        for l, block in enumerate(self.h):
+        for l in self.config.memory_layers:
             local = [take(x, positions) for x in kv.local[l]]
-            kv.write(l, positions, *block.attn.finish_kv(*local, memory_kv[l], rotary))
+            kv.write(l, positions, *self.h[l].attn.finish_kv(*local, memory_kv[l], rotary))
 
     # -------------------------------------------------------------------------
     # Logits and losses
@@ -608,13 +661,17 @@ class GPT(nn.Module):
 
     def parameter_groups(self):
         """The parameters by role: a dict of lists; every parameter is in exactly one."""
+        projections = []
+        for module in (self.mem_k, self.mem_v, self.mem_input, self.mem_input_gate):
+            if module is not None:
+                projections += module.parameters()
         groups = {
             "embedding": list(self.wte.parameters()),
             "value embeddings": list(self.value_embeds.parameters()),
             "head": list(self.lm_head.parameters()),
             "matrices": [p for name, p in self.h.named_parameters() if "gate" not in name],
             "gates": [p for name, p in self.h.named_parameters() if "gate" in name],
-            "memory projections": list(self.mem_k.parameters()) + list(self.mem_v.parameters()),
+            "memory projections": projections,
             "residual scalars": [self.resid_lambdas],
             "x0 scalars": [self.x0_lambdas],
             "memory scalars": [self.mem_lambdas] if self.mem_lambdas is not None else [],

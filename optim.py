@@ -299,28 +299,10 @@ class Sharded:
 
     def state_dict(self):
         """
-        As of the optimizer in one process: rank 0 gets it whole, its tensors on the CPU, the others get their
-        share. All ranks have to call it. One tensor at a time is on all devices.
+        This rank's share: the state_dict of the optimizer in one process, but with the state of this rank's
+        parameters only. The states of all ranks together are that of one process.
         """
-        state_dict = self.optimizer.state_dict()
-        mine, whole = state_dict["state"], {}
-        metas = [None] * self.world_size  # the state of each rank, without the numbers
-        meta = {i: {name: x.to("meta") for name, x in tensors.items()} for i, tensors in mine.items()}
-        dist.all_gather_object(metas, meta)
-        for rank, meta in enumerate(metas):
-            for i, tensors in meta.items():
-                whole[i] = {}
-                for name, x in tensors.items():
-                    if rank == self.rank:
-                        x = mine[i][name]
-                    else:
-                        x = torch.empty_like(x, device=self.params[i].device)
-                    dist.broadcast(x, rank)
-                    if self.rank == 0:
-                        whole[i][name] = x.cpu()
-        if self.rank == 0:
-            state_dict["state"] = whole
-        return state_dict
+        return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict):
         """Load this rank's share of the state_dict of all. Raises ValueError if it does not fit."""

@@ -9,10 +9,11 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from attention import KVCache
-from common import UserError, pick_device, training_dtype
+from common import PEAK_FLOPS, UserError, peak_flops, pick_device, training_dtype
 from dataset import Rows, open_data
 from interleave import Schedule, TrainStep
 from model import GPT, GPTConfig
@@ -21,7 +22,10 @@ from recipes import RECIPES, OptimizerConfig, make_optimizer_config
 from recurrent import RecurrentConfig, build_model
 
 DEFAULT_VOCAB_SIZE = 32768  # what --dry-run assumes where there is no data yet
+ASSUMED_GPU = "NVIDIA H100 80GB HBM3"  # of --mfu, where there is none or its peak is not known
 MAX_POSITIONS = 2**15  # of a forward, over all passes and rows, for the default device batch
+DEEPER_SHARE = 0.25  # of the steps of --schedule draft, the last ones, have one draft more
+COPY_RATE = 20e9  # bytes a second from a GPU to page-locked memory; PCIe 4 x16 has 31.5e9 on paper
 MAX_PASSES_COUNTED = 16  # --dry-run does not count the activations of longer schedules: it would take minutes
 
 
@@ -51,6 +55,7 @@ def make_config(args, vocab_size):
         lrt=args.lrt,
         source_layer=args.source_layer,
         inject=args.inject,
+        dest_layers=args.dest_layers,
         memory="embedding" if without_recurrence(args) else "hidden",
         first_memory=args.first_memory,
         memory_init=args.memory_init,
@@ -69,11 +74,11 @@ def make_schedule(args):
             kind="plain" if args.lrt == "none" else args.schedule,
             subsets=args.subsets,
             refinements=args.refinements,
+            drafts=args.drafts,
             chunk=args.chunk,
             kv_refresh=args.kv_refresh,
             detach=args.detach,
             loss_weights=args.loss_weights,
-            forward_passes=args.forward_passes,
         )
         schedule.passes(args.max_seq_len)
     except ValueError as e:
@@ -81,9 +86,32 @@ def make_schedule(args):
     if schedule.kind == "chunked" and args.chunk >= args.max_seq_len:
         raise UserError(f"--chunk {args.chunk} covers the whole context of {args.max_seq_len}: "
                         "memory would never reach a token")
-    if args.deepen and schedule.kind != "refine":
-        raise UserError(f"--deepen goes with --schedule refine, not with {schedule.kind}")
     return schedule
+
+def make_mix(args, schedule):
+    """
+    What the steps of a run are: a list of (share of the steps, Schedule). With --schedule draft the last
+    quarter hands memory over once more, because decoding hands it on and on; with --pass-mix every step draws
+    how many passes it has. Raises UserError.
+    """
+    if args.pass_mix is not None:
+        check_pass_mix(args, schedule)
+        total = sum(args.pass_mix)
+        return [(share / total, replace(schedule, drafts=n)) for n, share in enumerate(args.pass_mix)]
+    if schedule.kind == "draft":
+        return [(1 - DEEPER_SHARE, schedule), (DEEPER_SHARE, replace(schedule, drafts=schedule.drafts + 1))]
+    return [(1.0, schedule)]
+
+def check_pass_mix(args, schedule):
+    """Raise UserError if --pass-mix does not fit the other flags."""
+    if schedule.kind != "draft":
+        raise UserError(f"--pass-mix goes with --schedule draft, not with {schedule.kind}")
+    if args.first_memory == "zero":
+        raise UserError("--pass-mix has steps of one pass, in which all memory is the first memory: "
+                        "give --first-memory embedding with it")
+    if not (all(share >= 0 for share in args.pass_mix) and 0 < sum(args.pass_mix) < math.inf):
+        raise UserError(f"--pass-mix {' '.join(map(str, args.pass_mix))}: "
+                        "shares of steps are not negative, finite, and not all 0")
 
 
 # -----------------------------------------------------------------------------
@@ -97,8 +125,9 @@ class Plan:
     optimizer: OptimizerConfig
     batch_scale: float  # of the learning rates, see learning_rate_scale()
     decay_scale: float  # of the weight decay, see weight_decay_scale()
-    schedule: Schedule
-    deepen: float  # this share of the steps, the last ones, runs schedule.deeper()
+    mix: list  # (share of the steps, Schedule), see make_mix()
+    is_random: bool  # whether every step draws from the mix, or one part of it follows the other
+    seed: int  # of the draws
     counts: dict  # parameters by group, see GPT.parameter_counts()
     flops_per_token: float  # training FLOPs, the mean over the steps
     cost: float  # passes a step as the paper counts them, see Schedule.cost(); the mean over the steps
@@ -110,10 +139,25 @@ class Plan:
     micro_steps: int  # micro-batches a step on each rank, whose gradients add up
     num_iterations: int  # optimizer steps
 
+    @property
+    def deepest(self):
+        """The schedule with the most passes: it decides what fits into memory."""
+        return self.mix[-1][1]
+
     def schedule_at(self, step):
-        """What a step runs. A model is also scored by the schedule of the last step that trained it."""
-        deep = step >= (1 - self.deepen) * self.num_iterations
-        return self.schedule.deeper() if deep else self.schedule
+        """What a step runs: the same on every rank, and when the step is run again."""
+        where = step / self.num_iterations
+        if self.is_random:
+            where = np.random.default_rng([self.seed, step]).random()
+        for share, schedule in self.mix:
+            if where < share:
+                return schedule
+            where -= share
+        return self.deepest
+
+    def scored_schedule(self, step):
+        """What a model that has trained so many steps is scored by: its last step, or the deepest drawn."""
+        return self.deepest if self.is_random else self.schedule_at(step - 1)
 
 def make_plan(args, vocab_size, world_size, dtype):
     """
@@ -121,7 +165,8 @@ def make_plan(args, vocab_size, world_size, dtype):
     for what does not fit together.
     """
     config = make_config(args, vocab_size)
-    schedule = make_schedule(args)
+    mix = make_mix(args, make_schedule(args))
+    deepest = mix[-1][1]
     T = args.max_seq_len
     try:
         with torch.device("meta"):  # shapes without storage
@@ -131,15 +176,9 @@ def make_plan(args, vocab_size, world_size, dtype):
         raise UserError(f"no model of width {config.n_embd} can be built ({e})") from e
     counts = model.parameter_counts()
 
-    # FLOPs, a mean over steps with and without one refinement more
-    def mean_over_steps(figure):
-        mean = (1 - args.deepen) * figure(schedule)
-        if args.deepen:
-            mean += args.deepen * figure(schedule.deeper())
-        return mean
-
-    flops_per_token = mean_over_steps(lambda schedule: schedule.flops_per_token(model, T))
-    cost = mean_over_steps(lambda schedule: schedule.cost(model, T))
+    # FLOPs, the mean over the steps
+    flops_per_token = sum(share * schedule.flops_per_token(model, T) for share, schedule in mix)
+    cost = sum(share * schedule.cost(model, T) for share, schedule in mix)
 
     # the batch: tokens a step, then sequences of each rank and micro-batch
     growth = counts["scaling"] / depth_12.parameter_counts()["scaling"]
@@ -150,7 +189,7 @@ def make_plan(args, vocab_size, world_size, dtype):
         raise UserError(f"--total-batch-size {total_batch} is not divisible by {world_size} processes * "
                         f"{T} tokens a row = {world_size * T}")
     rows = total_batch // T // world_size
-    device_batch = args.device_batch_size or automatic_device_batch(rows, schedule, T)
+    device_batch = args.device_batch_size or automatic_device_batch(rows, deepest, T)
     if rows % device_batch:
         raise UserError(f"--device-batch-size {device_batch} does not divide the {rows} rows a step of each "
                         f"process (--total-batch-size {total_batch} / {world_size} processes / {T} tokens)")
@@ -171,8 +210,9 @@ def make_plan(args, vocab_size, world_size, dtype):
         optimizer=optimizer,
         batch_scale=learning_rate_scale(total_batch),
         decay_scale=weight_decay_scale(optimizer, config.n_layer, total_batch, growth),
-        schedule=schedule,
-        deepen=args.deepen,
+        mix=mix,
+        is_random=args.pass_mix is not None,
+        seed=args.seed,
         counts=counts,
         flops_per_token=flops_per_token,
         cost=cost,
@@ -202,19 +242,37 @@ def automatic_device_batch(rows, schedule, T):
     The largest micro-batch that divides `rows`, the sequences of a rank, and whose activations are not
     too many.
     """
-    passes = schedule.passes(T)[schedule.forward_passes:]  # those that keep activations for the backward
+    passes = schedule.passes(T)[schedule.forward_passes(T):]  # those that keep activations for the backward
     positions = sum(map(len, passes))
     for size in (16, 8, 4, 2):
         if rows % size == 0 and size * positions <= MAX_POSITIONS:
             return size
     return 1
 
-def describe(plan, world_size, device, dtype, rows_per_epoch):
+def predict_time(plan, world_size, device, mfu, dollars_per_hour=None):
+    """
+    How long the training steps of a plan take on this many GPUs, a line of text. mfu: the share of a GPU's
+    peak FLOP/s that the model's FLOPs reach; research/SPEED.md and log.jsonl have measured ones. A GPU that
+    is not here, or not known, is taken for ASSUMED_GPU. dollars_per_hour: the price of all of them together;
+    None: without the cost.
+    """
+    peak = peak_flops(device)
+    gpu = torch.cuda.get_device_name(device) if peak else ASSUMED_GPU
+    peak = peak or PEAK_FLOPS[ASSUMED_GPU]
+    flops = plan.num_iterations * plan.total_batch * plan.flops_per_token
+    hours = flops / (world_size * peak * mfu) / 3600
+    line = (f"at {100 * mfu:g} % of the peak of {world_size} x {gpu}: {hours:.2f} hours of training steps, "
+            "without evaluation and compilation")
+    if dollars_per_hour is not None:
+        line += f", {hours * dollars_per_hour:.2f} dollars at {dollars_per_hour:g} an hour"
+    return line
+
+def describe(plan, world_size, device, dtype, rows_per_epoch, mfu=None, dollars_per_hour=None):
     """
     The plan in lines of text. rows_per_epoch: sequences in the training shards, None if there is no data
-    yet.
+    yet. mfu: also say how long it takes, see predict_time().
     """
-    config, schedule, counts = plan.config, plan.schedule, plan.counts
+    config, schedule, counts = plan.config, plan.mix[0][1], plan.counts
     T = config.sequence_len
     tokens = plan.num_iterations * plan.total_batch
     groups = [f"{name} {n:,}" for name, n in counts.items() if n and name not in ("total", "scaling")]
@@ -223,8 +281,8 @@ def describe(plan, world_size, device, dtype, rows_per_epoch):
     model = (f"{world_size} x {device}, {str(dtype)[6:]} | depth {config.n_layer}, width {config.n_embd}, "
              f"{config.n_head} heads, {config.label}")
     if config.recurrent_memory:
-        n_passes = len(schedule.passes(T))
-        model += f", memory from layer {config.source_layer}, {schedule.kind}, {n_passes} passes"
+        passes = " or ".join(str(len(schedule.passes(T))) for _, schedule in plan.mix)
+        model += f", memory from layer {config.source_layer}, {schedule.kind}, {passes} passes"
     if plan.recipe != "paper":
         model += f", recipe {plan.recipe}"
     if config.first_memory == "embedding":
@@ -240,7 +298,10 @@ def describe(plan, world_size, device, dtype, rows_per_epoch):
     flops = (f"{tokens * plan.flops_per_token:.2e} FLOPs, {plan.flops_ratio:.2f} times those of plain passes "
              f"over the same tokens ({tokens * plan.cost:,.0f} tokens of baseline-equivalent compute); "
              f"KV cache {plan.kv_bytes:,} bytes a sequence of {T} tokens")
-    return [parameters, model, horizon, flops]
+    lines = [parameters, model, horizon, flops]
+    if mfu is not None:
+        lines.append(predict_time(plan, world_size, device, mfu, dollars_per_hour))
+    return lines
 
 
 # -----------------------------------------------------------------------------
@@ -303,7 +364,7 @@ def activation_bytes(plan, dtype, recompute):
 
     def count(below, above):
         shallow = replace(config, n_layer=below + above, source_layer=below - 1)
-        return count_activations(shallow, plan.schedule, plan.device_batch, dtype, recompute)
+        return count_activations(shallow, plan.deepest, plan.device_batch, dtype, recompute)
 
     if config.n_layer <= 3 * (few_below + few_above):  # three counts would not be faster
         return count(below, above)
@@ -337,12 +398,24 @@ def memory_estimate(plan, world_size, dtype, recompute):
         optimizers=(8 * adamw + 4 * muon) // world_size,  # AdamW keeps two moments, Muon one
     )
     recurrent = isinstance(plan.config, RecurrentConfig)
-    if not recurrent and len(plan.schedule.passes(T)) <= MAX_PASSES_COUNTED:
+    if not recurrent and len(plan.deepest.passes(T)) <= MAX_PASSES_COUNTED:
         parts["activations"] = activation_bytes(plan, dtype, recompute)
     new_gradients = 4 * total - parts.get("activations", 0)
     if (world_size > 1 or plan.micro_steps > 1) and new_gradients > 0:
         parts["new gradients"] = new_gradients
     return parts
+
+def describe_checkpoint(parts, world_size):
+    """
+    What saving costs, a line of text: the size of a checkpoint, and how long training stands still while rank
+    0, which has the weights and its share of the optimizers' states, copies them out (checkpointing.Saver).
+    parts: see memory_estimate().
+    """
+    copied = parts["weights"] + parts["optimizers"]
+    whole = parts["weights"] + world_size * parts["optimizers"]
+    return (f"checkpoint: {whole / 1e9:.2f} GB in {world_size} files; a save stops training for "
+            f"{copied / COPY_RATE:.2f} s, in which rank 0 copies {copied / 1e9:.2f} GB "
+            f"at {COPY_RATE / 1e9:.0f} GB/s into as much memory of the host")
 
 def dry_run(args):
     """
@@ -359,7 +432,8 @@ def dry_run(args):
         vocab_size = data.meta["vocab_size"]
         rows_per_epoch = Rows(data.train, args.max_seq_len, args.seed).per_epoch
     plan = make_plan(args, vocab_size, world_size, dtype)
-    print("\n".join(describe(plan, world_size, device, dtype, rows_per_epoch)))
+    lines = describe(plan, world_size, device, dtype, rows_per_epoch, args.mfu, args.dollars_per_hour)
+    print("\n".join(lines))
 
     dtypes = [dtype] if dtype == torch.bfloat16 else [dtype, torch.bfloat16]  # as on a GPU, too
     for activation_dtype in dtypes:
@@ -367,3 +441,4 @@ def dry_run(args):
         terms = " + ".join(f"{name} {n / 2**30:.2f}" for name, n in parts.items())
         print(f"memory a process, {str(activation_dtype)[6:]}, {plan.device_batch} rows: {terms} "
               f"= {sum(parts.values()) / 2**30:.2f} GiB")
+    print(describe_checkpoint(parts, world_size))

@@ -2,8 +2,10 @@
 Turn text into token shards that train.py can memory-map.
 
     python prepare_data.py                                    the Python standard library's source, no network
-    python prepare_data.py fineweb-edu --num-shards 8         downloads parquet shards of FineWeb-Edu
+    python prepare_data.py climbmix --num-shards 8            downloads parquet shards of ClimbMix
+    python prepare_data.py fineweb-edu --num-shards 8         the same of FineWeb-Edu
     python prepare_data.py corpus.txt more.jsonl.gz folder    your own .txt, .jsonl, .parquet, .gz, .zst
+    python prepare_data.py more.txt --tokenizer data          the same tokens as in data, or in a run's folder
 
 The files that end up in --out (default `data`) are described in dataset.py, which reads them. The same
 command again continues after the shards that are finished, repairs what is damaged, and otherwise changes
@@ -88,8 +90,14 @@ WORDS = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,DIGITS}"
 DIGITS_SMALL = 2  # for vocabularies of up to 65536 tokens
 DIGITS_LARGE = 3
 
-FINEWEB_URL = "https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main"
-FINEWEB_LAST = 1822  # shard_01822.parquet is the validation shard
+# What can be downloaded, by its name on the command line: the repository of Hugging Face's hub, and the
+# number of its last file, such as shard_01822.parquet, which is for validation. Both are nanochat's: the
+# first its data until March 2026, the second since then.
+HUB_DATA = {
+    "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1822),
+    "climbmix": ("karpathy/climbmix-400b-shuffle", 6542),
+}
+HUB = "https://huggingface.co"  # HF_ENDPOINT names a mirror
 RETRIES = 6  # a download is given up after so many attempts in a row without progress
 RETRY_SECONDS = 1.0  # the pause between attempts, doubled with every failure
 
@@ -206,7 +214,7 @@ def find_files(sources):
         elif stat.S_ISDIR(mode):
             files += folder_files(path)
         elif not stat.S_ISREG(mode):
-            raise UserError(f"no file or folder {path}: name one, or use stdlib or fineweb-edu")
+            raise UserError(f"no file or folder {path}: name one, or use stdlib, {', '.join(HUB_DATA)}")
         elif not is_source(path):
             raise UserError(f"cannot read {path}: expected a file ending in {', '.join(SUFFIXES)}")
         elif path.stat().st_size == 0:
@@ -346,8 +354,8 @@ class Stream:
     documents: Callable  # documents() is an iterator over the documents (str), from the first one on
     shard_tokens: int | None  # a shard ends with the document that brings it to so many tokens; None: never
 
-def fineweb_documents(base_url, text_key, folder, number):
-    """Yield the documents of one parquet file of FineWeb-Edu, downloaded to the folder if it is not there."""
+def hub_documents(base_url, text_key, folder, number):
+    """Yield the documents of one parquet file of a dataset, downloaded to the folder if it is not there."""
     name = f"shard_{number:05d}.parquet"
     path = download(
         f"{base_url}/{name}",
@@ -358,10 +366,13 @@ def fineweb_documents(base_url, text_key, folder, number):
     )
     yield from read_documents(path, text_key)
 
-def fineweb_streams(base_url, text_key, num_shards, folder):
-    """The streams of FineWeb-Edu: each of its files becomes one shard. Nothing is downloaded yet."""
-    documents = partial(fineweb_documents, base_url, text_key, folder)
-    streams = [Stream("val", 0, partial(documents, FINEWEB_LAST), shard_tokens=None)]
+def hub_streams(base_url, text_key, num_shards, last, folder):
+    """
+    The streams of a dataset in parquet files, each of which becomes one shard; the file with the number
+    `last` is for validation. Nothing is downloaded yet.
+    """
+    documents = partial(hub_documents, base_url, text_key, folder)
+    streams = [Stream("val", 0, partial(documents, last), shard_tokens=None)]
     for number in range(num_shards):
         streams.append(Stream("train", number, partial(documents, number), shard_tokens=None))
     return streams
@@ -509,6 +520,26 @@ def describe_data(out, source, enc):
 # -----------------------------------------------------------------------------
 # Downloads
 
+def hub():
+    """The address of Hugging Face's hub, or of the mirror that HF_ENDPOINT names."""
+    return os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or HUB
+
+def hub_url(repository):
+    """Where the files of a dataset of the hub are."""
+    return f"{hub()}/datasets/{repository}/resolve/main"
+
+def authorization(url):
+    """
+    The headers that give our token, HF_TOKEN, to the hub, and to nobody else: {} for another address. Raises
+    UserError, without the token, if no header can hold it.
+    """
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not token or not url.startswith(hub() + "/"):
+        return {}
+    if not re.fullmatch("[!-~]+", token):
+        raise UserError("HF_TOKEN holds characters that no token has: set it again or unset it")
+    return {"Authorization": f"Bearer {token}"}
+
 def fetch(url, part, hint):
     """
     One attempt to complete the file `part`, which an earlier attempt may have begun, with what is at url.
@@ -517,7 +548,8 @@ def fetch(url, part, hint):
     """
     import requests
     start = part.stat().st_size if part.exists() else 0  # the first byte that we lack
-    headers = {"Accept-Encoding": "identity"}  # without compression: sizes must be those of the file
+    # without compression: sizes must be those of the file; a redirect to another host takes the token off
+    headers = {"Accept-Encoding": "identity"} | authorization(url)
     if start > 0:
         headers["Range"] = f"bytes={start}-"
 
@@ -526,6 +558,8 @@ def fetch(url, part, hint):
         code = reply.status_code
         if code == 429 or code >= 500:
             raise requests.HTTPError(f"HTTP {code}", response=reply)
+        if code in (401, 403):
+            hint += ", and HF_TOKEN if the data wants one"
         if code not in (200, 206, 416):
             raise UserError(f"{url}: HTTP {code} {reply.reason}: {hint}")
 
@@ -653,7 +687,7 @@ def is_source_of_older_version(there, settings, files):
 def check_settings(out, settings, files):
     """
     Raise UserError if the folder holds data of other settings, or data whose settings are not known. files:
-    None for FineWeb-Edu.
+    None for what is downloaded.
     """
     path = out / "settings.json"
     if not path.exists():
@@ -738,12 +772,13 @@ def discard_damaged(out):
 def parse_args():
     parser = ArgumentParser(description="Turn text into tokens for train.py.")
     parser.add_argument("source", nargs="*", default=["stdlib"],
-                        help=f"stdlib, fineweb-edu, or files and folders: {' '.join(SUFFIXES)}")
+                        help=f"stdlib, {', '.join(HUB_DATA)}, or files and folders: {' '.join(SUFFIXES)}")
     parser.add_argument("--text-key", metavar="NAME",
                         help="what the text is called: key of JSON lines, column of parquet (default: text)")
     parser.add_argument("--out", default="data", help="folder to write")
     parser.add_argument("--tokenizer", default="bpe",
-                        help="bpe: train one on this text; or a tiktoken encoding such as gpt2")
+                        help="bpe: train one on this text; a folder of data or of a run: the one that is "
+                             "there; or a tiktoken encoding such as gpt2")
     parser.add_argument("--vocab-size", type=int,
                         help=f"tokens of the trained tokenizer, {BOS} included (default: {VOCAB_LARGE}, or "
                              f"{VOCAB_SMALL} where the files are under {SMALL_SOURCE // 10**6} MB)")
@@ -751,18 +786,23 @@ def parse_args():
                         help="digits in a token of the trained tokenizer at most (default: 2, "
                              "3 for a vocabulary of more than 65536)")
     parser.add_argument("--shard-tokens", type=int,
-                        help=f"tokens a shard (default: {SHARD_TOKENS}; fineweb-edu: one parquet file)")
+                        help=f"tokens a shard (default: {SHARD_TOKENS}; of a download: one parquet file)")
     parser.add_argument("--num-shards", type=int,
-                        help="fineweb-edu: training files to download, about 55 M tokens each (default: 8)")
+                        help=f"{', '.join(HUB_DATA)}: training files to download, about 55 M tokens each "
+                             "(default: 8)")
     parser.add_argument("--base-url", metavar="URL",
-                        help="fineweb-edu: where shard_00000.parquet and the others are "
-                             f"(default: {FINEWEB_URL})")
+                        help=f"{', '.join(HUB_DATA)}: where shard_00000.parquet and the others are (default: "
+                             f"karpathy's repository at {HUB}, or at HF_ENDPOINT, with HF_TOKEN)")
     args = parser.parse_args()
 
     # the tokenizer
     names = ["bpe", *tiktoken.list_encoding_names()]
-    if args.tokenizer not in names:
-        raise UserError(f"no tokenizer {args.tokenizer!r}: choose one of {', '.join(names)}")
+    args.tokenizer_folder = None
+    if args.tokenizer not in names and stat.S_ISDIR(file_mode(args.tokenizer)):
+        args.tokenizer_folder = Path(args.tokenizer)
+    elif args.tokenizer not in names:
+        raise UserError(f"no tokenizer {args.tokenizer!r}: name a folder that has one, "
+                        f"or choose one of {', '.join(names)}")
     for name in ("vocab_size", "digits"):
         if getattr(args, name) is not None and args.tokenizer != "bpe":
             raise UserError(f"{flag(name)} is for a trained tokenizer, {args.tokenizer} has its own: "
@@ -774,28 +814,30 @@ def parse_args():
     # sources and shards
     at_least(args, shard_tokens=1)
     at_most(args, vocab_size=MAX_VOCAB)
-    if "fineweb-edu" in args.source and len(args.source) > 1:
-        raise UserError("fineweb-edu cannot be mixed with other sources: prepare it into its own --out")
-    fineweb = "fineweb-edu" in args.source
+    for name in HUB_DATA:
+        if name in args.source and len(args.source) > 1:
+            raise UserError(f"{name} cannot be mixed with other sources: prepare it into its own --out")
+    downloaded = args.source[0] in HUB_DATA
     for name in ("num_shards", "base_url"):
-        if not fineweb and getattr(args, name) is not None:
-            raise UserError(f"{flag(name)} is for fineweb-edu only: leave it out")
-    if fineweb and args.shard_tokens is not None:
-        raise UserError("--shard-tokens is not for fineweb-edu, whose files are the shards: leave it out")
+        if not downloaded and getattr(args, name) is not None:
+            raise UserError(f"{flag(name)} is for {' and '.join(HUB_DATA)} only: leave it out")
+    if downloaded and args.shard_tokens is not None:
+        raise UserError(f"--shard-tokens is not for {args.source[0]}, whose files are the shards: "
+                        "leave it out")
     if args.num_shards is None:
         args.num_shards = 8
-    if args.base_url is None:
-        args.base_url = FINEWEB_URL
     if args.shard_tokens is None:
         args.shard_tokens = SHARD_TOKENS
-    if not 1 <= args.num_shards <= FINEWEB_LAST:
-        raise UserError(f"--num-shards must be from 1 to {FINEWEB_LAST}")
+    if downloaded:
+        _, last = HUB_DATA[args.source[0]]
+        if not 1 <= args.num_shards <= last:
+            raise UserError(f"--num-shards must be from 1 to {last}")
     return args
 
 def choose_text_key(args, files):
     """
     The value of --text-key, which is "text" if it was not given. Raises UserError if it was, and no file has
-    keys or columns. files: None for FineWeb-Edu.
+    keys or columns. files: None for what is downloaded.
     """
     if args.text_key is None:
         return "text"
@@ -810,13 +852,22 @@ def digits_of(args, vocab_size):
     return DIGITS_SMALL if vocab_size <= 65536 else DIGITS_LARGE
 
 def make_settings(args, files, vocab_size):
-    """What settings.json says: runs with equal settings make the same data. files: None for FineWeb-Edu."""
-    settings = {"source": " ".join(args.source), "tokenizer": args.tokenizer, "text_key": args.text_key}
+    """
+    What settings.json says: runs with equal settings make the same data. files: None for what is downloaded.
+    """
+    settings = {"source": " ".join(args.source), "text_key": args.text_key}
+    if args.tokenizer_folder is None:
+        settings["tokenizer"] = args.tokenizer
+    else:  # wherever it is
+        load_tokenizer(args.tokenizer_folder, "name a folder that prepare_data.py or train.py made")
+        settings["tokenizer_sha256"] = tokenizer_sha256(args.tokenizer_folder)
     if args.tokenizer == "bpe":
         settings["vocab_size"] = vocab_size
         settings["digits"] = digits_of(args, vocab_size)
     if files is None:
-        settings["base_url"] = args.base_url  # --num-shards is left out: more can be added later
+        # a mirror, HF_ENDPOINT, has the same data; --num-shards is left out: more can be added later
+        repository, _ = HUB_DATA[args.source[0]]
+        settings["base_url"] = args.base_url or f"{HUB}/datasets/{repository}/resolve/main"
         return settings
     settings["shard_tokens"] = args.shard_tokens
     settings["source_sha256"] = fingerprint(files)
@@ -824,6 +875,8 @@ def make_settings(args, files, vocab_size):
 
 def make_tokenizer(args, vocab_size, streams):
     """The tokenizer that --tokenizer means, trained on the streams for train if it is bpe."""
+    if args.tokenizer_folder is not None:
+        return load_tokenizer(args.tokenizer_folder)
     if args.tokenizer != "bpe":
         return named_tokenizer(args.tokenizer)
     note = " (the default; see --vocab-size)" if args.vocab_size is None else ""
@@ -841,6 +894,12 @@ def make_tokenizer(args, vocab_size, streams):
         say(f"the text gives only {enc.n_vocab} tokens: the vocabulary is {enc.n_vocab}, not {vocab_size}")
     return enc
 
+def copy_tokenizer(folder, out):
+    """Copy the tokenizer's two files byte for byte: a run knows its tokenizer by their checksum."""
+    for name in ("tokenizer.tiktoken", "tokenizer.json"):
+        raw = (folder / name).read_bytes()
+        write_atomic(out / name, lambda f, raw=raw: f.write(raw))
+
 def summary(data, state):
     """Print what a data folder holds and what to do with it next."""
     totals = data.meta["totals"]
@@ -857,10 +916,10 @@ def main():
     check_new_folder(out)
 
     # sources and settings
-    fineweb = args.source == ["fineweb-edu"]
-    files = None if fineweb else find_files(args.source)
+    downloaded = args.source[0] in HUB_DATA
+    files = None if downloaded else find_files(args.source)
     args.text_key = choose_text_key(args, files)
-    small = not fineweb and sum(path.stat().st_size for path in files) < SMALL_SOURCE
+    small = not downloaded and sum(path.stat().st_size for path in files) < SMALL_SOURCE
     vocab_size = args.vocab_size
     if vocab_size is None:
         vocab_size = VOCAB_SMALL if small else VOCAB_LARGE
@@ -870,14 +929,16 @@ def main():
         # an earlier run of the same settings: keep what it finished
         check_settings(out, settings, files)
         data = finished_data(out)
-        if data is not None and (not fineweb or len(data.train) >= args.num_shards):
+        if data is not None and (not downloaded or len(data.train) >= args.num_shards):
             summary(data, "already complete")
             return
         discard_damaged(out)
 
         # sources to streams of documents
-        if fineweb:
-            streams = fineweb_streams(args.base_url, args.text_key, args.num_shards, out / "download")
+        if downloaded:
+            repository, last = HUB_DATA[args.source[0]]
+            base_url = args.base_url or hub_url(repository)
+            streams = hub_streams(base_url, args.text_key, args.num_shards, last, out / "download")
             n_chars = None  # unknown until everything is downloaded
         else:
             streams, n_chars = local_streams(files, args.text_key, args.shard_tokens, settings["source"])
@@ -889,7 +950,10 @@ def main():
             enc = make_tokenizer(args, vocab_size, streams)
         sizes = token_bytes(enc)
         write_json(out / "settings.json", settings)
-        save_tokenizer(out, enc)
+        if args.tokenizer_folder is not None:
+            copy_tokenizer(args.tokenizer_folder, out)
+        else:
+            save_tokenizer(out, enc)
         write_atomic(out / "token_bytes.npy", lambda f: np.save(f, sizes))
 
         # streams to shards
@@ -898,7 +962,7 @@ def main():
                 write_shards(out, stream, enc, bar)
 
         # without settings.json, nothing goes on with shards of which nobody knows what they hold
-        if not fineweb and fingerprint(files) != settings["source_sha256"]:
+        if not downloaded and fingerprint(files) != settings["source_sha256"]:
             (out / "settings.json").unlink()
             raise UserError(f"{settings['source']} changed while it was read: delete {out} and re-run")
 

@@ -24,7 +24,7 @@ import secrets
 import time
 import warnings
 from argparse import BooleanOptionalAction, Namespace
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +36,7 @@ from common import (
     at_most,
     check_command_line,
     check_new_folder,
+    code_commit,
     end_processes,
     flag,
     from_rank_0,
@@ -44,12 +45,14 @@ from common import (
     peak_flops,
     run_main,
     say,
+    side_group,
     training_dtype,
 )
 from recipes import RECIPES, fill_in
 
 MAX_SKIPS = 10  # --on-nonfinite skip: this many steps in a row are no accident
 TIMEOUT = timedelta(minutes=10)  # of a collective, for a process that hangs; one that dies is noticed at once
+PATIENCE = timedelta(hours=12)  # with a rank that verifies its share of the data for the first time
 COMPILED_MEMORY_BUDGET = 0.2  # --activation-checkpointing with --compile: share of activations that is kept
 MAX_PASSES_LOGGED = 16  # the losses of longer schedules, pass by pass, would make log.jsonl large
 
@@ -89,6 +92,10 @@ def make_parser():
     add("--resume", metavar="PATH", help="run folder or checkpoint to go on with; its flags apply, those "
         "given here on top. auto: OUT/NAME from its newest checkpoint, or from the start if it has none, "
         "so that the same command starts and restarts")
+    add("--init-from", metavar="PATH",
+        help="run folder or checkpoint whose weights a new run begins with: on other data, for another "
+        "horizon, or with --lrt for a plain model, whose memory then starts at zero; the flags of its model "
+        "apply, those given here on top")
     add("--seed", type=int, default=0, help="of the weights and of the order of the data")
     add("--device", help="cuda | mps | cpu (default: the best there is)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
@@ -96,6 +103,9 @@ def make_parser():
     add("--compile", action=BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--dry-run", action="store_true",
         help="print the plan, parameters to KV cache, and end: nothing is trained or written")
+    add("--mfu", type=float, metavar="SHARE",
+        help="--dry-run: also predict the time, if the model's FLOPs reach this share of the GPUs' peak")
+    add("--dollars-per-hour", type=float, metavar="X", help="--mfu: and the cost, if all GPUs cost so much")
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=["gpt", "recurrent"], default="gpt",
@@ -118,30 +128,35 @@ def make_parser():
         "(default: shared, with --arch recurrent none)")
     add("--source-layer", type=int,
         help="memory is read after this layer, 0-based (default: 3/4 of the way up)")
-    add("--inject", choices=["kv", "residual", "both"], default="both", help="how memory enters a layer")
+    add("--inject", choices=["kv", "residual", "both", "input"], default="both",
+        help="how memory enters: keys and values, residual stream, both of every layer; or the input of the "
+        "first, by a gate")
+    add("--dest-layers", type=int, nargs=2, metavar=("FIRST", "LAST"),
+        help="kv, residual, both: memory enters these layers only, 0-based (default: all)")
     add("--first-memory", choices=["zero", "embedding"], default="zero",
         help="what a token reads where no memory has been computed yet: zero, or the embedding of the token "
         "before")
     add("--memory-init", type=float, default=0.1,
         help="c at the start: how much memory is added to the residual stream")
-    kinds = ["interleaved", "refine", "chunked", "sequential", "plain"]
+    kinds = ["interleaved", "refine", "draft", "chunked", "sequential", "plain"]
     add("--schedule", choices=kinds, default="interleaved",
         help="the passes of a training step, see interleave.py; plain with --first-memory embedding is the "
         "control: one pass, the same parameters, no recurrence")
-    add("--subsets", type=int, default=2,
-        help="interleaved: S; a step costs about two plain passes for any S")
+    add("--subsets", type=int,
+        help="interleaved: S (default 2); a step costs about two plain passes for any S. draft: S of each "
+        "sweep but the first (default 1)")
     add("--kv-refresh", action="store_true",
         help="interleaved: renew the memory in keys and values not yet visited, after each pass")
     add("--refinements", type=int, default=3,
         help="refine: K full passes after the first; a step costs 1 + K passes")
     add("--chunk", type=int, default=64, help="chunked: tokens a chunk")
     add("--detach", action="store_true", help="no gradient from a pass into the ones before it")
-    add("--forward-passes", type=int, default=0, metavar="N",
-        help="cheaper: the first N passes run forward only, without loss or gradient; those of --schedule "
-        "refine up to the source layer only")
-    add("--deepen", type=float, default=0.0, metavar="SHARE",
-        help="refine: this share of the steps, the last ones, refines once more, forward only: decoding "
-        "hands memory on and on")
+    add("--drafts", type=int, default=1, metavar="N",
+        help="draft: N forward-only passes, up to the source layer, hand memory over before the one that is "
+        "trained; one more in the last quarter of the steps")
+    add("--pass-mix", type=float, nargs="+", metavar="SHARE",
+        help="draft: shares of the steps with one pass, two passes, ..; every step draws its number (0.75 "
+        "0.22 0.03: 1.05 times the FLOPs of plain passes or so)")
     add("--loss-weights", type=float, nargs="+", metavar="W",
         help="one weight a pass (default: the plain mean); "
         "where it is 0, nothing is computed for that loss alone")
@@ -194,26 +209,29 @@ def make_parser():
     add("--core-max-per-task", type=int, metavar="N",
         help="run only so many examples of each task: an estimate")
     add("--save-every", type=int, default=1000, help="checkpoint")
+    add("--save-minutes", type=float, default=0.0, metavar="M",
+        help="checkpoint, too, when the last one is so many minutes ago; 0: never for that reason")
     add("--keep", type=int, default=2, help="how many checkpoints stay")
     add("--log-every", type=int, default=10, help="console line; log.jsonl has every step")
+    add("--wandb", metavar="PROJECT", help="send every row of log.jsonl to this project of Weights & Biases")
     return parser
 
 # the least value of every flag that is a number
 LEAST = dict(
-    seed=0, depth=1, aspect_ratio=1, head_dim=1, max_seq_len=1,
-    subsets=1, refinements=1, chunk=1, forward_passes=0, deepen=0,
+    mfu=1e-6, dollars_per_hour=0, seed=0, depth=1, aspect_ratio=1, head_dim=1, max_seq_len=1,
+    subsets=1, refinements=1, drafts=1, chunk=1,
     num_iterations=1, target_flops=1, target_param_data_ratio=0,
     total_batch_size=1, device_batch_size=1, grad_clip=0,
     matrix_lr=0, memory_lr=0, embedding_lr=0, head_lr=0, gate_lr=0, scalar_lr=0, weight_decay=0,
     warmup_steps=0, warmdown_ratio=0, final_lr_frac=0,
     eval_every=0, eval_tokens=1, decode_tokens=0, core_every=0, core_max_per_task=1,
-    save_every=0, keep=1, log_every=1,
+    save_every=0, save_minutes=0, keep=1, log_every=1,
 )
 
 # the largest value of those with which nothing can be right above it
 MOST = dict(
-    depth=1000, head_dim=10**5, max_seq_len=2**24,
-    refinements=1000, deepen=1, num_iterations=10**9, target_flops=1e30, target_param_data_ratio=10**6,
+    mfu=1, dollars_per_hour=10**6, depth=1000, head_dim=10**5, max_seq_len=2**24,
+    refinements=1000, drafts=1000, num_iterations=10**9, target_flops=1e30, target_param_data_ratio=10**6,
     total_batch_size=2**40, device_batch_size=2**20, warmdown_ratio=1, final_lr_frac=10**6,
     # what float32 holds
     matrix_lr=1e38, memory_lr=1e38, embedding_lr=1e38, head_lr=1e38, gate_lr=1e38, scalar_lr=1e38,
@@ -222,14 +240,20 @@ MOST = dict(
 
 # flags that may change when a run is resumed; a change of any other would make it another run
 MAY_CHANGE = {
-    "resume", "data", "device", "dtype", "compile", "dry_run",
+    "resume", "data", "device", "dtype", "compile", "dry_run", "mfu", "dollars_per_hour",
     "device_batch_size", "activation_checkpointing", "on_nonfinite",
     "eval_every", "eval_tokens", "decode_tokens", "core_every", "core_bundle", "core_max_per_task",
-    "save_every", "keep", "log_every",
+    "save_every", "save_minutes", "keep", "log_every", "wandb",
 }
 
+# flags that --init-from takes from the run whose weights it begins with
+MODEL_FLAGS = (
+    "recipe", "arch", "depth", "aspect_ratio", "head_dim", "n_kv_head", "max_seq_len", "window_pattern",
+    "value_embeds", "lrt", "source_layer", "inject", "dest_layers", "first_memory",
+)
+
 # flags that older checkpoints have and this file no longer knows, with the default that they had
-REMOVED_FLAGS = {"memory_start": 0.0, "memory_share": 1.0}
+REMOVED_FLAGS = {"memory_start": 0.0, "memory_share": 1.0, "forward_passes": 0, "deepen": 0.0}
 
 # flags that older checkpoints do not have, where their default is not what was done then
 NEWER_FLAGS = {"dtype": None}
@@ -245,6 +269,7 @@ from tqdm import tqdm
 from checkpointing import (
     Log,
     RunFolder,
+    Saver,
     default_name,
     list_checkpoints,
     load_optimizers,
@@ -253,27 +278,32 @@ from checkpointing import (
     newest_checkpoint,
     read_log,
     rewind,
-    save_checkpoint,
     set_aside,
+    start_from,
     step_of,
+    verify_together,
 )
 from core import describe_core, evaluate_core, load_tasks
 from dataset import BOS, Rows, first_rows, open_data
-from eval_core import evaluate_bpb
+from eval_core import LEARNED_ROWS, describe_learned, evaluate_bpb, learned
 from interleave import TrainStep
 from optim import make_optimizers, set_learning_rates
 from plan import describe, dry_run, make_plan
 from recurrent import build_model
 from sample import complete
+from tracking import Tracker, check_tracking
 
 # -----------------------------------------------------------------------------
 # The command line, and the run to go on with
 
-def parse_args():
-    """The flags, and the checkpoint to go on with or None. Raises UserError."""
+def parse_args(damaged=()):
+    """
+    The flags, the checkpoint to go on with or None, and the checkpoint to begin a new run with or None.
+    damaged: checkpoints that are passed over. Raises UserError.
+    """
     parser = make_parser()
     args = parser.parse_args()
-    checkpoint = None
+    checkpoint = start = None
     if args.resume == "auto":
         args.name = args.name or default_name(args)
         folder = Path(args.out) / args.name
@@ -281,7 +311,9 @@ def parse_args():
             args.resume = str(folder)
     check_restarts(args)
     if args.resume not in (None, "auto"):
-        args, checkpoint = resume_args(parser, args.resume)
+        args, checkpoint = resume_args(parser, args.resume, damaged)
+    elif args.init_from is not None:
+        args, start = init_args(parser, args.init_from)
     if args.lrt is None:
         args.lrt = "none" if args.arch == "recurrent" else "shared"
     at_least(args, **LEAST)
@@ -291,9 +323,13 @@ def parse_args():
                         "choose another --out or --name")
     if args.core_every is None and (args.core_bundle or args.core_max_per_task):
         raise UserError("--core-bundle and --core-max-per-task go with --core-every")
+    if args.mfu is not None and not args.dry_run:
+        raise UserError("--mfu goes with --dry-run: a run measures it")
+    if args.dollars_per_hour is not None and args.mfu is None:
+        raise UserError("--dollars-per-hour goes with --mfu: a cost needs a time")
     if args.core_every is not None and args.max_seq_len < 2:
         raise UserError("CORE needs a context of 2 tokens or more: raise --max-seq-len")
-    return args, checkpoint
+    return args, checkpoint, start
 
 def check_restarts(args):
     """Under torchrun --max-restarts, refuse now what would only fail when the first process has died."""
@@ -323,12 +359,12 @@ def saved_args(parser, checkpoint, path):
                             "use the version of nanolrt that trained it, or start another run")
     return args
 
-def resume_args(parser, path):
+def resume_args(parser, path, damaged=()):
     """
     The flags of the run that is resumed, those of this command line on top, and its checkpoint. Raises
     UserError if a flag that may not change would change, because that would be another run.
     """
-    path, checkpoint = newest_checkpoint(path)
+    path, checkpoint = newest_checkpoint(path, damaged)
     before = saved_args(parser, checkpoint, path)
     before |= {"name": path.parent.name, "out": str(path.parent.parent)}
     args = parser.parse_args(namespace=Namespace(**before))  # argparse keeps what is not given here
@@ -340,6 +376,16 @@ def resume_args(parser, path):
         raise UserError(f"{path} was trained with {trained_with}: "
                         "resume without that flag, or start another run")
     args.resume = str(path)
+    return args, checkpoint
+
+def init_args(parser, path):
+    """
+    The flags of a run that begins with the weights of another, and the checkpoint that has them: what makes
+    the model is as it was there, this command line on top. Raises UserError.
+    """
+    path, checkpoint = newest_checkpoint(path)
+    before = saved_args(parser, checkpoint, path)
+    args = parser.parse_args(namespace=Namespace(**{name: before[name] for name in MODEL_FLAGS}))
     return args, checkpoint
 
 
@@ -360,11 +406,15 @@ def print0(text):
     if not dist.is_initialized() or dist.get_rank() == 0:
         say(text)
 
-def check_same_data(data, checkpoint, path):
-    """Raise UserError unless the data is what the checkpoint was trained on."""
+def check_same_tokenizer(data, checkpoint, path):
+    """Raise UserError unless the data has the tokenizer that the checkpoint was trained with."""
     if checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
         raise UserError(f"{data.folder} has another tokenizer than {path} was trained with: "
                         "give that run's --data")
+
+def check_same_data(data, checkpoint, path):
+    """Raise UserError unless the data is what the checkpoint was trained on."""
+    check_same_tokenizer(data, checkpoint, path)
     if checkpoint["shards_sha256"] != [shard["sha256"] for shard in data.meta["train"]]:
         raise UserError(f"{data.folder} has other training shards than {path} was trained on: "
                         "give that run's --data")
@@ -383,14 +433,16 @@ def make_rows(data, plan, args):
                         "lower --max-seq-len or prepare more text")
     return rows, val_rows
 
-def setup_training(args, plan, device, dtype):
+def setup_training(args, plan, device, dtype, start=None):
     """
     The model, its optimizers, and the training step, compiled and wrapped in DDP as asked: all passes of a
-    step are one forward.
+    step are one forward. start: a checkpoint whose weights to begin with. Raises UserError.
     """
     torch.manual_seed(args.seed)
     with torch.device(device):
         model = build_model(plan.config)
+    if start:
+        start_from(model, start, args.init_from)
     model.compute_dtype = dtype
     use_compile = device.type == "cuda" if args.compile is None else args.compile
     if args.activation_checkpointing and use_compile:  # the compiler picks what to compute again
@@ -399,7 +451,7 @@ def setup_training(args, plan, device, dtype):
 
     optimizers = make_optimizers(model, plan.optimizer, plan.batch_scale, plan.decay_scale)
 
-    train_step = TrainStep(model, plan.schedule)
+    train_step = TrainStep(model, plan.mix[0][1])
     if use_compile:
         # One graph. By default Dynamo would cut it up under DDP, to reduce a bucket while the backward still
         # runs; it counts a parameter once for every pass, which makes 202 graphs at depth 20. What is not
@@ -419,6 +471,36 @@ def setup_training(args, plan, device, dtype):
         train_step = DDP(train_step, device_ids=device_ids, broadcast_buffers=False,
                          gradient_as_bucket_view=True)
     return model, optimizers, train_step
+
+def settle_buckets(train_step, batch, schedule, optimizers):
+    """
+    Run one micro-batch, and forget its gradients. After its first backward, DDP puts the gradients into its
+    buckets in another order, and on more than two ranks the order of a sum depends on where it stands there.
+    When that is done before the first step, a run that goes on computes the same bits as one that was not
+    interrupted. schedule: that of the run's first step.
+    """
+    loss, _ = train_step(*batch, schedule)
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=False)
+
+def verify_checkpoint(args, checkpoint, group):
+    """
+    Read the whole checkpoint that a run goes on with, every rank a part of it. Returns the flags and the
+    checkpoint: those of the one before it if it is damaged. Raises UserError if it was named itself, or if no
+    other one is whole.
+    """
+    damaged = []
+    while checkpoint is not None:
+        error = verify_together(args.resume, checkpoint, group)
+        if error is None:
+            break
+        damaged.append(Path(args.resume))
+        print0(f"warning: {error}")
+        args, checkpoint, _ = parse_args(damaged)
+        if Path(args.resume) in damaged:
+            raise error
+    return args, checkpoint
 
 def resume(checkpoint, path, model, optimizers):
     """
@@ -482,18 +564,20 @@ def due(every, step):
     """Is something that happens every so many steps due at this one? 0: only at the end."""
     return every > 0 and step % every == 0
 
-def evaluate(model, val_rows, data, plan, args, folder, step):
+def evaluate(model, val_rows, data, plan, args, saver, step):
     """
-    Bits per byte of the validation rows in parallel and, on the first of them, decoding: prints them and
-    returns two dicts (see evaluate_bpb). Raises UserError if they are not finite.
+    Bits per byte of the validation rows in parallel and, on the first of them, decoding, and what training
+    has made of the memory's path: prints them and returns what goes into the log (see evaluate_bpb and
+    learned). Raises UserError if they are not finite.
     """
-    schedule = plan.schedule_at(step - 1)  # that of the step that was trained last
+    schedule = plan.scored_schedule(step)
     bpb, _ = evaluate_bpb(model, val_rows, data.token_bytes, schedule, plan.device_batch,
                           progress="validation")
     if not math.isfinite(bpb["merged"]):
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            set_aside([path for path in list_checkpoints(folder) if step_of(path) == step])
-        raise not_finite(f"the validation BPB is {bpb['merged']}", folder, step)
+        saver.wait()
+        if saver.rank == 0:
+            set_aside([path for path in list_checkpoints(saver.folder) if step_of(path) == step])
+        raise not_finite(f"the validation BPB is {bpb['merged']}", saver, step)
     line = f"step {step:05d} | val bpb: " + ", ".join(f"{name} {x:.4f}" for name, x in bpb.items())
     decode_rows = val_rows[:args.decode_tokens // plan.config.sequence_len]
     decoded = {}
@@ -504,7 +588,12 @@ def evaluate(model, val_rows, data, plan, args, folder, step):
         shown = ", ".join(f"{name} {decoded[name]:.4f}" for name in names)
         line += f" | on {len(decode_rows)} rows: {shown}"
     print0(line)
-    return bpb, decoded
+    few = val_rows[:min(LEARNED_ROWS, plan.device_batch), :-1].to(model.wte.weight.device)
+    scalars_and_gates = learned(model, few)
+    for line in describe_learned(scalars_and_gates):
+        print0(f"step {step:05d} | {line}")
+    tokens = step * plan.total_batch
+    return dict(tokens=tokens, bpb=bpb, decode_rows=decoded, learned=scalars_and_gates)
 
 def evaluate_tasks(model, tokenizer, tasks, folder, step, max_per_task, batch_size):
     """
@@ -516,45 +605,10 @@ def evaluate_tasks(model, tokenizer, tasks, folder, step, max_per_task, batch_si
     print0(f"step {step:05d} | {shown} | {describe_core(results)}")
     return dict(core=results["core"], centered=centered)
 
-def save(folder, log, state, model, optimizers, final, **about):
-    """
-    Write the checkpoint of this step, its log before it. about: what else a checkpoint holds. A disk that
-    is full now may have room at the next save: a warning, unless this one is final, which raises UserError.
-    """
-    optimizer_states = [optimizer.state_dict() for optimizer in optimizers]  # all ranks send theirs to rank 0
-    if log.file is None:  # not rank 0
-        return
-    path = folder / f"ckpt_{state.step:07d}.pt"
-    try:
-        log.sync()  # a checkpoint is never ahead of its log
-        save_checkpoint(
-            path,
-            model=model.state_dict(),
-            optimizers=optimizer_states,
-            step=state.step,
-            rows_seen=state.rows_seen,
-            seconds=state.seconds,
-            torch_rng=torch.get_rng_state(),
-            **about,
-        )
-    except (OSError, UserError) as e:
-        what = f"step {state.step} was not saved: {e}; make room"
-        if final:
-            raise UserError(f"{what}, then --resume {folder}") from e
-        print0(f"warning: {what}; training goes on, and the next save is the next try")
-        return
-    print0(f"saved {path}")
-
-def remove_old_checkpoints(folder, keep, rank):
-    """Remove all but the newest `keep` checkpoints. What cannot be removed now may be at the next save."""
-    if rank == 0:
-        with suppress(OSError, UserError):
-            for path in list_checkpoints(folder)[:-keep]:
-                path.unlink()
-
-def not_finite(what, folder, step):
+def not_finite(what, saver, step):
     """The error that ends a run whose numbers are not finite."""
-    kept = list_checkpoints(folder)
+    saver.wait()
+    kept = list_checkpoints(saver.folder)
     last_good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
     return UserError(f"step {step}: {what}; {last_good}: "
                      "lower --matrix-lr, --embedding-lr, --head-lr or --scalar-lr")
@@ -566,11 +620,11 @@ def mean_over_ranks(x):
         x /= dist.get_world_size()
     return x
 
-def skip_step(what, args, state, folder, log):
+def skip_step(what, args, state, saver, log):
     """A step whose numbers are not finite: leave it out, or end the run with a UserError."""
     state.skipped += 1
     if args.on_nonfinite == "stop" or state.skipped == MAX_SKIPS:
-        raise not_finite(what, folder, state.step)
+        raise not_finite(what, saver, state.step)
     print0(f"step {state.step:05d}: skipped, {what}")
     log.add(kind="skip", step=state.step, reason=what)
 
@@ -599,8 +653,10 @@ def log_step(args, state, plan, log, losses, norm, multiplier, dt, rows_per_epoc
            f"| epoch: {step * plan.rows_per_step / rows_per_epoch:.2f} "
            f"| total time: {state.seconds / 60:.1f}m | eta: {eta / 60:.1f}m")
 
-def finish(finished, model, tokenizer, folder, state):
-    """The last words of a run, on rank 0: how to go on with it, or a sample of its text."""
+def finish(finished, model, tokenizer, folder, state, log):
+    """
+    The last words of a run, on rank 0: how to go on with it, or a sample of its text, which the log has, too.
+    """
     skipped = sum(row["kind"] == "skip" for row in read_log(folder))
     if skipped:
         print0(f"warning: {skipped} steps were skipped, see {folder / 'log.jsonl'}")
@@ -609,6 +665,7 @@ def finish(finished, model, tokenizer, folder, state):
         return
     bos = tokenizer.encode_single_token(BOS)
     text, = complete(model, tokenizer, [[bos]], 128, temperature=0.8, top_k=50)
+    log.add(kind="sample", step=state.step, text=text)
     print0(f"a sample, memory carried from token to token:\n{text}\n"
            f"more with: python sample.py --checkpoint {folder}")
 
@@ -617,19 +674,27 @@ def finish(finished, model, tokenizer, folder, state):
 # Training
 
 def main():
-    args, checkpoint = parse_args()
+    args, checkpoint, start = parse_args()
     if args.dry_run:
         dry_run(args)
         return
     check_new_folder(args.out)
+    check_tracking(args.wandb)
 
     # device, process group, data
     device, rank, world_size = init_processes(args.device, TIMEOUT)
+    group = side_group(TIMEOUT)  # of what goes on beside training
+    args, checkpoint = verify_checkpoint(args, checkpoint, group)
     dtype = training_dtype(device, args.dtype)
     args.dtype = str(dtype)[6:]  # a resumed run goes on in it
-    data = open_data(args.data, rank=rank, world_size=world_size)
+    run_folder = Path(args.out, args.name) if args.name else None
+    data = open_data(args.data, rank=rank, world_size=world_size, run_folder=run_folder)
+    if group is not None:  # shards that are read for the first time may take longer than a collective waits
+        dist.monitored_barrier(group, timeout=PATIENCE)
     if checkpoint:
         check_same_data(data, checkpoint, args.resume)
+    if start:
+        check_same_tokenizer(data, start, args.init_from)
 
     # the plan; a resumed run keeps the batch and the horizon that were chosen here
     plan = make_plan(args, data.meta["vocab_size"], world_size, dtype)
@@ -641,44 +706,57 @@ def main():
         peak *= world_size
 
     # model, optimizers, and the state of a resumed run
-    model, optimizers, train_step = setup_training(args, plan, device, dtype)
+    model, optimizers, train_step = setup_training(args, plan, device, dtype, start)
     state = resume(checkpoint, args.resume, model, optimizers) if checkpoint else TrainState()
     run_id = checkpoint["run_id"] if checkpoint else secrets.token_hex(8)
-    del checkpoint
+    del checkpoint, start
     check_same_step(state.step, args.out)
-    start = state.step
+    began = state.step
 
     # the run folder
     folder, log, evaluated = open_run_folder(args, state.step, run_id, data, rank)
+    data.stamps.write_to(folder)
     print0(f"{folder}: " + "\n".join(describe(plan, world_size, device, dtype, rows.per_epoch)))
+    saver = Saver(folder, log, args.keep, group)
     checkpoint_header = dict(
+        commit=code_commit(),
         config=dataclasses.asdict(plan.config),
         args=vars(args),
         tokenizer_sha256=data.meta["tokenizer_sha256"],
         shards_sha256=[shard["sha256"] for shard in data.meta["train"]],
         run_id=run_id,
     )
+    if args.wandb and rank == 0:
+        log.tracker = Tracker(args.wandb, folder, run_id, vars(args) | checkpoint_header["config"])
 
     stop = StopRequest()
     stopping = False  # whether a rank was asked to stop
+    minutes_over = False  # whether rank 0's clock says that it is time to save
     batches = rows.micro_batches(state.rows_seen, plan.device_batch, rank, world_size, device)
     batch = next(batches)
+    if dist.is_initialized():
+        settle_buckets(train_step, batch, plan.schedule_at(0), optimizers)
     bar = tqdm(total=plan.num_iterations, initial=state.step, unit="step", dynamic_ncols=True,
                disable=None if rank == 0 else True)
     while True:
-        # once in a while: save, and after it what may take long: evaluate, score CORE
+        # once in a while: save, which goes on in the background, and what may take long: evaluate, score CORE
         finished = state.step >= plan.num_iterations
-        save_now = state.step > start and (finished or stopping or due(args.save_every, state.step))
+        save_due = finished or stopping or minutes_over or due(args.save_every, state.step)
+        save_now = save_due and state.step > began
         if save_now:
-            schedule = dataclasses.asdict(plan.schedule_at(state.step - 1))
-            save(folder, log, state, model, optimizers, final=finished or stopping,
-                 schedule=schedule, **checkpoint_header)
+            saver.save(
+                optimizers, state.step, final=finished or stopping,
+                model=model.state_dict(),
+                rows_seen=state.rows_seen,
+                seconds=state.seconds,
+                torch_rng=torch.get_rng_state(),
+                schedule=dataclasses.asdict(plan.scored_schedule(state.step)),
+                **checkpoint_header)
         if state.step > evaluated and (finished or (due(args.eval_every, state.step) and not stopping)):
-            bpb, decoded = evaluate(model, val_rows, data, plan, args, folder, state.step)
-            tokens = state.step * plan.total_batch
-            log.add(kind="eval", step=state.step, tokens=tokens, bpb=bpb, decode_rows=decoded)
-        if save_now or state.step == start:  # not before: an evaluation may find that the newest is no good
-            remove_old_checkpoints(folder, args.keep, rank)
+            figures = evaluate(model, val_rows, data, plan, args, saver, state.step)
+            log.add(kind="eval", step=state.step, **figures)
+        if save_now or state.step == began:  # not before: an evaluation may find that the newest is no good
+            saver.remove_old(good=state.step)
         if tasks and state.step > 0 and (finished or (due(args.core_every, state.step) and not stopping)):
             core = evaluate_tasks(model, data.tokenizer, tasks, folder, state.step, args.core_max_per_task,
                                   plan.device_batch)
@@ -700,11 +778,12 @@ def main():
             losses = losses + torch.cat([loss.detach().view(1), pass_losses]) / plan.micro_steps
             batch = next(batches)  # loaded while a GPU still computes
 
-        # clip; all ranks act on the same numbers, a request to stop among them
+        # clip; all ranks act on the same numbers, a request to stop and rank 0's clock among them
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-        figures = torch.cat([losses, norm.view(1), losses.new_tensor([float(stop.made)])])
-        *losses, norm, stop_votes = mean_over_ranks(figures).tolist()
-        stopping = stop_votes > 0
+        votes = [float(stop.made), float(rank == 0 and saver.minutes_over(args.save_minutes))]
+        figures = torch.cat([losses, norm.view(1), losses.new_tensor(votes)])
+        *losses, norm, stop_votes, save_votes = mean_over_ranks(figures).tolist()
+        stopping, minutes_over = stop_votes > 0, save_votes > 0
 
         # step, unless a number is not finite
         finite = math.isfinite(losses[0]) and math.isfinite(norm)
@@ -713,7 +792,7 @@ def main():
             for optimizer in optimizers:
                 optimizer.step()
         else:
-            skip_step(f"the loss is {losses[0]}, the gradient's norm {norm}", args, state, folder, log)
+            skip_step(f"the loss is {losses[0]}, the gradient's norm {norm}", args, state, saver, log)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=not dist.is_initialized())  # those in DDP's buckets stay there
 
@@ -733,7 +812,7 @@ def main():
         except OSError as e:
             raise UserError(f"cannot write {folder / 'log.jsonl'}: {e.strerror}; "
                             f"make room, then --resume {folder}") from e
-        finish(finished, model, data.tokenizer, folder, state)
+        finish(finished, model, data.tokenizer, folder, state, log)
     end_processes()
 
 if __name__ == "__main__":

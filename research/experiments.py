@@ -34,14 +34,14 @@ import train
 from checkpointing import find_checkpoint, load_checkpoint, load_model, read_log
 from common import ArgumentParser, UserError, append_row, at_least, lock, machine, read_rows, run_main
 from dataset import first_rows, open_data
-from eval_core import evaluate_bpb, recurrent_losses
+from eval_core import LEARNED_ROWS, evaluate_bpb, learned, recurrent_losses
 from interleave import Schedule
 from plan import make_plan
+from tokens_page import repeated
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 256  # of the validation text: what every run is scored on
 COPYING_ROWS = 128  # of them: for copying(), which decodes them once for each part of the memory's path
-LEARNED_ROWS = 16  # of them: for learned()
 BATCH_SIZE = 16  # rows scored at a time
 
 # depth 4, width 128, context 256: what two cores can do, with the recipe that was tuned on the baseline of
@@ -131,38 +131,23 @@ def tuning():
 
 def cheaper():
     """
-    Cheaper training steps: passes that run forward only, or that have a gradient but no loss.
-    - forward_init: the first pass of an interleaved step runs forward only.
-    - forward_refine_K: all but the last pass of K refinements run forward only, up to the source layer.
-    - deepen_STEPS: forward_refine_1, with one refinement more in the last quarter of the steps, at the
-      FLOPs of 500, 1000 and 2000 steps of the baseline.
-    - deepen_shared_kv_STEPS: the same with one projection for all layers, into keys and values only, at the
-      FLOPs of 1000 and 2000 steps.
-    The other runs of more than 1000 steps have the FLOPs of 2000 steps of the baseline, too.
+    Cheaper training steps: --schedule draft, at the FLOPs of 500, 1000 and 2000 steps of the baseline, and
+    with one projection for all layers, into keys and values only, at the FLOPs of 1000 and 2000 steps.
 
-    results/cheaper.jsonl also has rows of last_25, last_50, last_75, mixed_25 and mixed_50, which ran plain
-    passes in some of the steps. Their flags, --memory-start and --memory-share, have left train.py: commit
-    f91a36d repeats them.
+    results/cheaper.jsonl has these rows under the flags that --schedule draft has replaced (--schedule refine
+    --refinements 1 --forward-passes 1 --deepen 0.25), and more rows with flags that have left train.py:
+    forward_init and forward_refine_K (--forward-passes; commit 7f659ac repeats them); last_25, last_50,
+    last_75, mixed_25 and mixed_50 (--memory-start and --memory-share: plain passes in some of the steps;
+    commit f91a36d).
     """
-    def layerwise(steps, flags):
-        return f"{SIZE} --lrt layerwise --num-iterations {steps} {flags}"
-
-    def refine(K, steps, lrt="layerwise"):
-        flags = f"--schedule refine --refinements {K} --forward-passes {K}"
-        return f"{SIZE} --lrt {lrt} --num-iterations {steps} {flags}"
-
-    runs = {
-        "forward_init": layerwise(1000, "--forward-passes 1"),
-        "forward_init_1500": layerwise(1500, "--forward-passes 1"),
-        "forward_refine_1": refine(1, 1000),
-        "forward_refine_2": refine(2, 1000),
-        "forward_refine_1_1600": refine(1, 1600),
-    }
+    runs = {}
     for steps in (390, 780, 1560):
-        runs[f"deepen_{steps}"] = f"{refine(1, steps)} --deepen 0.25"
+        runs[f"deepen_{steps}"] = f"{SIZE} --lrt layerwise --num-iterations {steps} --schedule draft"
     for steps in (810, 1620):
-        runs[f"deepen_shared_kv_{steps}"] = f"{refine(1, steps, 'shared')} --deepen 0.25 --inject kv"
-    runs["refine_1_loss_last"] = layerwise(1000, "--schedule refine --refinements 1 --loss-weights 0 1")
+        runs[f"deepen_shared_kv_{steps}"] = (
+            f"{SIZE} --lrt shared --num-iterations {steps} --schedule draft --inject kv")
+    loss_last = "--schedule refine --refinements 1 --loss-weights 0 1"
+    runs["refine_1_loss_last"] = f"{SIZE} --lrt layerwise --num-iterations 1000 {loss_last}"
     return runs
 
 def control():
@@ -171,13 +156,14 @@ def control():
     embedding by the same path (--first-memory embedding --schedule plain).
     - kv_STEPS, layerwise_STEPS: the control, with one projection for all layers into keys and values only,
       and with one a layer.
-    - draft_kv_STEPS, draft_layerwise_STEPS: recurrence on top of it: the first pass reads that memory, runs
-      forward only and up to the source layer, and hands its own memory to a second pass, which has the loss.
     - s2_kv_STEPS: the paper's schedule with that first memory.
-    draft_kv_430, 860 and 1720 have the FLOPs of 500, 1000 and 2000 steps of the control.
+
+    results/control.jsonl also has rows of draft_kv_STEPS: recurrence on top of it. The first pass reads that
+    memory, runs forward only and up to the source layer, and hands its own memory to a second pass, which
+    has the loss. That is --schedule draft without the second draft of its last quarter: commit 7f659ac
+    repeats them. draft_kv_430, 860 and 1720 have the FLOPs of 500, 1000 and 2000 steps of the control.
     """
     first = "--first-memory embedding"
-    draft = "--schedule refine --refinements 1 --forward-passes 1"
     shared_kv = "--lrt shared --inject kv"
 
     def run(steps, flags):
@@ -186,15 +172,31 @@ def control():
     runs = {}
     for steps in (500, 1000, 2000):
         runs[f"kv_{steps}"] = run(steps, f"{shared_kv} --schedule plain")
-        equal_flops = round(0.86 * steps)
-        runs[f"draft_kv_{equal_flops}"] = run(equal_flops, f"{shared_kv} {draft}")
-    runs["draft_kv_500"] = run(500, f"{shared_kv} {draft}")
     for steps in (250, 500, 1000):
         runs[f"s2_kv_{steps}"] = run(steps, shared_kv)
     for steps in (500, 1000):
         runs[f"layerwise_{steps}"] = run(steps, "--lrt layerwise --schedule plain")
-        runs[f"draft_layerwise_{steps}"] = run(steps, f"--lrt layerwise {draft}")
     return runs
+
+def memory():
+    """
+    What might make recurrence worth more than the control, after 500 steps: all read the control's memory
+    first. The paper's injection and others, random numbers of passes, sweeps of subsets as drafts.
+    """
+    first = f"{SIZE} --num-iterations 500 --first-memory embedding"
+    mix = "--schedule draft --pass-mix 0.75 0.22 0.03"
+    return {
+        "draft_kv": f"{first} --lrt shared --inject kv --schedule draft",
+        "mix_kv": f"{first} --lrt shared --inject kv {mix}",
+        "mix_both": f"{first} --lrt shared --inject both {mix}",
+        "mix_layerwise": f"{first} --lrt layerwise --inject both {mix}",
+        "mix_input": f"{first} --lrt shared --inject input {mix}",
+        "draft_input": f"{first} --lrt shared --inject input --schedule draft",
+        "control_input": f"{first} --lrt shared --inject input --schedule plain",
+        "mix_kv_lower": f"{first} --lrt shared --inject kv --dest-layers 0 1 {mix}",
+        "mix_kv_upper": f"{first} --lrt shared --inject kv --dest-layers 1 3 {mix}",
+        "sweeps_8_kv": f"{first} --lrt shared --inject kv --schedule draft --subsets 8",
+    }
 
 def states():
     """State tracking beyond the lengths of training, see research/states.py."""
@@ -225,52 +227,13 @@ SETS = {
     "ablation": ablation(),
     "tuning": tuning(),
     "control": control(),
+    "memory": memory(),
     "states": states(),
 }
 
 
 # -----------------------------------------------------------------------------
 # From a model to the scores in its row
-
-@torch.no_grad()
-def learned(model, idx, targets):
-    """
-    What training made of the memory's path: the scalars a, b, c of equation (1), a list over layers each;
-    and by layer the gates of equation (2) (local, memory, token: those that the model has), their mean
-    over tokens and heads while decoding idx (B, T) with the exact recurrence.
-    """
-    gates = {}
-
-    def keep_gates_of(layer):
-        def hook(module, inputs, output):
-            by_kind = 2 * torch.sigmoid(output.float()).unflatten(-1, (-1, model.config.n_kv_head))
-            gates[layer] = by_kind.mean((0, 1, 3))
-        return hook
-
-    hooks = []
-    for layer, block in enumerate(model.h):
-        if block.attn.gate is not None:
-            hooks.append(block.attn.gate.register_forward_hook(keep_gates_of(layer)))
-    # what is kept is of prefill's last pass: over all positions, unless it had to end token by token
-    recurrent_losses(model, idx, targets)
-    for hook in hooks:
-        hook.remove()
-
-    found = {}
-    for name, scalars in (("a", model.resid_lambdas), ("b", model.x0_lambdas), ("c", model.mem_lambdas)):
-        if scalars is not None:
-            found[name] = scalars.tolist()
-    kinds = ["local", "memory", "token"] if model.config.kv_memory else ["token"]
-    found["gates"] = {layer: dict(zip(kinds, means.tolist())) for layer, means in gates.items()}
-    return found
-
-def repeated(idx, targets):
-    """
-    Where the pair (idx, target) stood earlier in its row, so that the target can be copied from there, as
-    induction heads do: idx and targets (B, T) int64 -> (B, T) bool.
-    """
-    pairs = idx * (targets.max() + 1) + targets
-    return (pairs[:, :, None] == pairs[:, None, :]).tril(-1).any(-1)
 
 @torch.no_grad()
 def copying(model, rows, batch_size=BATCH_SIZE):
@@ -292,12 +255,15 @@ def copying(model, rows, batch_size=BATCH_SIZE):
     # the weights of each part
     parts = {}
     for layer, projection in enumerate(model.mem_k):
+        layer += model.config.memory_layers.start
         name = f"keys {layer}" if len(model.mem_k) > 1 else "keys"
         parts[name] = [projection.weight]
     if model.config.kv_memory:
         parts["values"] = [projection.weight for projection in model.mem_v]
     if model.config.residual_memory:
         parts["residual"] = [model.mem_lambdas]
+    if model.config.input_memory:
+        parts["input"] = [model.mem_input.weight]
 
     # the whole model, then with one part at zero
     found = means() | dict(share=again.float().mean().item(), without={})
@@ -324,7 +290,7 @@ def score(model, rows, token_bytes, schedule, buckets=16):
         bpb=bpb,
         by_position={name: (x / n_bytes).round(4).tolist() for name, x in stretches.items()},
         copying=copying(model, rows[:COPYING_ROWS]),
-        learned=learned(model, few[:, :-1], few[:, 1:]),
+        learned=learned(model, few[:, :-1]),
     )
 
 def mean_or_none(values):

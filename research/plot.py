@@ -1,9 +1,10 @@
 """
-Draw the rows of research/results/*.jsonl, which experiments.py, reproduction.py and states.py wrote, and
-print their tables.
+Pictures of runs; and, without a run, those of the rows in research/results/*.jsonl, which experiments.py,
+reproduction.py and states.py wrote, with their tables.
 
-    python -m research.plot        research/results/*.png and, on the console, the tables of
-    research/RESULTS.md
+    python research/plot.py runs/a runs/b      loss by pass, BPB, norms, lambdas, gates: runs/a/pictures.png
+    python -m research.plot                    research/results/*.png and, on the console, the tables of
+                                               research/RESULTS.md
 
 Points are means over seeds, error bars the range of the seeds. Compute is baseline-equivalent: tokens
 times passes. In the tables, `compute` and `same compute` count a pass as the paper does, `same FLOPs`
@@ -15,7 +16,9 @@ import signal
 if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process at once, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import json
 import re
+import sys
 from collections import defaultdict
 from itertools import cycle
 from pathlib import Path
@@ -23,7 +26,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from common import ArgumentParser, UserError, read_rows, run_main
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `python research/plot.py`
+from checkpointing import read_log  # noqa: E402
+from common import ArgumentParser, UserError, check_folder, read_rows, run_main, write_atomic  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
@@ -75,7 +80,8 @@ def spread(rows, value=bpb):
     return np.mean(values), min(values), max(values)
 
 # flags of a run that make it another variant, in whose name their value stands
-NAMED_FLAGS = r"--(?:schedule|forward-passes|loss-weights|deepen|inject|first-memory) \S+"
+NAMED_FLAGS = (r"--(?:schedule|subsets|drafts|forward-passes|loss-weights|deepen|inject|first-memory) \S+"
+               r"|--dest-layers \S+ \S+|--pass-mix(?: [0-9.]+)+")
 # and those whose values share a line; train.py has them no more, rows of `cheaper` do
 FLAGS_WITHOUT_VALUE = r"--memory-start|--memory-share"
 
@@ -284,6 +290,99 @@ def save(figure, path):
 
 
 # -----------------------------------------------------------------------------
+# Pictures of runs, from their log.jsonl
+
+LINES = ("-", "--", ":", "-.")  # of the passes, or of what else one run has several of
+
+def smooth(values, window):
+    """Running mean over so many values, fewer at the beginning; NaN and None are left out of it."""
+    values = np.array(values, dtype=float)  # None becomes NaN
+    known = np.isfinite(values)
+    sums = np.cumsum(np.where(known, values, 0))
+    counts = np.cumsum(known)
+    sums[window:] -= sums[:-window].copy()
+    counts[window:] -= counts[:-window].copy()
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+
+def draw_run_loss(name, color, steps, ax):
+    """The training loss of every pass; of the whole step, if the log does not have its passes."""
+    x = [row["step"] for row in steps]
+    by_pass = [row["passes"] or [row["loss"]] for row in steps]
+    window = max(len(steps) // 50, 1)
+    for i in range(max(map(len, by_pass))):
+        losses = [losses[i] if i < len(losses) else None for losses in by_pass]
+        if any(loss is not None for loss in losses):
+            ax.plot(x, smooth(losses, window), LINES[i % len(LINES)], color=color, label=f"{name}, pass {i}")
+
+def draw_run_norm(name, color, steps, ax):
+    ax.plot([row["step"] for row in steps], [row["norm"] for row in steps], color=color, label=name)
+
+def draw_run_bpb(name, color, evaluations, ax):
+    """Validation BPB: in parallel over all rows; decoding and without memory over the rows of these."""
+    x = [row["step"] for row in evaluations]
+    places = [("parallel", "bpb", "merged"), ("decoding", "decode_rows", "decode"),
+              ("no memory", "decode_rows", "no memory")]
+    for line, (what, where, key) in zip(LINES, places):
+        values = [row[where].get(key, np.nan) for row in evaluations]
+        if np.isfinite(values).any():
+            ax.plot(x, values, line, marker=".", color=color, label=f"{name}, {what}")
+
+def draw_run_learned(name, color, evaluations, left, right):
+    """The scalars (left) and the mean gates (right) by layer, at the last evaluation that has them."""
+    found = [row["learned"] for row in evaluations if "learned" in row]
+    if not found:  # a log from before they were in it
+        return
+    for line, key in zip(LINES, ("a", "b", "c")):
+        if key in found[-1]:
+            left.plot(found[-1][key], line, marker=".", color=color, label=f"{name}, {key}")
+    for line, key in zip(LINES, ("local", "memory", "token")):
+        gates = {int(layer): means[key] for layer, means in found[-1]["gates"].items() if key in means}
+        if gates:
+            layers, values = gates.keys(), gates.values()
+            right.plot(list(layers), list(values), line, marker=".", color=color, label=f"{name}, {key}")
+
+def draw_runs(folders, path):
+    """
+    The log.jsonl of these run folders as one picture, the PNG file `path`. Raises UserError if a folder has
+    none.
+    """
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8))
+    (loss, bits, norms), (lambdas, gates, rates) = axes
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):  # sweep_1/a and sweep_2/a
+        names = list(map(str, folders))
+    for i, (name, folder) in enumerate(zip(names, folders)):
+        rows = read_log(folder)
+        steps = [row for row in rows if row["kind"] == "train"]
+        evaluations = [row for row in rows if row["kind"] == "eval"]
+        if not steps:
+            raise UserError(f"{folder} has no log.jsonl with training steps: give the folder of a run")
+        color = f"C{i % 10}"
+        draw_run_loss(name, color, steps, loss)
+        draw_run_norm(name, color, steps, norms)
+        draw_run_bpb(name, color, evaluations, bits)
+        draw_run_learned(name, color, evaluations, lambdas, gates)
+        rates.plot([row["step"] for row in steps], [row["lrm"] for row in steps], color=color, label=name)
+
+    loss.set(xlabel="step", ylabel="nats a token", yscale="log", title="training loss, running mean")
+    bits.set(xlabel="step", ylabel="bits per byte", title="validation")
+    norms.set(xlabel="step", yscale="log", title="norm of the gradient")
+    lambdas.set(xlabel="layer", title="learned scalars a (residual), b (x0), c (memory)")
+    gates.set(xlabel="layer", title="mean gates, decoding")
+    rates.set(xlabel="step", title="learning rates, share of the highest")
+    for ax in (lambdas, gates):
+        ax.locator_params(axis="x", integer=True)
+    for ax in axes.flat:
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(fontsize=7)
+        else:
+            ax.text(0.5, 0.5, "the log has none", ha="center", transform=ax.transAxes)
+    figure.tight_layout()
+    write_atomic(path, lambda f: figure.savefig(f, format="png", dpi=110))
+    print(path)
+
+
+# -----------------------------------------------------------------------------
 # Tables in Markdown
 
 def print_table(columns, lines, text_columns=1):
@@ -432,11 +531,51 @@ def print_tables(results):
         if name in ("scaling", "tuning"):
             table_copying([row for row in rows if "copying" in row])
 
+def draw_stability(paths, png):
+    """What `eval_core.py --eval stability --json FILE` wrote: BPB and memory, pass after pass."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for path in paths:
+        try:
+            results = json.loads(Path(path).read_text())
+            found, name = results["stability"], Path(results["checkpoint"]).parent.name
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{path} has no results of --eval stability ({e}): "
+                            "write it with eval_core.py --eval stability --json") from e
+        passes = range(1, len(found["bpb"]) + 1)
+        left.plot(passes, [bpb - found["decode"] for bpb in found["bpb"]], label=name)
+        right.plot(passes[1:], found["moved"][1:], label=name)
+    left.set(xscale="log", xlabel="passes", ylabel="BPB over that of decoding")
+    left.axhline(0, color="gray", linewidth=0.5)
+    left.legend()
+    right.set(xscale="log", yscale="log", xlabel="passes", ylabel="memory moved, of its size")
+    figure.savefig(png, dpi=110)
+    plt.close(figure)
+    print(f"wrote {png}")
+
 def main():
-    parser = ArgumentParser(description="Draw the rows of RESULTS/*.jsonl and print their tables.")
+    parser = ArgumentParser(
+        description="Draw runs, or the rows of RESULTS/*.jsonl, whose tables are printed, too.")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders, drawn in one picture")
+    parser.add_argument("--png", metavar="FILE",
+                        help="the picture of runs (default: pictures.png in the first one's folder), or of "
+                        "--stability (default: stability.png)")
+    parser.add_argument("--stability", nargs="+", metavar="FILE",
+                        help="results of eval_core.py --eval stability --json, drawn in one picture")
     parser.add_argument("--results", default="research/results",
                         help="folder with the rows; the figures go there, too")
     args = parser.parse_args()
+    if args.png and not (args.runs or args.stability):
+        raise UserError("--png is for the picture of runs or of --stability: name one")
+    if args.stability:
+        path = args.png or Path("stability.png")
+        check_folder(path)
+        draw_stability(args.stability, path)
+        return
+    if args.runs:
+        path = args.png or Path(args.runs[0]) / "pictures.png"
+        check_folder(path)
+        draw_runs([Path(run) for run in args.runs], path)
+        return
     folder = Path(args.results)
     results = {name: read_rows(folder / f"{name}.jsonl") for name in SETS}
     if not any(results.values()):

@@ -128,6 +128,7 @@ def make_config(args, vocab_size):
             n_kv_head=heads,
             n_embd=args.width,
             lrt=args.lrt,
+            inject=args.inject,
             memory="embedding" if args.lrt != "none" and args.schedule == "plain" else "hidden",
             first_memory=args.first_memory,
             span=args.window,
@@ -141,7 +142,7 @@ def make_schedule(args):
     if kind == "chunked" and args.chunk >= args.max_seq_len:
         raise UserError(f"--chunk {args.chunk} covers the whole sequence of {args.max_seq_len} tokens: "
                         "memory would never reach a token")
-    return Schedule(kind, subsets=args.subsets, refinements=args.refinements, chunk=args.chunk)
+    return Schedule(kind, args.subsets, args.refinements, args.drafts, args.chunk)
 
 
 # -----------------------------------------------------------------------------
@@ -243,10 +244,14 @@ def parse_args():
                         help="none: plain GPT; shared, layerwise: LRT")
     parser.add_argument("--first-memory", choices=["zero", "embedding"], default="zero",
                         help="what a token reads where no memory has been computed yet")
-    parser.add_argument("--schedule", choices=["interleaved", "refine", "chunked", "sequential", "plain"],
-                        default="interleaved", help="the passes of a training step, see interleave.py; "
+    parser.add_argument("--inject", choices=["kv", "residual", "both", "input"], default="both",
+                        help="how memory enters a layer")
+    kinds = ["interleaved", "refine", "draft", "chunked", "sequential", "plain"]
+    parser.add_argument("--schedule", choices=kinds, default="interleaved",
+                        help="the passes of a training step, see interleave.py; "
                         "plain with --first-memory embedding is the control, without recurrence")
-    parser.add_argument("--subsets", type=int, default=2, help="interleaved: S")
+    parser.add_argument("--subsets", type=int, help="S of interleaved (default 2) and draft (default 1)")
+    parser.add_argument("--drafts", type=int, default=1, help="draft: how often memory is handed over first")
     parser.add_argument("--refinements", type=int, default=3, help="refine: K")
     parser.add_argument("--chunk", type=int, default=4, help="chunked: tokens a chunk")
     parser.add_argument("--max-seq-len", type=int, default=16, help="tokens a sequence in training")
@@ -263,8 +268,8 @@ def parse_args():
                         help="add the row to this file of JSON lines, unless it is there")
     parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
     args = parser.parse_args()
-    at_least(args, subsets=1, refinements=1, chunk=1, max_seq_len=2, window=1, depth=1, width=1, batch_size=1,
-             num_iterations=1, matrix_lr=0, score_rows=1, seed=0)
+    at_least(args, subsets=1, refinements=1, drafts=1, chunk=1, max_seq_len=2, window=1, depth=1, width=1,
+             batch_size=1, num_iterations=1, matrix_lr=0, score_rows=1, seed=0)
     check_folder(args.json)
     if args.window is None:
         args.window = args.max_seq_len // 2
@@ -277,8 +282,11 @@ def run_name(args, schedule):
     elif args.lrt == "none":
         variant = "none"
     else:
-        options = dict(interleaved=args.subsets, refine=args.refinements, chunked=args.chunk)
+        options = dict(interleaved=schedule.subsets, refine=args.refinements, chunked=args.chunk,
+                       draft=f"{args.drafts}_subsets{schedule.subsets}")
         variant = f"{args.lrt}_{schedule.kind}{options.get(schedule.kind, '')}"
+    if args.inject != "both":
+        variant += f"_{args.inject}"
     if args.first_memory == "embedding":
         variant += "_first_embedding"
     name = f"{args.task}_{variant}"
@@ -302,8 +310,10 @@ def run_config(args, config, schedule):
 
 def is_row_of(row, this_run):
     """Is this the row of that run? What is newer than the row had its default in it."""
-    defaults = {field.name: field.default for field in fields(StateConfig)}
-    return row["config"] | dict(model=defaults | row["config"]["model"]) == this_run
+    model = {field.name: field.default for field in fields(StateConfig)} | row["config"]["model"]
+    schedule = asdict(Schedule()) | row["config"]["schedule"]
+    schedule.pop("forward_passes", None)  # of older rows, where it is 0
+    return row["config"] | dict(model=model, schedule=schedule) == this_run
 
 def print_summary(row, T):
     """Print what a row says of its run: the run in a line, and its accuracies as a table in Markdown."""

@@ -8,26 +8,35 @@ process of its own, because the device of fakecuda_guard.cpp must be there befor
 """
 
 import ctypes
+import dataclasses
 import os
 import re
 import sys
+import tempfile
+import time
 import types
+from functools import partial
 from types import SimpleNamespace
 
 ctypes.CDLL(os.environ["FAKECUDA_GUARD"])
 sys.path.append(os.environ.get("TRITON_DIR", ""))
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 import attention  # noqa: E402
 import core  # noqa: E402
+import optim  # noqa: E402
 import recurrent  # noqa: E402
+import train  # noqa: E402
 from attention import KVCache, take  # noqa: E402
-from checkpointing import load_weights  # noqa: E402
+from checkpointing import load_checkpoint, load_optimizers, load_weights, save_checkpoint  # noqa: E402
 from interleave import Schedule, TrainStep, prefill  # noqa: E402
 from model import GPTConfig  # noqa: E402
+from plan import make_plan  # noqa: E402
+from recipes import NANOCHAT_BACKBONE  # noqa: E402
 from recurrent import RecurrentConfig, build_model  # noqa: E402
 
 aten = torch.ops.aten
@@ -37,8 +46,8 @@ SCHEDULES = [
     Schedule(subsets=3),
     Schedule(subsets=99),
     Schedule(kv_refresh=True),
-    Schedule(forward_passes=1, detach=True),
-    Schedule("refine", refinements=2, forward_passes=2),
+    Schedule("draft", subsets=2, detach=True),
+    Schedule("draft", drafts=2),
     Schedule("chunked", chunk=7),
     Schedule("sequential"),
 ]
@@ -76,12 +85,17 @@ def check_step(step, idx):
 # Eager
 
 def training():
-    """Every schedule, saved or recomputed, with one memory projection for all layers or one a layer."""
-    variants = dict(lrt="shared"), dict(lrt="layerwise", inject="kv", value_embeds="alternate")
+    """Every schedule, saved or recomputed, and every variant of the model."""
+    variants = [
+        dict(lrt="shared"),
+        dict(lrt="layerwise", inject="kv", value_embeds="alternate"),
+        dict(lrt="shared", first_memory="embedding"),
+        dict(lrt="layerwise", **NANOCHAT_BACKBONE),
+    ]
     for i, schedule in enumerate(SCHEDULES):
         for recompute in (False, True):
             with FakeTensorMode():
-                model = on_cuda(GPTConfig(**SMALL, **variants[(i + recompute) % 2]))
+                model = on_cuda(GPTConfig(**SMALL, **variants[(i + recompute) % 4]))
                 model.recompute = recompute
                 found = check_step(TrainStep(model, schedule), tokens(2, 12))
                 assert found == len(list(model.parameters())), schedule
@@ -95,6 +109,48 @@ def recurrent_training():
             found = check_step(TrainStep(model, Schedule("plain")), tokens(2, 70))
         assert found == len(list(model.parameters()))
         assert any(isinstance(graph, recurrent.Graph) for graph in recurrent.graphs.values())
+
+def checkpoints():
+    """What a run on a GPU saves is read on a CPU, and another run goes on with it on a GPU."""
+    optim.training_dtype = lambda device: torch.bfloat16
+    flags = "--depth 1 --aspect-ratio 32 --head-dim 16 --max-seq-len 24 --total-batch-size 48 --no-compile " \
+        "--num-iterations 1 --recipe nanochat --lrt shared"
+    args = train.make_parser().parse_args(flags.split())
+    plan = make_plan(args, 64, 1, torch.bfloat16)
+    rng = torch.get_rng_state()
+
+    def train_a_step(checkpoint=None):
+        model, optimizers, step = train.setup_training(args, plan, torch.device("cuda", 0), torch.bfloat16)
+        if checkpoint:
+            load_weights(model, checkpoint)
+            load_optimizers(optimizers, checkpoint, "")
+        check_step(step, tokens(2, 24))
+        for optimizer in optimizers:
+            optimizer.step()
+        return dict(model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])
+
+    def kinds(state):
+        """The names of all tensors, with their shapes, dtypes and devices: two dicts."""
+        tensors = dict(state["model"])
+        for n, optimizer in enumerate(state["optimizers"]):
+            for i, values in optimizer["state"].items():
+                tensors |= {(n, i, name): x for name, x in values.items()}
+        shapes = {name: (x.shape, x.dtype) for name, x in tensors.items()}
+        return shapes, {x.device.type for x in tensors.values()}
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "ckpt_0000001.pt")
+        with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
+            state = train_a_step()
+            shapes, devices = kinds(state)
+            assert len(shapes) > 60 and devices == {"cuda"}
+            save_checkpoint(path, **state, step=1, rows_seen=2, seconds=0.0, torch_rng=rng, run_id="",
+                            config=dataclasses.asdict(plan.config), args=vars(args), tokenizer_sha256="",
+                            schedule=dataclasses.asdict(plan.schedule), shards_sha256=[])
+        checkpoint = load_checkpoint(path)
+        assert kinds(checkpoint) == (shapes, {"cpu"})
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert kinds(train_a_step(checkpoint)) == (shapes, {"cuda"})
 
 @torch.no_grad()
 def inference():
@@ -134,8 +190,9 @@ def trace(schedules=SCHEDULES[:1]):
     """One graph without a break, forward and backward."""
     for i, schedule in enumerate(schedules):
         torch._dynamo.reset()
+        options = dict(lrt="shared", first_memory="embedding"), dict(lrt="layerwise", **NANOCHAT_BACKBONE)
         with FakeTensorMode():
-            model = on_cuda(GPTConfig(**SMALL, lrt=("shared", "layerwise")[i % 2]))
+            model = on_cuda(GPTConfig(**SMALL, **options[i % 2]))
             step = TrainStep(model, schedule)
             step = torch.compile(step, backend="aot_eager", dynamic=False, fullgraph=True)
             assert check_step(step, tokens(2, 12)) == len(list(model.parameters()))
@@ -145,7 +202,7 @@ def trace_all():
     The same for every other schedule whose passes are few. Without the one that has a single loss: there
     AOTAutograd makes a constant on the device, which the fake one cannot hold.
     """
-    trace([s for s in SCHEDULES[1:] if len(s.passes(12)) <= 4 and s.forward_passes < 2])
+    trace([s for s in SCHEDULES[1:] if len(s.passes(12)) <= 4 and s.drafts < 2])
 
 def pretend_h100():
     """Let Inductor and triton take this machine for one with an H100, as far as generating code goes."""
@@ -194,8 +251,11 @@ def pretend_h100():
         get_current_stream=answer(0), get_active_torch_device=answer(torch.device("cuda", 0)),
         get_device_interface=answer(torch.cuda), get_benchmarker=answer(answer(1.0))))
 
-def lowered(config, schedule, B):
-    """Inductor's code for an H100 of a step's forward and backward: two strings."""
+def lowered(make_step, B, T):
+    """
+    Inductor's code for an H100 of the forward and backward of the compiled step that make_step() returns, on
+    B rows of T tokens: two strings.
+    """
     from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
     from torch._inductor.graph import GraphLowering
@@ -223,14 +283,14 @@ def lowered(config, schedule, B):
                     compile_threads=1)  # the first two would compute
     functorch = dict(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)
     with inductor_config.patch(inductor), functorch_config.patch(functorch), FakeTensorMode():
-        step = TrainStep(on_cuda(config), schedule)
-        idx = tokens(B, config.sequence_len)
+        step = make_step()
+        idx = tokens(B, T)
         try:
-            torch.compile(step, dynamic=False, fullgraph=True)(idx, idx)
+            step(idx, idx)
         except Lowered:
             pass
-    forward, backward = codes
-    return forward, backward
+    assert len(codes) == 2, f"{len(codes)} graphs"
+    return codes
 
 def dense(shape):
     """The strides of a contiguous tensor."""
@@ -244,7 +304,11 @@ def lower():
     pretend_h100()
     config = GPTConfig(sequence_len=502, vocab_size=1000, n_layer=1, n_head=5, n_kv_head=5, n_embd=40,
                        lrt="shared")
-    forward, backward = lowered(config, Schedule(), 2)
+
+    def make_step():
+        return torch.compile(TrainStep(on_cuda(config), Schedule()), dynamic=False, fullgraph=True)
+
+    forward, backward = lowered(make_step, 2, config.sequence_len)
     assert "aten._flash_attention_backward" not in backward
     calls = re.findall(r"= (torch.ops.nanolrt.flash_attention_backward.default)\((.*)\)", backward)
     assert len(calls) == 4  # of two subsets, each over its own part and the other's
@@ -262,10 +326,51 @@ def lower():
     assert re.search(r"empty_strided_cuda\(\(1004, 1000\), .*, torch.bfloat16\)", forward)
     assert not re.search(r"empty_strided_cuda\(\(\d+, 1000\), .*, torch.float32\)", forward)
 
-CASES = dict(training=training, recurrent_training=recurrent_training, inference=inference, trace=trace,
-             trace_all=trace_all, lower=lower)
+def machine_code(*flags):
+    """
+    The step of `train.py FLAGS` on eight GPUs: one graph forward and one backward, whose Triton kernels all
+    become machine code for sm_90. Prints how many there are and how long it took.
+    """
+    pretend_h100()
+    args = train.make_parser().parse_args(flags)
+    plan = make_plan(args, 32768, 8, torch.bfloat16)
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=8)
+    train.DDP = partial(train.DDP, init_sync=False)  # which would send numbers
+
+    def make_step():
+        _, _, step = train.setup_training(args, plan, torch.device("cuda", 0), torch.bfloat16)
+        return step
+
+    start = time.time()
+    codes = lowered(make_step, plan.device_batch, plan.config.sequence_len)
+    print(f"lowered in {time.time() - start:.0f} s: {[len(code) for code in codes]} characters", flush=True)
+    start = time.time()
+    n_kernels, n_binaries = compile_kernels("".join(codes))
+    print(f"{n_kernels} kernels, {n_binaries} binaries for sm_90 in {time.time() - start:.0f} s")
+
+def compile_kernels(code):
+    """Compile the distinct Triton kernels of generated code for sm_90, in all block sizes that are tried."""
+    from torch._inductor import config as inductor_config
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.runtime import triton_helpers
+    triton_helpers.set_driver_to_gpu = lambda: None
+    inductor_config.use_static_cuda_launcher = False  # which would keep no more than the path of a binary
+    pattern = r"^(triton_\w+) = async_compile\.triton\('\w+', '{3}(.*?)'{3}, device_str='cuda'\)"
+    sources = set(re.findall(pattern, code, re.MULTILINE | re.DOTALL))
+    n_binaries = 0
+    for name, source in sources:
+        kernel = getattr(PyCodeCache.load(source), name)
+        kernel.precompile(warm_cache_only=True)
+        assert kernel.compile_results, name
+        for result in kernel.compile_results:
+            assert result.kernel.asm["cubin"], name
+            n_binaries += 1
+    return len(sources), n_binaries
+
+CASES = dict(training=training, recurrent_training=recurrent_training, checkpoints=checkpoints,
+             inference=inference, trace=trace, trace_all=trace_all, lower=lower, machine_code=machine_code)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    CASES[sys.argv[1]]()
+    CASES[sys.argv[1]](*sys.argv[2:])
     os._exit(0)  # autograd's thread of the device does not end

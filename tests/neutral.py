@@ -52,12 +52,13 @@ TRAIN = {
     "kv-refresh": "--subsets 3 --kv-refresh",
     "kv-refresh-kv": "--kv-refresh --inject kv --lrt layerwise",
     "detach": "--detach", "loss-weights": "--loss-weights 0 1 2",
-    "forward-passes": "--forward-passes 1",
-    "forward-passes-layerwise": "--forward-passes 1 --lrt layerwise --source-layer 0",
+    "draft-subsets": "--schedule draft --subsets 2",
+    "draft-layerwise": "--schedule draft --subsets 3 --drafts 2 --lrt layerwise --source-layer 0",
     "refine": "--schedule refine --refinements 2",
     "refine-weights": "--schedule refine --refinements 2 --detach --loss-weights 1 1 2",
-    "refine-forward": "--schedule refine --refinements 2 --forward-passes 1 --source-layer 0",
-    "deepen": "--schedule refine --refinements 1 --forward-passes 1 --deepen 0.4 --lrt layerwise",
+    "drafts": "--schedule draft --drafts 2 --source-layer 0",
+    "draft": "--schedule draft --lrt layerwise",
+    "pass-mix": "--schedule draft --first-memory embedding --pass-mix 1 1 1 --inject input",
     "chunked": "--schedule chunked --chunk 7", "sequential": "--schedule sequential",
     "checkpointing": "--activation-checkpointing", "micro-batches": "--device-batch-size 2",
     "optimization": "--grad-clip 0 --warmup-steps 0 --final-lr-frac 0.1 --weight-decay 0.1",
@@ -82,7 +83,7 @@ RESUMED = {
 # plans: there is no folder `data`, so these take the default vocabulary
 DRY_RUN = [
     "--depth 20 --lrt shared",
-    "--depth 12 --lrt layerwise --schedule refine --refinements 1 --forward-passes 1 --deepen 0.25",
+    "--depth 12 --lrt layerwise --schedule draft",
     "--depth 4 --arch recurrent",
     "--depth 4 --activation-checkpointing --n-kv-head 1 --target-flops 1e17",
 ]
@@ -106,7 +107,7 @@ SAMPLE = [
 # a run, and eval_core.py's flags; a batch of 3 leaves a smaller one at the end. The prompts of
 # --eval sample are longer than the context of most runs
 BPB = "--rows 8 --decode-rows 4 --referee"
-EVAL = [f"{run} {BPB}" for run in ("shared", "layerwise", "none", "deepen", "recurrent-window")] + [
+EVAL = [f"{run} {BPB}" for run in ("shared", "layerwise", "none", "draft", "recurrent-window")] + [
     f"shared {BPB} --batch-size 3 --split val",
     f"depth-4 {BPB} --eval bpb,sample",
     f"recurrent-long {BPB} --eval bpb,sample",

@@ -4,8 +4,10 @@ fused linear cross-entropy against logits and cross-entropy, recomputed layers a
 forward and gradients.
 """
 
+import importlib.util
 import itertools
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attention
+import common
 import interleave
 from attention import KVBuffer, relation
 from interleave import Schedule, TrainStep
@@ -174,27 +177,27 @@ def test_the_cuda_kernels_take_our_arguments(window, n_kv_head):
         grads = attention.kernel_backward(out, out, lse, q, k, v, True, window, seeds)
         assert [x.shape for x in grads] == [x.shape for x in (q, k, v)]
 
+def interleaved_attention(window, n_kv_head):
+    """The outputs of all passes of an interleaved step, and the gradients of their inputs."""
+    torch.manual_seed(0)
+    kv = KVBuffer(1)
+    leaves, outputs = [], []
+    for positions in interleave.interleaved(13, 2):
+        qkv = random_qkv(positions, 4, n_kv_head, d=8)
+        leaves += qkv
+        outputs.append(kv.attend(0, positions, *qkv, window))
+    grads = torch.autograd.grad([x.square().sum() for x in outputs], leaves, materialize_grads=True)
+    return *outputs, *grads
+
 @pytest.mark.parametrize("window", [3, 12])
 @pytest.mark.parametrize("n_kv_head", [4, 2])
 def test_the_cuda_kernels_are_called_right(window, n_kv_head, monkeypatch):
     """The calls of the CUDA branch, with the kernels' definition in their place, against the CPU branch."""
-    def outputs_and_gradients():
-        torch.manual_seed(0)
-        kv = KVBuffer(1)
-        leaves, outputs = [], []
-        for positions in interleave.interleaved(13, 2):
-            qkv = random_qkv(positions, 4, n_kv_head, d=8)
-            leaves += qkv
-            outputs.append(kv.attend(0, positions, *qkv, window))
-        grads = torch.autograd.grad([x.square().sum() for x in outputs], leaves, materialize_grads=True)
-        return *outputs, *grads
-
-    expected = outputs_and_gradients()
+    expected = interleaved_attention(window, n_kv_head)
     monkeypatch.setattr(attention, "aten", FlashByDefinition)
     monkeypatch.setattr(attention, "on_cuda", lambda q: True)
-    for a, b in zip(outputs_and_gradients(), expected, strict=True):
+    for a, b in zip(interleaved_attention(window, n_kv_head), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-
 
 def test_the_cuda_backward_gets_a_dense_log_sum_exp(monkeypatch):
     """Its kernel asks for no strides. torch.compile pads L where 5 heads are at 251 positions."""
@@ -207,6 +210,81 @@ def test_the_cuda_backward_gets_a_dense_log_sum_exp(monkeypatch):
                        for x in (padded, lse))
     for a, b in zip(grads, expected):
         assert torch.equal(a, b)
+
+def flash_3_forward(q, k, v, *options):
+    """The definition of torch.ops.flash_attn_3.fwd, as far as torch and we use it."""
+    *nothing, max_q, max_k = options[:11]
+    scale, causal, left, right, chunk, softcap = options[20:26]
+    assert (set(nothing), scale, right, chunk, softcap) == ({None}, None, -1, 0, 0.0)
+    out, lse, *unused = flash(q, k, v, None, None, max_q, max_k, 0.0, causal, False,
+                              window_size_left=None if left == -1 else left)
+    return out, lse, *unused[:2]
+
+def flash_3_backward(grad, q, k, v, out, lse, dq, dk, dv, *options):
+    """The same of torch.ops.flash_attn_3.bwd."""
+    *nothing, max_q, max_k, scale, causal, left, right = options[:10]
+    assert (set(nothing), scale, right) == ({None}, None, -1)
+    grads = flash_backward(grad, q, k, v, out, lse, None, None, max_q, max_k, 0.0, causal, None, None,
+                           window_size_left=None if left == -1 else left)
+    for mine, x in zip((dq, dk, dv), grads):
+        mine.copy_(x)
+
+@pytest.fixture
+def flash_3(monkeypatch):
+    """What torch runs in the place of its own kernels where FlashAttention 3 is active."""
+    fa3 = pytest.importorskip("torch.nn.attention._fa3")
+    monkeypatch.setattr(fa3, "_FA3_CUDA_FWD", flash_3_forward)
+    monkeypatch.setattr(fa3, "_FA3_CUDA_BWD", flash_3_backward)
+    return fa3
+
+@pytest.mark.parametrize("window", [3, 12])
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+def test_flash_attention_3_is_called_right(window, n_kv_head, flash_3, monkeypatch):
+    """As above, by way of what torch makes of our calls."""
+    expected = interleaved_attention(window, n_kv_head)
+    for check in ("_fa3_forward_support_error", "_fa3_backward_support_error"):
+        monkeypatch.setattr(flash_3, check, lambda *_: None)
+    monkeypatch.setattr(attention, "on_cuda", lambda q: True)
+    monkeypatch.setattr(attention, "aten", SimpleNamespace(
+        _flash_attention_forward=flash_3._fa3_flash_attention_forward_impl_default,
+        _flash_attention_backward=flash_3._fa3_flash_attention_backward_impl))
+    for a, b in zip(interleaved_attention(window, n_kv_head), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels themselves are run")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_flash_attention_3_takes_our_arguments(head_dim, flash_3, monkeypatch):
+    """torch refuses what its kernels do not support, and says why."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(flash_3, "_get_device_major", lambda device: 9)
+    with FakeTensorMode(), torch.device("cuda"):
+        q, k, v = (torch.empty(2, 13, 4, head_dim, dtype=torch.bfloat16) for _ in range(3))
+        lse = torch.empty(2, 4, 13)
+        assert flash_3._fa3_forward_support_error(q, k, v, 0.0, False, *[None] * 6) is None
+        assert flash_3._fa3_backward_support_error(q, q, k, v, q, lse, 0.0, None, 3, None) is None
+
+@pytest.mark.parametrize("capability, installed, active", [
+    ((9, 0), True, ["FA3"]), ((8, 0), True, []), ((10, 0), True, []), ((9, 0), False, [])])
+def test_flash_attention_3_is_used_on_hopper_if_it_is_there(capability, installed, active, monkeypatch):
+    activated = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA3", "FA4"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
+    common.use_flash_attention_3(torch.device("cuda", 0))
+    assert activated == active
+
+def test_a_flash_attention_3_that_does_not_load_is_not_used(monkeypatch, capsys):
+    def fail(name):
+        raise ImportError("undefined symbol: x\nmore")
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", fail)
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA3"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    common.use_flash_attention_3(torch.device("cuda", 0))
+    warning = capsys.readouterr().err
+    assert "undefined symbol: x" in warning and "more" not in warning and warning.count("\n") == 1
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels themselves are run")
 @pytest.mark.parametrize("d, way", [(8, "flash"), (256, "flash"), (12, "dense"), (264, "dense")])
@@ -271,8 +349,8 @@ RECOMPUTED = [
     Schedule(),
     Schedule(subsets=3, kv_refresh=True),
     Schedule(subsets=2, detach=True),
-    Schedule(forward_passes=1),
-    Schedule("refine", refinements=2, forward_passes=2),
+    Schedule("draft", subsets=2),
+    Schedule("draft", drafts=2),
     Schedule("refine", refinements=2),
     Schedule("chunked", chunk=5),
     Schedule("sequential"),

@@ -3,23 +3,31 @@ The run folder: checkpoints that are whole, damaged, hostile, older or newer tha
 found; the log; and a run that is taken back to an earlier step.
 """
 
+import copy
 import os
 import shutil
+import threading
+import zipfile
 from argparse import Namespace
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, SMALL, assert_refused, cli, log, no_open_files
 
-import train
+import checkpointing
 from checkpointing import (
     CHECKPOINT,
     MAX_SET_ASIDE,
     VERSION,
+    Damaged,
     Log,
+    Saver,
     default_name,
     find_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     load_model,
     load_optimizers,
@@ -27,9 +35,13 @@ from checkpointing import (
     newest_checkpoint,
     read_log,
     rewind,
+    share_path,
+    step_of,
+    verify_together,
 )
 from common import Unreadable, UserError
 from eval_core import recurrent_losses
+from interleave import Schedule
 from optim import make_optimizers
 from recipes import OptimizerConfig
 
@@ -99,6 +111,23 @@ def test_checkpoints_without_a_version_have_their_optimizers(old_run):
         for key, theirs in saved["state"].items():
             for name, value in theirs.items():
                 torch.testing.assert_close(state[key][name], value, rtol=0, atol=0)
+
+@pytest.mark.parametrize("name", ["v1_shared", "v2_two_processes"])
+def test_runs_of_every_version_go_on(name, here):
+    """From their newest checkpoint to their end, on one process, as they did then: their logs say how."""
+    shutil.copytree(ROOT / f"tests/checkpoints/{name}", "run")
+    shutil.copytree(ROOT / "tests/checkpoints/data", "data")
+    then = [row["loss"] for row in log("run")]
+    saved = load_checkpoint(find_checkpoint("run"))
+    assert saved["version"] == int(name[1])
+    assert saved["commit"] == ("v2" if name == "v2_two_processes" else "unknown")
+    code, _, err = cli("train.py", "--resume", "run", "--data", "data", "--keep", 1)
+    assert code == 0, err
+    assert len(then) == saved["args"]["num_iterations"] > saved["step"]
+    assert [row["loss"] for row in log("run")] == pytest.approx(then, rel=1e-3)
+    now, = list_checkpoints("run")
+    assert load_checkpoint(now)["version"] == VERSION
+    assert [path.name for path in Path("run").glob("ckpt*")] == [now.name]
 
 @pytest.mark.parametrize("changes", [{}, {"model": None, "shards_sha256": None}])
 def test_a_checkpoint_of_a_newer_version_is_refused(changes, run):
@@ -182,6 +211,19 @@ def test_a_checkpoint_with_odd_entries(changes, run):
     for result in load_in_every_script(run):
         assert_refused(result, "is damaged or no checkpoint of nanolrt")
 
+@pytest.mark.parametrize("old, new", [
+    # what is --schedule draft today
+    (dict(kind="refine", subsets=2, refinements=2, forward_passes=2, loss_weights=None),
+     Schedule("draft", refinements=2, drafts=2)),
+    # a model is scored by the passes, whichever of them ran forward only
+    (dict(kind="interleaved", subsets=4, refinements=3, forward_passes=1, loss_weights=None),
+     Schedule(subsets=4)),
+    (dict(kind="refine", subsets=2, refinements=3, forward_passes=1, loss_weights=None), Schedule("refine")),
+])
+def test_a_schedule_from_when_forward_passes_had_a_number_of_their_own(old, new, run):
+    edit(run, schedule=old | dict(chunk=64, kv_refresh=False, detach=False))
+    assert Schedule(**load_checkpoint(run)["schedule"]) == new
+
 def test_a_checkpoint_under_the_name_of_another_step(run):
     """A copy of an older one, renamed, would take the run back and set the newest aside."""
     copied = shutil.copy("run/ckpt_0000100.pt", "run/ckpt_0000999.pt")
@@ -217,6 +259,250 @@ def test_a_checkpoint_runs_no_code(here):
     torch.save({"model": Evil(), "step": 1}, "run/ckpt_0000001.pt")
     assert_refused(cli("sample.py", "--checkpoint", "run"), "is damaged or no checkpoint")
     assert not (here / "pwned").exists()
+
+
+# -----------------------------------------------------------------------------
+# Writing in the background
+
+class Disk:
+    """Stands in for write_tmp(): writes when it is told to, and fails if it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.may_write = threading.Event()
+        self.error = None
+        self.writing = 0  # how many are at it
+        self.write_tmp = checkpointing.write_tmp
+        monkeypatch.setattr(checkpointing, "write_tmp", self)
+
+    def __call__(self, path, write):
+        self.writing += 1
+        assert self.writing == 1
+        assert self.may_write.wait(60)
+        self.writing -= 1
+        if self.error is not None:
+            raise self.error
+        return self.write_tmp(path, write)
+
+class Training:
+    """A model of one matrix with AdamW, and what a Saver needs to know about it."""
+
+    def __init__(self, folder, keep=9):
+        self.model = torch.nn.Linear(3, 3)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.saver = Saver(folder, Log(folder, run_id="x"), keep)
+        self.step = 0
+
+    def train(self):
+        self.model.weight.grad = torch.full((3, 3), float(self.step + 1))
+        self.optimizer.step()
+        self.step += 1
+
+    def save(self, final=False):
+        about = {key: kind() for key, kind in CHECKPOINT.items() if key not in
+                 ("version", "optimizers", "shares", "step", "save_id", "torch_rng")}
+        about |= dict(config=TINY_CONFIG, schedule=asdict(Schedule()), model=self.model.state_dict())
+        self.saver.save([self.optimizer], self.step, final, torch_rng=torch.get_rng_state(), **about)
+
+    def state(self):
+        """A copy of weights and optimizer state."""
+        return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()["state"]))
+
+TINY_CONFIG = dict(sequence_len=8, vocab_size=9, n_layer=1, n_head=1, n_kv_head=1, n_embd=8)
+
+def assert_holds(path, state):
+    """Weights and optimizer state of a checkpoint are these, bit for bit."""
+    checkpoint = load_checkpoint(path)
+    weights, optimizer_state = state
+    for name, x in weights.items():
+        assert torch.equal(checkpoint["model"][name], x)
+    saved = checkpoint["optimizers"][0]["state"]
+    assert saved.keys() == optimizer_state.keys() and saved
+    for i, tensors in optimizer_state.items():
+        for name, x in tensors.items():
+            assert torch.equal(saved[i][name], x)
+
+def test_training_goes_on_while_a_checkpoint_is_written(here, monkeypatch):
+    """What is written is the state between two steps, however long it takes; until then there is nothing."""
+    disk = Disk(monkeypatch)
+    training = Training(here)
+    training.train()
+    first = training.state()
+    training.save()
+    for _ in range(3):
+        training.train()
+    assert list_checkpoints(here) == []
+    disk.may_write.set()
+    training.saver.wait()
+    assert_holds(here / "ckpt_0000001.pt", first)
+
+    # the second copy goes into the same memory, and not before the first is written
+    disk.may_write.clear()
+    second = training.state()
+    training.save()
+    training.train()
+    threading.Timer(0.2, disk.may_write.set).start()
+    third = training.state()
+    training.save()
+    training.train()
+    training.saver.wait()
+    assert_holds(here / "ckpt_0000004.pt", second)
+    assert_holds(here / "ckpt_0000005.pt", third)
+    assert_holds(here / "ckpt_0000001.pt", first)
+    assert not list(here.glob("*.tmp"))
+
+def test_a_final_checkpoint_is_waited_for(here, monkeypatch):
+    disk = Disk(monkeypatch)
+    training = Training(here)
+    training.train()
+    threading.Timer(0.2, disk.may_write.set).start()
+    training.save(final=True)
+    assert [path.name for path in list_checkpoints(here)] == ["ckpt_0000001.pt"]
+
+def test_a_checkpoint_that_is_not_written_is_said_and_the_next_one_tried(here, monkeypatch, capsys):
+    disk = Disk(monkeypatch)
+    disk.may_write.set()
+    disk.error = OSError(28, "No space left on device")
+    training = Training(here)
+    training.train()
+    training.save()
+    training.saver.wait()
+    assert "warning: step 1 was not saved: cannot write" in capsys.readouterr().out
+    with pytest.raises(UserError, match="step 1 was not saved: .*No space left.*; make room, then --re"):
+        training.save(final=True)
+    assert capsys.readouterr().out == ""
+    disk.error = None
+    training.train()
+    training.save(final=True)
+    assert [path.name for path in list_checkpoints(here)] == ["ckpt_0000002.pt"]
+
+def test_what_breaks_in_the_thread_is_raised(here, monkeypatch):
+    """As when another rank is gone, and they cannot agree."""
+    def broken(*args):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(checkpointing, "from_all_ranks", broken)
+    training = Training(here)
+    training.save()
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        training.save()
+
+def test_old_checkpoints_are_removed_when_a_newer_one_is_known_to_be_good(here):
+    """With --keep 1 there are two until the evaluation of the newer one."""
+    training = Training(here, keep=1)
+
+    def names():
+        training.saver.wait()
+        return [step_of(path) for path in list_checkpoints(here)]
+
+    for step in range(1, 5):
+        training.train()
+        training.save()
+        assert names() == [step - 1, step] if step > 1 else [step]
+        training.saver.remove_old(good=step)
+        assert names() == [step]
+
+    # the evaluation may end before the writing
+    training.train()
+    training.saver.thread = blocked = threading.Thread(target=lambda: None)
+    blocked.start()
+    training.save()
+    training.saver.remove_old(good=5)
+    assert names() == [5]
+
+def test_minutes(here, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(checkpointing.time, "monotonic", lambda: clock[0])
+    saver = Saver(here, Log(here), keep=1)
+    assert not saver.minutes_over(2)
+    clock[0] += 121
+    assert saver.minutes_over(2)
+    assert not saver.minutes_over(0)
+    saver.save([], step=1, final=False)
+    assert not saver.minutes_over(2)
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints in several files
+
+@pytest.fixture
+def shared_run(here):
+    """A copy of a run on two processes: checkpoints of steps 4 and 8, each with a share."""
+    shutil.copytree(ROOT / "tests/checkpoints/v2_two_processes", "run")
+    return Path("run")
+
+def test_the_shares_of_a_checkpoint_belong_to_it(shared_run):
+    """A share that is missing, damaged or of another save makes a checkpoint that is passed over."""
+    newest, older = shared_run / "ckpt_0000008.pt", shared_run / "ckpt_0000004.pt"
+    share = share_path(newest, 1)
+    whole = share.read_bytes()
+    state = load_checkpoint(newest, shares=True)["optimizers"][1]["state"]
+    assert len(state) > len(load_checkpoint(newest)["optimizers"][1]["state"]) > 0
+
+    def other_save():
+        edit(share, save_id="another")
+
+    def other_rank():
+        edit(share, rank=2)
+
+    def cut():
+        os.truncate(share, 1000)
+
+    def flip():
+        raw = bytearray(whole)
+        raw[whole.index(b"PK", 2000) - 300] ^= 1
+        share.write_bytes(raw)
+
+    for damage, words in [
+        (share.unlink, "ckpt_0000008.share_1.pt is missing"),
+        (other_save, "does not belong to"),
+        (other_rank, "does not belong to"),
+        (cut, "is damaged"),
+        (flip, "is damaged"),
+    ]:
+        share.write_bytes(whole)
+        damage()
+        with pytest.raises(Damaged, match=words):
+            load_checkpoint(newest, shares=True)
+        assert load_checkpoint(newest)["step"] == 8  # generation needs no shares
+    share.unlink()
+    assert newest_checkpoint("run")[0] == older
+
+def test_checkpoints_are_moved_and_removed_with_their_shares(shared_run):
+    rewind(shared_run, 4)
+    assert [path.name for path in sorted((shared_run / "set_aside").iterdir())] == [
+        "ckpt_0000008.pt", "ckpt_0000008.share_1.pt"]
+    assert load_checkpoint(shared_run / "set_aside/ckpt_0000008.pt", shares=True)["step"] == 8
+    (shared_run / "ckpt_0000005.share_1.pt").touch()
+    (shared_run / "ckpt_0000005.share_2.pt.tmp").touch()
+    rewind(shared_run, 4)
+    assert [path.name for path in sorted(shared_run.glob("ckpt*"))] == [
+        "ckpt_0000004.pt", "ckpt_0000004.share_1.pt"]
+    checkpointing.remove_checkpoint(shared_run / "ckpt_0000004.pt")
+    assert not list(shared_run.glob("ckpt*"))
+
+def test_every_rank_verifies_a_part(shared_run, monkeypatch):
+    """Together all of it, and none of it twice; what is found on one rank is known on all."""
+    path = shared_run / "ckpt_0000008.pt"
+    checkpoint = load_checkpoint(path, shares=True)
+    files = [path, share_path(path, 1)]
+    n_records = sum(len(zipfile.ZipFile(file).infolist()) for file in files)
+    read = Counter()
+    zip_open = zipfile.ZipFile.open
+
+    def noting_open(archive, info, *args):
+        read[archive.filename, info.filename] += 1
+        return zip_open(archive, info, *args)
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", noting_open)
+    for rank in range(3):
+        monkeypatch.setattr(checkpointing, "rank_and_world_size", lambda rank=rank: (rank, 3))
+        before = read.total()
+        assert verify_together(path, checkpoint) is None
+        assert n_records // 3 <= read.total() - before <= n_records // 3 + 1
+    assert len(read) == n_records and set(read.values()) == {1}
+
+    monkeypatch.setattr(checkpointing, "from_all_ranks", lambda error, group: [error, "of rank 1"])
+    assert "of rank 1" in str(verify_together(path, checkpoint))
 
 
 # -----------------------------------------------------------------------------
@@ -309,9 +595,8 @@ def test_a_checkpoint_is_never_ahead_of_its_log(here):
     run_log = Log(here)
     run_log.file = SmallDisk(run_log.file, room=0)
     run_log.add(kind="train", step=0)
-    model, state = torch.nn.Linear(1, 1), train.TrainState(step=1)
     with pytest.raises(UserError, match="step 1 was not saved: .*No space left"):
-        train.save(here, run_log, state, model, optimizers=[], keep=1, final=True)
+        Saver(here, run_log, keep=1).save([], step=1, final=True)
     assert [path.name for path in here.iterdir()] == ["log.jsonl"]
 
 def test_only_rank_0_logs(here):

@@ -220,15 +220,78 @@ def test_tokens_beyond_the_vocabulary_are_found_by_verifying(copy):
     (copy / "meta.json").write_text(json.dumps(meta))
     assert_not_opened(copy, path, "has the token 400, the vocabulary is only 400", verify=True)
 
-def test_every_shard_is_verified_by_one_rank(data, monkeypatch):
-    read = []
-    monkeypatch.setattr(dataset, "verify_shards", lambda files, _: read.append([path for path, _ in files]))
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the shards that are read to compare their checksums, in this order."""
+    names = []
+    sha256_file = dataset.sha256_file
+
+    def noting(*paths):
+        if paths[0].suffix == ".npy":
+            names.append(paths[0].name)
+        return sha256_file(*paths)
+
+    monkeypatch.setattr(dataset, "sha256_file", noting)
+    return names
+
+def test_every_shard_is_verified_by_one_rank(copy, hashed):
+    shares = []
     for rank in range(3):
-        open_data(data, rank=rank, world_size=3)
-    open_data(data)
-    *shares, all_of_them = read
-    assert sorted(sum(shares, [])) == sorted(all_of_them)
+        open_data(copy, rank=rank, world_size=3)
+        shares.append(hashed.copy())
+        hashed.clear()
+    assert sorted(sum(shares, [])) == sorted(path.name for path in copy.glob("*_0*.npy"))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+def test_a_shard_is_verified_once(copy, hashed):
+    """And again when anything about its file is different, or what meta.json says of it."""
+    open_data(copy)
+    assert len(hashed) == len(set(hashed)) == len(list(copy.glob("*_0*.npy"))) > 2
+    hashed.clear()
+    open_data(copy)
+    assert hashed == []
+
+    # the same size and the same time of change, with other bytes
+    path = copy / "train_00001.npy"
+    whole, stat = path.read_bytes(), path.stat()
+    path.write_bytes(flip_a_bit(whole))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert_not_opened(copy, path, "sha256", verify=True)
+    path.write_bytes(whole)
+    hashed.clear()
+    open_data(copy)
+    assert hashed == ["train_00001.npy"]
+
+    meta = json.loads((copy / "meta.json").read_text())
+    meta["train"][0]["sha256"] = "0" * 64
+    (copy / "meta.json").write_text(json.dumps(meta))
+    assert_not_opened(copy, "train_00000.npy", "sha256", verify=True)
+
+def test_what_was_verified_is_noted_in_the_run_where_the_data_may_not_be_written(copy, tmp_path, hashed):
+    """Here because verified.jsonl is a folder, which holds for root, too. What is damaged is never noted."""
+    (copy / "verified.jsonl").mkdir()
+    run = tmp_path / "run"
+    run.mkdir()
+    data = open_data(copy, run_folder=run)
+    n_shards = len(hashed)
+    data.stamps.write_to(run)
+    hashed.clear()
+    open_data(copy, run_folder=run)
+    assert hashed == []
+    open_data(copy)
+    assert len(hashed) == n_shards
+
+    with open(run / "verified.jsonl", "a") as f:
+        f.write('[1, {"a": 2}]\n3\n{"file": 1}\n["trai')  # rows of nobody
+    hashed.clear()
+    open_data(copy, run_folder=run)
+    assert hashed == []
+
+def test_ranks_that_start_at_different_times_verify_all_shards(copy, hashed):
+    """Each its own share, whatever the others have noted by then."""
+    for rank in (1, 0, 2):
+        open_data(copy, rank=rank, world_size=3)
+    assert sorted(hashed) == sorted(path.name for path in copy.glob("*_0*.npy"))
 
 def test_missing_files_are_not_opened(copy, tmp_path):
     (copy / "train_00000.npy").unlink()

@@ -26,7 +26,7 @@ SMALL_SETS = dict(
         "none_6": f"{RUN} --lrt none --num-iterations 6",
         "shared_6": f"{RUN} --lrt shared --num-iterations 6",
     },
-    cheaper={"forward_6": f"{RUN} --lrt shared --num-iterations 6 --forward-passes 1"},
+    cheaper={"forward_6": f"{RUN} --lrt shared --num-iterations 6 --schedule draft --subsets 2"},
     ablation={"shared": f"{RUN} --lrt shared --num-iterations 6"},
 )
 
@@ -143,7 +143,7 @@ def test_the_row_of_a_run_with_a_pass_without_loss(in_ran):
     flags = forward["command"].split()[2:]
     plan = make_plan(train.make_parser().parse_args(flags), 512, 1, torch.float32)
     assert forward["flops"] == pytest.approx(plan.flops_per_token * forward["tokens"])
-    assert plot.variant(forward) == "shared --forward-passes 1"
+    assert plot.variant(forward) == "shared --schedule draft --subsets 2"
     # no loss, and no NaN in JSON
     logged = log("runs/experiments/cheaper/forward_6_s0")
     assert [row["passes"][0] is None for row in logged] == [True] * 6
@@ -226,8 +226,7 @@ def test_a_deepened_run_is_scored_by_its_last_steps(data, here, monkeypatch):
     """Whether it was trained in one process or in two."""
     monkeypatch.setattr(experiments, "ROWS", 8)
     torchrun = str(Path(sys.executable).parent / "torchrun")
-    flags = ["--schedule", "refine", "--refinements", 1, "--forward-passes", 1, "--deepen", 0.25,
-             "--num-iterations", 12, "--device-batch-size", 4]
+    flags = ["--schedule", "draft", "--num-iterations", 12, "--device-batch-size", 4]
     for n in (1, 2):
         done = shell(torchrun, "--standalone", f"--nproc_per_node={n}", ROOT / "train.py",
                      "--data", data, *SMALL, "--name", f"on{n}", *flags)
@@ -320,12 +319,12 @@ def test_copying(lrt, inject, parts):
 def test_learned_reads_what_the_model_has():
     model = tiny_model(sequence_len=16, lrt="layerwise", value_embeds="alternate")
     idx = torch.randint(32, (2, 16))
-    start = experiments.learned(model, idx, idx)
+    start = experiments.learned(model, idx)
     assert start["c"] == pytest.approx([0.1, 0.1])
     assert start["gates"] == {0: dict(local=1.0, memory=1.0), 1: dict(local=1.0, memory=1.0, token=1.0)}
     gate = model.h[1].attn.gate.weight
     with torch.no_grad():
         gate[2:4] = 1e4 * torch.randn(2, 16)  # the memory's: all open or shut
-    gates = experiments.learned(model, idx, idx)["gates"][1]
+    gates = experiments.learned(model, idx)["gates"][1]
     assert gates["local"] == 1.0
     assert 0 <= gates["memory"] <= 2

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -147,7 +148,7 @@ def same_bits(path_a, path_b):
             return torch.equal(x, y)
         return x == y
 
-    a, b = load_checkpoint(path_a), load_checkpoint(path_b)
+    a, b = load_checkpoint(path_a, shares=True), load_checkpoint(path_b, shares=True)
     keys = ("model", "optimizers", "step", "rows_seen", "torch_rng", "config", "schedule")
     return all(equal(a[key], b[key]) for key in keys)
 
@@ -200,20 +201,17 @@ def send_phases(pipe):
             return function(*args, **kwargs)
         return wrapped
 
-    write_atomic = checkpointing.write_atomic
+    write, publish = checkpointing.write_tmp, checkpointing.publish
 
-    def write_announced(path, write):
-        is_checkpoint = path.suffix == ".pt"
-        if is_checkpoint:
-            pipe.send_bytes(b"w")
-        write_atomic(path, write)
-        if is_checkpoint:
-            pipe.send_bytes(b"d")
+    def publish_announced(tmp, path):
+        publish(tmp, path)
+        pipe.send_bytes(b"d")
 
     train.rewind = announced(train.rewind, b"r")
     train.set_learning_rates = announced(train.set_learning_rates, b"s")
     train.evaluate_bpb = announced(train.evaluate_bpb, b"e")
-    checkpointing.write_atomic = write_announced
+    checkpointing.write_tmp = announced(write, b"w")
+    checkpointing.publish = publish_announced
 
 def kill_in_phase(fork, flags, phase, nth, delay):
     """
@@ -355,7 +353,7 @@ def test_resume_auto(data, here, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(data), *TINY, *argv])
         return train.parse_args()
 
-    args, checkpoint = parse("--resume", "auto", "--out", "./runs/")
+    args, checkpoint, _ = parse("--resume", "auto", "--out", "./runs/")
     assert checkpoint is None
     for _ in range(2):
         assert new_run_folder(args.out, args.name, "default", exist_ok=True) == Path("runs/d1_shared")
@@ -386,16 +384,22 @@ def at_step(actions):
     train.set_learning_rates = wrapped
 
 def poison(bad_steps, bad_rank):
-    """The loss of these steps is nan on one rank. A step is one micro-batch here."""
-    class Poisoned(train.TrainStep):
-        calls = 0
+    """The loss of these steps is nan on one rank."""
+    now = -1  # the step
+    set_learning_rates = train.set_learning_rates
 
+    def noting(optimizers, step, *args):
+        nonlocal now
+        now = step
+        return set_learning_rates(optimizers, step, *args)
+
+    class Poisoned(train.TrainStep):
         def forward(self, *args):
             loss, pass_losses = super().forward(*args)
-            bad = self.calls in bad_steps and os.environ.get("RANK", "0") == bad_rank
-            self.calls += 1
+            bad = now in bad_steps and os.environ.get("RANK", "0") == bad_rank
             return loss * float("nan") if bad else loss, pass_losses
 
+    train.set_learning_rates = noting
     train.TrainStep = Poisoned
 
 def eight_steps(data):
@@ -535,6 +539,76 @@ def test_a_disk_that_stays_full(data, trained, here, fork):
 def at_step_5(action):
     at_step({5: action})
 
+def full_disk_of_rank_1(steps):
+    """Rank 1 cannot write its shares of these steps."""
+    write_tmp = checkpointing.write_tmp
+
+    def failing_write(path, write):
+        if checkpointing.step_of(path.name.split(".")[0] + ".pt") in steps and os.environ["RANK"] == "1":
+            raise OSError(28, "No space left on device")
+        return write_tmp(path, write)
+
+    checkpointing.write_tmp = failing_write
+
+def test_a_share_that_cannot_be_written(data, here, fork):
+    """Then there is no checkpoint, and no part of one; the next one is whole."""
+    flags = ["--data", data, *TWELVE, "--keep", 9]
+    codes, said = run(fork, "out.txt", *flags, prelude=full_disk_of_rank_1, args=({4, 6},), world_size=2)
+    assert codes == [0, 0], said
+    for step in (4, 6):
+        assert said.count(f"warning: step {step} was not saved: rank 1: cannot write runs/x/ckpt_") == 1
+    names = [f"ckpt_{step:07d}{end}" for step in (2, 8, 10, 12) for end in (".pt", ".share_1.pt")]
+    assert checkpoints("runs/x") == names
+
+    codes, said = run(fork, "out.txt", *flags, "--name", "y", prelude=full_disk_of_rank_1, args=({12},),
+                      world_size=2)
+    assert codes == [2, 2]  # both know it
+    assert "error: step 12 was not saved: rank 1: cannot write" in said
+
+def when_rank_0_says(steps):
+    """The minutes are over on rank 0 at these steps, on the others at all: their clocks do not matter."""
+    calls = itertools.count()
+
+    def minutes_over(self, minutes):
+        assert minutes == 0.5
+        step = next(calls)
+        return step in steps or self.rank > 0
+
+    checkpointing.Saver.minutes_over = minutes_over
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_saved_by_the_minute(world_size, data, here, fork):
+    codes, said = run(fork, "out.txt", "--data", data, *TINY, "--num-iterations", 8, "--save-minutes", 0.5,
+                      "--keep", 9, "--name", "x", prelude=when_rank_0_says, args=({2, 3, 6},),
+                      world_size=world_size)
+    assert codes == [0] * world_size, said
+    steps = [checkpointing.step_of(path) for path in checkpointing.list_checkpoints("runs/x")]
+    assert steps == [3, 4, 7, 8]
+
+def slow_disk():
+    """Every checkpoint takes a second."""
+    write_tmp = checkpointing.write_tmp
+
+    def slow_write(path, write):
+        time.sleep(1)
+        return write_tmp(path, write)
+
+    checkpointing.write_tmp = slow_write
+
+def stop_in_step_5():
+    slow_disk()
+    at_step({5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+
+def test_sigterm_waits_for_the_checkpoint(data, trained, here, fork):
+    """On two processes, one of which is stopped, with a disk that is slower than the steps."""
+    flags = ["--data", data, *TWELVE]
+    environments = ranks(2)
+    processes = [fork(command, "0.txt", flags, environments[0], stop_in_step_5),
+                 fork(command, "1.txt", flags, environments[1], slow_disk)]
+    assert wait(*processes, seconds=120) == [0, 0], Path("0.txt").read_text()
+    assert checkpoints("runs/x")[-2:] == ["ckpt_0000006.pt", "ckpt_0000006.share_1.pt"]
+    assert not list(Path("runs/x").glob("*.tmp"))
+
 def remove_log():
     os.unlink("runs/x/log.jsonl")
 
@@ -612,8 +686,11 @@ def test_a_run_from_before_there_were_ids(data, trained, here, fork):
 
 
 def die_in_evaluation(step):
-    """SIGKILL at the beginning of the evaluation of this step."""
+    """SIGKILL in the evaluation of this step, when its checkpoint is there: it is written meanwhile."""
     def die(*args, **options):
+        end = time.time() + 60
+        while not Path(f"runs/x/ckpt_{step:07d}.pt").exists() and time.time() < end:
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
     at_step({step - 1: lambda: setattr(train, "evaluate_bpb", die)})
@@ -630,7 +707,10 @@ def diverge_in_evaluation(step):
 
 @pytest.mark.parametrize("step", [6, 12])
 def test_a_run_is_saved_before_it_is_evaluated(step, data, trained, here, fork):
-    """What dies in an evaluation goes on from that step, and evaluates it once."""
+    """
+    Or while it is, but not after it. What dies in an evaluation goes on from that step, and evaluates it
+    once.
+    """
     codes, said = run(fork, "out.txt", "--data", data, *TWELVE, prelude=die_in_evaluation, args=(step,))
     assert codes == [-signal.SIGKILL], said
     assert checkpoints("runs/x")[-1] == f"ckpt_{step:07d}.pt"
@@ -697,8 +777,8 @@ VARIANTS = {
     "interleaved": "--lrt shared --schedule interleaved",
     "kv_refresh": "--lrt shared --subsets 3 --kv-refresh",
     "refine": "--lrt shared --schedule refine --refinements 2",
-    "forward": "--lrt shared --schedule refine --refinements 2 --forward-passes 2",
-    "deepen": "--lrt shared --schedule refine --refinements 1 --forward-passes 1 --deepen 0.25",
+    "draft": "--lrt shared --schedule draft",
+    "pass_mix": "--lrt shared --schedule draft --first-memory embedding --pass-mix 2 1 1",
     "chunked": "--lrt shared --schedule chunked --chunk 3",
     "sequential": "--lrt shared --schedule sequential",
 }
@@ -773,6 +853,23 @@ def test_another_number_of_processes_goes_on(data, here, fork):
         assert codes == [0] * world_size, said
     assert len(losses("runs/whole")) == 12
     assert losses("runs/whole") == pytest.approx(losses("runs/x"), rel=1e-9)
+
+def test_four_processes_go_on_bit_for_bit(data, here, fork):
+    """
+    On more than two, the order of a gradient's sum depends on its place in DDP's buckets, which are put into
+    another order after the first backward of a process.
+    """
+    flags = ["--data", data, *TINY, "--num-iterations", 6, "--save-every", 2, "--keep", 9]
+    codes, said = run(fork, "out.txt", *flags, "--name", "whole", world_size=4)
+    assert codes == [0] * 4, said
+    Path("runs/x").mkdir()
+    for path in Path("runs/whole").iterdir():
+        if not re.match("ckpt_000000[46]", path.name):
+            shutil.copy(path, "runs/x")
+    codes, said = run(fork, "out.txt", "--resume", "runs/x", world_size=4)
+    assert codes == [0] * 4, said
+    assert numbers("runs/x") == numbers("runs/whole")
+    assert same_bits("runs/x/ckpt_0000006.pt", "runs/whole/ckpt_0000006.pt")
 
 def note_rows(folder):
     """Write down which rows this process is given, and what is in them."""
@@ -944,7 +1041,7 @@ def test_three_prepare_data_at_once(data, here, fork):
     assert set(wait(*processes)) <= {0, 2}
     said = [Path(f"{i}.txt").read_text() for i in range(3)]
     assert sum("training a tokenizer" in text for text in said) == 1
-    names = sorted(path.name for path in data.iterdir())
+    names = sorted(path.name for path in data.iterdir() if path.name != "verified.jsonl")
     assert sorted(path.name for path in Path("data").iterdir()) == names
     for name in names:
         assert (data / name).read_bytes() == (here / "data" / name).read_bytes()

@@ -6,6 +6,7 @@ an H100 (fakecuda.py). Nothing is computed there: it shows shapes, dtypes, devic
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,8 +16,11 @@ import torch
 import torch.distributed as dist
 from helpers import ROOT, shell
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 import train
+from interleave import Schedule, TrainStep
+from model import GPT, GPTConfig
 from plan import make_plan
 
 # -----------------------------------------------------------------------------
@@ -89,6 +93,42 @@ def test_gradients_live_in_the_buckets_of_ddp(process_group):
 
 
 # -----------------------------------------------------------------------------
+# Forward-only passes
+
+def products(schedule):
+    """How many matrix products the compiled step of a schedule has, forward and backward."""
+    counts = [0, 0]
+
+    def compiler(i):
+        def compile(graph, inputs):
+            counts[i] += sum(node.target == torch.ops.aten.mm.default for node in graph.graph.nodes)
+            return graph
+        return compile
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = GPTConfig(sequence_len=16, vocab_size=32, n_layer=4, n_head=2, n_kv_head=2, n_embd=16,
+                       window_pattern="L", lrt="shared", inject="kv")
+    backend = aot_autograd(fw_compiler=compiler(0), bw_compiler=compiler(1),
+                           partition_fn=min_cut_rematerialization_partition)
+    step = torch.compile(TrainStep(GPT(config), schedule), backend=backend, dynamic=False, fullgraph=True)
+    idx = torch.randint(32, (2, 16))
+    step(idx, idx)[0].backward()
+    return counts
+
+def test_forward_only_passes_have_no_backward_when_compiled():
+    """
+    The first of two passes ends at the source layer, and nothing of it is computed twice or backwards.
+    """
+    forward, backward = products(Schedule("draft"))
+    first, second = 3 * 7, 4 * 7 + 2  # products a layer, gates among them, and the two of the memory
+    loss = 3  # the head, and its two gradients
+    assert forward == first + second + loss
+    # each product has two gradients but the two of the memory, which needs none itself
+    assert backward == 2 * (second - 2) + 2
+
+
+# -----------------------------------------------------------------------------
 # The Recurrent Transformer
 
 def test_a_deep_recurrent_transformer_stays_compiled(monkeypatch):
@@ -125,21 +165,33 @@ def guard(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     return library
 
-def fake(case, guard):
-    done = shell("tests/fakecuda.py", case, FAKECUDA_GUARD=str(guard))
+def fake(guard, case, *args):
+    """Run a case of fakecuda.py; returns what it prints."""
+    done = shell("tests/fakecuda.py", case, *args, FAKECUDA_GUARD=str(guard))
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
-@pytest.mark.parametrize("case", ["training", "inference", "trace"])
+@pytest.mark.parametrize("case", ["training", "checkpoints", "inference", "trace"])
 def test_on_fake_cuda(case, guard):
-    fake(case, guard)
+    fake(guard, case)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["recurrent_training", "trace_all"])
 def test_on_fake_cuda_longer(case, guard):
-    fake(case, guard)
+    fake(guard, case)
 
-@pytest.mark.slow
-def test_generated_code(guard):
+@pytest.fixture
+def triton():
     if "TRITON_DIR" not in os.environ and importlib.util.find_spec("triton") is None:
         pytest.skip("no triton: pip install --no-deps --target DIR triton; TRITON_DIR=DIR")
-    fake("lower", guard)
+
+@pytest.mark.slow
+def test_generated_code(guard, triton):
+    fake(guard, "lower")
+
+@pytest.mark.slow
+def test_the_step_becomes_machine_code_for_an_h100(guard, triton):
+    """At depth 2, which has all that deeper models have, in a minute; OPERATIONS.md says how at depth 20."""
+    printed = fake(guard, "machine_code", *"--depth 2 --lrt shared --device-batch-size 2".split())
+    n_kernels, n_binaries = map(int, re.search(r"(\d+) kernels, (\d+) binaries for sm_90", printed).groups())
+    assert n_binaries >= n_kernels > 20

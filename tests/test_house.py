@@ -9,8 +9,8 @@ import pytest
 from helpers import ROOT, shell
 
 # every file may import those before it; research/ is one room, the last
-ROOMS = ("common recipes attention model recurrent interleave optim dataset prepare_data checkpointing plan "
-         "sample core eval_core train bench research").split()
+ROOMS = ("common recipes attention model recurrent interleave optim dataset prepare_data checkpointing "
+         "tracking plan sample core tokens_page eval_core train export bench research").split()
 SCRIPTS = [path for path in ROOT.glob("*.py") if path.stem not in ("test_model", "conftest")]
 RESEARCH = list(ROOT.glob("research/*.py"))
 

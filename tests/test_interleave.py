@@ -3,6 +3,8 @@ Exact parallel prefill equals decoding token by token, whatever the weights, the
 rolling cache; the compiled training step. What schedules are equal to is in test_model.py.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -221,12 +223,13 @@ def test_rolling_cache_keeps_only_the_window_and_decodes_the_same():
 COMPILED = {
     "control": (dict(lrt="shared", n_layer=2, first_memory="embedding", memory="embedding"),
                 Schedule("plain")),
-    "first-embedding": (dict(lrt="shared", n_layer=2, first_memory="embedding"), Schedule(forward_passes=1)),
+    "first-embedding": (dict(lrt="shared", n_layer=2, first_memory="embedding"),
+                        Schedule("draft", subsets=2)),
     "shared": (dict(lrt="shared", n_layer=2), Schedule()),
     "refresh": (dict(lrt="layerwise", n_layer=1), Schedule(subsets=3, kv_refresh=True)),
-    "forward-pass": (dict(lrt="shared", n_layer=2), Schedule(forward_passes=1)),
-    "forward-refinements": (dict(lrt="layerwise", n_layer=2),
-                            Schedule("refine", refinements=2, forward_passes=2)),
+    "draft-subsets": (dict(lrt="shared", n_layer=2), Schedule("draft", subsets=2)),
+    "drafts": (dict(lrt="layerwise", n_layer=2, dest_layers=[1, 1]), Schedule("draft", drafts=2)),
+    "input": (dict(lrt="shared", n_layer=2, inject="input"), Schedule("draft")),
     # the first pass's last layer has no gradient
     "no-loss": (dict(lrt="shared", n_layer=2), Schedule("refine", refinements=1, loss_weights=[0, 1])),
 }
@@ -246,8 +249,8 @@ def test_compiled_step_is_one_graph_and_the_same(variant):
     for seed in range(3):
         idx = torch.randint(32, (2, 16), generator=torch.Generator().manual_seed(seed))
         current = schedule
-        if schedule.kind == "refine" and seed > 0:
-            current = schedule.deeper()
+        if schedule.kind == "draft" and seed > 0:
+            current = replace(schedule, drafts=schedule.drafts + 1)
         results = []
         for f in (step, compiled):
             step.zero_grad()
@@ -256,5 +259,5 @@ def test_compiled_step_is_one_graph_and_the_same(variant):
             results.append([loss.detach(), means] + [p.grad.clone() for p in step.parameters()])
         for x, y in zip(*results):  # means are NaN where the weight is 0
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, equal_nan=True)
-    is_deepened = schedule.kind == "refine"  # a graph of its own, once
+    is_deepened = schedule.kind == "draft"  # a graph of its own, once
     assert counter.frame_count == (2 if is_deepened else 1)

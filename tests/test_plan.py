@@ -1,6 +1,7 @@
 """The plan of a run before anything of its size is allocated: batch, FLOPs, memory, and --dry-run."""
 
 import gc
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from interleave import Schedule, TrainStep
 from model import GPT
 from plan import automatic_batch, automatic_device_batch, make_plan, memory_estimate, saved_bytes
 
-REFINE = "--depth 2 --num-iterations 1000 --schedule refine --refinements 1 --forward-passes 1"
+DRAFT = "--depth 2 --num-iterations 1000 --schedule draft"
 
 
 def plan_of(flags, vocab_size=512):
@@ -45,8 +46,26 @@ def test_dry_run_needs_no_data_and_writes_nothing(here):
         assert words in out, out
 
 def test_passes_without_a_gradient_leave_room_for_rows(here):
-    out = dry_run("--forward-passes", 1)
-    assert "FLOPs, 1.31 times those of plain passes" in out and "1 x 32 x 16" in out, out
+    out = dry_run("--schedule", "draft")
+    assert "draft, 2 or 3 passes" in out
+    assert "FLOPs, 1.29 times those of plain passes" in out and "1 x 32 x 16" in out, out
+
+def test_dry_run_predicts_time_and_cost(here, monkeypatch):
+    """FLOPs over the GPUs' peak, of which a share is reached; without a GPU it is an H100's."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    flags = "--num-iterations 1000 --device cpu --schedule plain --first-memory embedding".split()
+    out = dry_run(*flags, "--mfu", 0.4, "--dollars-per-hour", 24)
+    flops = re.search(r"(\S+) FLOPs, ", out)[1]
+    assert "at 40 % of the peak of 8 x NVIDIA H100 80GB HBM3" in out, out
+    hours, dollars = re.search(r"(\S+) hours of training .* (\S+) dollars at 24 an hour", out).groups()
+    assert float(hours) == pytest.approx(float(flops) / (8 * 989e12 * 0.4) / 3600, rel=0.01)
+    assert float(dollars) == pytest.approx(24 * float(hours), rel=0.01)
+    assert "dollars" not in dry_run(*flags, "--mfu", 0.4)
+    assert "hours" not in dry_run(*flags)
+    assert_refused(cli("train.py", "--mfu", 0.4), "--mfu goes with --dry-run")
+    assert_refused(cli("train.py", "--dry-run", "--dollars-per-hour", 24), "goes with --mfu")
+    for mfu in (0, 1.5, "nan"):
+        assert_refused(cli("train.py", "--dry-run", "--mfu", mfu), "--mfu must be")
 
 @pytest.mark.parametrize("flags", ["", "--n-kv-head 2", "--schedule chunked --chunk 24",
                                    "--schedule refine --refinements 1 --forward-passes 1"])
@@ -61,7 +80,7 @@ def test_dry_run_counts_what_a_step_keeps(flags, recompute):
     model.recompute = recompute
     idx = torch.zeros(plan.device_batch, 64, dtype=torch.int64)
     gc.collect()
-    real = saved_bytes(lambda: TrainStep(model, plan.schedule)(idx, idx), model.parameters())
+    real = saved_bytes(lambda: TrainStep(model, plan.deepest)(idx, idx), model.parameters())
     assert real > 5 * 10**5
     assert abs(counted - real) < 256  # but for a few numbers
 
@@ -78,7 +97,7 @@ def test_a_deep_model_is_counted_in_shallow_ones(flags, monkeypatch):
     plan = plan_of("--depth 29 --aspect-ratio 1 --head-dim 16 --max-seq-len 16 "
                    "--num-iterations 1 --total-batch-size 16 " + flags, vocab_size=16)
     recompute = "checkpointing" in flags
-    arguments = plan.schedule, plan.device_batch, torch.bfloat16, recompute
+    arguments = plan.deepest, plan.device_batch, torch.bfloat16, recompute
     of_all_layers = plan_module.count_activations(plan.config, *arguments)
     depths = []
 
@@ -129,7 +148,8 @@ def test_automatic_batch(growth, unit, tokens):
     (64, Schedule("plain"), 2048, 16),
     (64, Schedule("plain"), 16, 16),  # never more
     (64, Schedule("interleaved"), 2048, 8),  # two passes' worth of positions
-    (64, Schedule("interleaved", forward_passes=1), 2048, 16),
+    (64, Schedule("draft", drafts=2), 2048, 16),  # a draft keeps nothing
+    (64, Schedule("draft", drafts=2, subsets=2), 2048, 16),
     (64, Schedule("refine", refinements=3), 2048, 4),
     (12, Schedule("plain"), 2048, 4),  # it divides the rows
     (7, Schedule("plain"), 2048, 1),
@@ -140,21 +160,36 @@ def test_automatic_device_batch(rows, schedule, T, device_batch):
 
 
 # -----------------------------------------------------------------------------
-# --deepen: one refinement more in the last steps
+# Steps that are not all alike
 
-def test_which_steps_are_deeper():
-    plan = plan_of(f"{REFINE} --deepen 0.125")
-    schedules = [plan.schedule_at(step) for step in range(1000)]
-    assert [s.refinements for s in schedules] == [1] * 875 + [2] * 125
-    assert [s.forward_passes for s in schedules] == [1] * 875 + [2] * 125
+def test_the_last_quarter_has_one_draft_more():
+    plan = plan_of(DRAFT)
+    assert [plan.schedule_at(step).drafts for step in range(1000)] == [1] * 750 + [2] * 250
+    assert [plan.scored_schedule(step).drafts for step in (1, 750, 751, 1000)] == [1, 1, 2, 2]
+
+def test_pass_mix_draws_the_passes_of_every_step():
+    """From the seed and the step alone, so that all ranks, and a run that goes on, draw the same."""
+    flags = f"{DRAFT} --first-memory embedding --pass-mix 0.75 0.22 0.03"
+    plan = plan_of(flags)
+    drawn = [plan.schedule_at(step).drafts for step in range(1000)]
+    assert drawn == [plan_of(flags).schedule_at(step).drafts for step in range(1000)]
+    assert drawn != [plan_of(f"{flags} --seed 1").schedule_at(step).drafts for step in range(1000)]
+    for n, share in enumerate((0.75, 0.22, 0.03)):
+        assert drawn.count(n) / 1000 == pytest.approx(share, abs=0.04)
+    assert plan.scored_schedule(1).drafts == 2
+    weights = plan_of(flags.replace("0.75 0.22 0.03", "75 22 3"))
+    assert drawn == [weights.schedule_at(step).drafts for step in range(1000)]
+    none_of_one = plan_of(flags.replace("0.75 0.22 0.03", "0 1"))
+    assert {none_of_one.schedule_at(step).drafts for step in range(1000)} == {1}
 
 def test_the_cost_is_the_mean_over_the_steps():
-    shallow, deep, quarter = (plan_of(f"{REFINE} --deepen {share}") for share in (0, 1, 0.25))
-    assert deep.cost - 1 == pytest.approx(2 * (shallow.cost - 1))
-    assert quarter.cost == pytest.approx(0.75 * shallow.cost + 0.25 * deep.cost)
-    flops = 0.75 * shallow.flops_per_token + 0.25 * deep.flops_per_token
-    assert quarter.flops_per_token == pytest.approx(flops)
-
-def test_deepen_is_refused_without_refinements(here):
-    refused = cli("train.py", "--dry-run", "--deepen", 0.5)
-    assert_refused(refused, "--deepen goes with --schedule refine, not with interleaved")
+    mix = f"{DRAFT} --first-memory embedding --pass-mix"
+    one, two, three = (plan_of(f"{mix} {shares}") for shares in ("1", "0 1", "0 0 1"))
+    assert one.cost == 1
+    assert three.cost - 1 == pytest.approx(2 * (two.cost - 1))
+    mixed = plan_of(f"{mix} 0.75 0.22 0.03")
+    assert mixed.cost == pytest.approx(0.75 * one.cost + 0.22 * two.cost + 0.03 * three.cost)
+    flops = 0.75 * one.flops_per_token + 0.22 * two.flops_per_token + 0.03 * three.flops_per_token
+    assert mixed.flops_per_token == pytest.approx(flops)
+    quarter = plan_of(f"{DRAFT} --first-memory embedding")
+    assert quarter.cost == pytest.approx(0.75 * two.cost + 0.25 * three.cost)

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers import assert_refused, cli
+from helpers import assert_refused, cli, shell
 
 from research import plot
 
@@ -79,6 +80,8 @@ def test_table_of_copying(capsys):
     # all shares of a flag that is gone are one line
     ("python train.py --lrt shared --forward-passes 1 --memory-start 0.5",
      "shared --forward-passes 1 --memory-start"),
+    ("python train.py --lrt shared --schedule draft --pass-mix 0.75 0.25 --inject kv --dest-layers 1 2",
+     "shared --dest-layers 1 2 --inject kv --pass-mix 0.75 0.25 --schedule draft"),
     ("python ground.py --lrt none --num-iterations 1000", "none"),
 ])
 def test_variant(command, variant):
@@ -103,6 +106,64 @@ def test_rows_of_runs_that_no_set_has_any_more(here):
     assert "| last_50 | 1 |" in out
     assert "| +0.1000 |" in out  # over the baseline at as many FLOPs, 400 tokens' worth
     assert (folder / "scaling.png").stat().st_size > 5000
+
+def write_log(folder, learned, passes=(4.0, None)):
+    """A log.jsonl as train.py writes it; passes: the losses of the passes, which fall from step to step."""
+    Path(folder).mkdir(parents=True)
+    rows = [dict(kind="run", step=0, run_id="x")]
+    for step in range(30):
+        of_passes = None if passes is None else [x and x - 0.1 * step for x in passes]
+        rows.append(dict(kind="train", step=step, loss=4 - 0.1 * step, passes=of_passes, norm=1.0, lrm=1.0))
+        if step % 10 == 9:
+            row = dict(kind="eval", step=step + 1, bpb={"merged": 2.0}, decode_rows={"decode": 1.9})
+            rows.append(row | (dict(learned=learned) if learned else {}))
+    with open(Path(folder) / "log.jsonl", "w") as f:
+        f.write("".join(json.dumps(row) + "\n" for row in rows))
+
+def drawn_lines(monkeypatch, *args):
+    """{title of a panel: {label: y values}} of the picture of runs that a command draws."""
+    figures = []
+    monkeypatch.setattr(plot.plt.Figure, "tight_layout", lambda figure: figures.append(figure))
+    code, out, err = cli("research.plot", *args)
+    assert code == 0, err
+    return {ax.get_title(): {line.get_label(): list(line.get_ydata()) for line in ax.lines}
+            for ax in figures[0].axes}
+
+def test_pictures_of_runs(here, monkeypatch):
+    """Every figure of the log is in its panel, under the run's name; what a log does not have is left out."""
+    gates = {"1": dict(memory=0.5, local=1.5)}  # layer 0 has none
+    write_log("runs/a", dict(a=[1.0, 2.0], c=[0.1, 0.3], gates=gates), passes=(4.0, None, 3.0))
+    write_log("runs/b", None, passes=None)
+    panels = drawn_lines(monkeypatch, "runs/a", "runs/b", "--png", "both.png")
+    assert Path("both.png").stat().st_size > 10_000
+    loss = panels["training loss, running mean"]
+    assert list(loss) == ["a, pass 0", "a, pass 2", "b, pass 0"]
+    assert loss["a, pass 2"] == pytest.approx([3 - 0.1 * step for step in range(30)])
+    assert panels["validation"]["a, decoding"] == [1.9] * 3
+    assert "a, no memory" not in panels["validation"]
+    assert len(panels["norm of the gradient"]) == 2
+    lambdas, = [lines for title, lines in panels.items() if title.startswith("learned")]
+    assert lambdas == {"a, a": [1.0, 2.0], "a, c": [0.1, 0.3]}
+    assert panels["mean gates, decoding"] == {"a, local": [1.5], "a, memory": [0.5]}
+
+    # from anywhere, as a script
+    done = shell("research/plot.py", "runs/b")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "runs/b/pictures.png\n"
+
+def test_running_means():
+    assert plot.smooth([1, 2, 3, 4], 2) == pytest.approx([1, 1.5, 2.5, 3.5])
+    means = plot.smooth([None, 2, None, 4, None, None], 2)
+    assert np.isnan(means[0]) and np.isnan(means[5])
+    assert means[1:5] == pytest.approx([2, 2, 4, 4])
+
+def test_runs_that_cannot_be_drawn(here):
+    Path("empty").mkdir()
+    assert_refused(cli("research.plot", "empty"), "empty has no log.jsonl")
+    assert_refused(cli("research.plot", "nowhere", "--png", "x.png"), "nowhere has no log.jsonl")
+    assert_refused(cli("research.plot", "empty", "--png", "nowhere/x.png"), "there is no folder nowhere")
+    assert_refused(cli("research.plot", "--png", "x.png"), "name one")
+    assert not Path("x.png").exists()
 
 def test_no_rows(here):
     assert_refused(cli("research.plot"), "research.experiments")

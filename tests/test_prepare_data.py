@@ -678,11 +678,15 @@ def test_damaged_parquet_pages(tmp_path):
     ("SOURCE --shard-tokens 0", ["--shard-tokens"]),
     ("SOURCE --num-shards 3", ["--num-shards"]),
     # flags that would not do anything
-    ("SOURCE --base-url http://127.0.0.1:9", ["--base-url is for fineweb-edu only"]),
+    ("SOURCE --base-url http://127.0.0.1:9", ["--base-url is for fineweb-edu and climbmix only"]),
     ("fineweb-edu --shard-tokens 1000", ["--shard-tokens is not for fineweb-edu"]),
     ("stdlib --text-key text", ["--text-key is for JSON lines and parquet"]),
     ("fineweb-edu --num-shards 1823", ["1822"]),
-    ("fineweb-edu SOURCE", ["cannot be mixed"]),
+    ("fineweb-edu SOURCE", ["fineweb-edu cannot be mixed"]),
+    ("SOURCE climbmix", ["climbmix cannot be mixed"]),
+    ("climbmix --num-shards 6543", ["6542"]),
+    ("SOURCE --tokenizer .", ["no tokenizer in .", "name a folder"]),
+    ("SOURCE --tokenizer . --vocab-size 400", ["--vocab-size is for a trained tokenizer"]),
     ("SOURCE --nonsense", ["--nonsense", "--help"]),
     ("fineweb-edu --base-url http://" + "a" * 300 + ".org", ["cannot download", "--base-url"]),
 ])
@@ -733,13 +737,39 @@ p.main = bug"""
     assert err.splitlines()[-1].startswith("ZeroDivisionError")
 
 
+def test_a_tokenizer_is_reused(source, prepared, docs, tmp_path, monkeypatch):
+    """From the folder of other data: the same files, wherever that folder is, and the text as its tokens."""
+    monkeypatch.setattr(prepare_data, "train_tokenizer", lambda *args: 1 / 0)
+    others = write_jsonl(tmp_path / "others.jsonl", make_docs(60, seed=9))
+    out = tmp_path / "out"
+    args = [others, "--out", out, "--tokenizer"]
+    ok(cli("prepare_data.py", *args, prepared))
+    data = open_data(out)
+    for name in ("tokenizer.tiktoken", "tokenizer.json"):
+        assert (out / name).read_bytes() == (prepared / name).read_bytes()
+    assert_holds(data, make_docs(60, seed=9))
+
+    # the same tokenizer elsewhere is the same; another one is not
+    before = contents(out)
+    ok(cli("prepare_data.py", *args, shutil.copytree(prepared, tmp_path / "copy")))
+    assert contents(out) == before
+    assert_refused(cli("prepare_data.py", others, "--out", out), "holds other data")
+    spec = json.loads((tmp_path / "copy" / "tokenizer.json").read_text())
+    spec["name"] = "another"
+    (tmp_path / "copy" / "tokenizer.json").write_text(json.dumps(spec))
+    assert_refused(cli("prepare_data.py", *args, tmp_path / "copy"), "holds other data", "tokenizer_sha256")
+    (tmp_path / "copy" / "tokenizer.tiktoken").write_text("damaged")
+    assert_refused(cli("prepare_data.py", *args, tmp_path / "copy"), "damaged")
+    assert contents(out) == before
+
 # -----------------------------------------------------------------------------
 # Downloads
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """
     Serves server.files. server.plan says how each of the next requests goes wrong; after that all goes well.
-    server.log has (path, Range header) of every request.
+    server.log has (path, Range header) of every request, server.tokens its Authorization header or None.
+    server.redirect: where the same files are, instead of here.
     """
 
     def log_message(self, *args):
@@ -756,6 +786,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         how = self.server.plan.pop(0) if self.server.plan else "ok"
         wanted = self.headers.get("Range", "")
         self.server.log.append((self.path, wanted))
+        self.server.tokens.append(self.headers.get("Authorization"))
+        if self.server.redirect:
+            return self.reply(302, Location=self.server.redirect + self.path)
         start = 0
         if wanted and "norange" not in how:
             start = int(wanted.removeprefix("bytes=").rstrip("-"))
@@ -796,6 +829,8 @@ def server(tmp_path, monkeypatch):
         server.url = f"http://127.0.0.1:{server.server_port}"
         server.plan = []
         server.log = []
+        server.tokens = []
+        server.redirect = None
         server.etag = False
         server.docs = {}
         server.files = {}
@@ -917,6 +952,80 @@ def test_fineweb_without_validation_text(server, tmp_path):
     result = cli("prepare_data.py", *fineweb(server, tmp_path / "out", 1))
     assert_refused(result, "no text for val")
     assert not (tmp_path / "out" / "meta.json").exists()
+
+def hub_path(repository):
+    return f"/datasets/{repository}/resolve/main"
+
+def serve_hub(server, repository, numbers, last):
+    """Let the server be the hub, with these training files of a repository and the one for validation."""
+    places = dict(zip([*numbers, last], (0, 1, 1822)))
+    for number, served in places.items():
+        path = f"{hub_path(repository)}/shard_{number:05d}.parquet"
+        server.files[path] = server.files[f"/shard_{served:05d}.parquet"]
+
+def test_climbmix_from_the_hub(server, tmp_path, monkeypatch):
+    """HF_ENDPOINT is asked for the files that nanochat's code names; a mirror makes the same data."""
+    monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    serve_hub(server, "karpathy/climbmix-400b-shuffle", [0, 1], 6542)
+    args = ["climbmix", "--num-shards", 2, "--vocab-size", 400, "--out", tmp_path / "out"]
+    ok(cli("prepare_data.py", *args))
+    data = open_data(tmp_path / "out")
+    for shard, served in zip([*data.train, *data.val], (0, 1, 1822), strict=True):
+        assert decoded(data, [shard]) == server.docs[served]
+    assert set(server.tokens) == {None}
+
+    # the same data from another place, and other data from the same place
+    requests = len(server.log)
+    monkeypatch.delenv("HF_ENDPOINT")
+    assert "already complete" in ok(cli("prepare_data.py", *args))
+    assert len(server.log) == requests
+    other = cli("prepare_data.py", "fineweb-edu", *args[1:])
+    assert_refused(other, "holds other data", "source climbmix there, fineweb-edu now")
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(server, tmp_path, monkeypatch):
+    """Not to another host that the hub redirects to, not to another address, and into no message."""
+    repository = "karpathy/climbmix-400b-shuffle"
+    serve_hub(server, repository, [0, 1], 6542)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_TOKEN", " hf_secret\n")
+    args = ["climbmix", "--num-shards", 1, "--vocab-size", 400]
+    shown = ok(cli("prepare_data.py", *args, "--out", tmp_path / "hub"))
+    assert set(server.tokens) == {"Bearer hf_secret"}
+    assert "hf_secret" not in shown
+
+    # redirected, as the hub does, to another host: this server by another name
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as storage:
+        storage.plan, storage.log, storage.tokens, storage.etag = [], [], [], False
+        storage.redirect = None
+        storage.files = server.files
+        threading.Thread(target=storage.serve_forever, daemon=True).start()
+        server.redirect = f"http://localhost:{storage.server_port}"
+        server.tokens.clear()
+        ok(cli("prepare_data.py", *args, "--out", tmp_path / "redirected"))
+        storage.shutdown()
+    server.redirect = None
+    assert set(server.tokens) == {"Bearer hf_secret"}
+    assert set(storage.tokens) == {None} and len(storage.tokens) == 2
+
+    # another address than the hub's, even one that begins like it
+    localhost = server.url.replace("127.0.0.1", "localhost")
+    for base_url in (localhost, f"{server.url}@localhost", server.url[:-1]):
+        assert prepare_data.authorization(f"{base_url}/shard_00000.parquet") == {}
+    server.tokens.clear()
+    base_url = localhost + hub_path(repository)
+    ok(cli("prepare_data.py", *args, "--out", tmp_path / "elsewhere", "--base-url", base_url))
+    assert set(server.tokens) == {None}
+
+    # a refusal speaks of the token, without it
+    server.plan = ["401"]
+    refused = cli("prepare_data.py", *args, "--out", tmp_path / "refused")
+    assert_refused(refused, "HTTP 401", "HF_TOKEN")
+    assert "hf_secret" not in refused[2]
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\nX-Other: 1")
+    refused = cli("prepare_data.py", *args, "--out", tmp_path / "refused")
+    assert_refused(refused, "HF_TOKEN")
+    assert "hf_secret" not in refused[2]
 
 def test_nobody_listens(tmp_path, monkeypatch):
     args = ["fineweb-edu", "--out", tmp_path / "out", "--base-url"]

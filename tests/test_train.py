@@ -65,6 +65,17 @@ def test_training_end_to_end(trained):
     # the memory is used; a run of seconds cannot show that it helps
     assert abs(last["no memory"] - last["decode"]) > 1e-3
 
+    # what training made of the memory's path, at every evaluation
+    learned = [row["learned"] for row in evals]
+    assert learned[0]["c"] == pytest.approx([0.1, 0.1])
+    assert learned[0]["gates"]["1"] == dict(local=1.0, memory=1.0, token=1.0)
+    assert learned[-1]["c"] != learned[0]["c"]
+    assert learned[-1]["gates"]["1"]["memory"] != 1.0
+    assert out.count("| learned, by layer: a ") == out.count("| mean gates: local ") == len(evals)
+    sample, = log(run, "sample")
+    assert sample["step"] == 150
+    assert sample["text"] in out
+
     assert [path.name for path in sorted(run.glob("ckpt*"))] == ["ckpt_0000100.pt", "ckpt_0000150.pt"]
     assert not list(run.glob("*.tmp"))
     for words in ("parameters", "memory from layer 1, interleaved, 3 passes", "tok/sec", "eta",
@@ -74,17 +85,17 @@ def test_training_end_to_end(trained):
 @pytest.mark.parametrize("flags", [
     "--lrt none",
     "--lrt layerwise --n-kv-head 1 --value-embeds alternate",
-    "--lrt layerwise --forward-passes 1",
+    "--lrt layerwise --schedule draft --subsets 2 --dest-layers 1 1",
     "--subsets 3 --kv-refresh --inject kv",
     "--subsets 1 --device-batch-size 4 --grad-clip 0 --warmup-steps 0 --final-lr-frac 0.1",
     "--subsets 99 --max-seq-len 31 --total-batch-size 496",
     "--schedule refine --refinements 2 --detach --loss-weights 1 1 2",
-    "--schedule refine --refinements 2 --forward-passes 2",
+    "--schedule draft --drafts 2 --inject input",
     "--schedule chunked --chunk 7 --inject residual",
     "--schedule sequential --value-embeds none --source-layer 0",
     "--activation-checkpointing --loss-weights 1 2 3",
     "--schedule plain --first-memory embedding --inject kv",
-    "--schedule refine --refinements 1 --forward-passes 1 --first-memory embedding",
+    "--schedule draft --first-memory embedding --pass-mix 1 1 1",
 ])
 def test_every_variant_and_schedule_trains(flags, data, here):
     train(data, "--num-iterations", 3, "--eval-tokens", 256, "--decode-tokens", 64, "--name", "x",
@@ -120,10 +131,10 @@ def test_a_run_goes_on_in_its_dtype(data, here, monkeypatch):
     train(data, "--resume", "runs/x")
     assert torch.load("runs/x/ckpt_0000002.pt")["args"]["dtype"] == "float32"
 
-def test_the_last_steps_refine_once_more(data, here):
-    """--deepen: evaluations and checkpoints go by the schedule of the last step that was trained."""
-    train(data, "--num-iterations", 12, "--schedule", "refine", "--refinements", 1, "--forward-passes", 1,
-          "--deepen", 0.25, "--eval-every", 9, "--save-every", 9, "--name", "x")
+def test_the_last_steps_draft_once_more(data, here):
+    """Evaluations and checkpoints go by the schedule of the last step that was trained."""
+    train(data, "--num-iterations", 12, "--schedule", "draft", "--eval-every", 9, "--save-every", 9,
+          "--name", "x")
     assert [len(row["passes"]) for row in log("runs/x")] == [2] * 9 + [3] * 3
 
     evaluated_passes = []
@@ -133,7 +144,67 @@ def test_the_last_steps_refine_once_more(data, here):
 
     for step, depth in ((9, 1), (12, 2)):
         schedule = load_checkpoint(f"runs/x/ckpt_{step:07d}.pt")["schedule"]
-        assert schedule["refinements"] == schedule["forward_passes"] == depth
+        assert schedule["drafts"] == depth
+
+
+# -----------------------------------------------------------------------------
+# --init-from: a new run with the weights of another
+
+def final_bpb(name):
+    return log(f"runs/{name}", "eval")[-1]["bpb"]["merged"]
+
+@pytest.mark.parametrize("flags", [
+    "--lrt shared",
+    "--lrt layerwise --inject kv --dest-layers 1 1 --schedule draft",
+    "--lrt shared --inject input --first-memory embedding",
+    "--lrt none --max-seq-len 64 --total-batch-size 512",
+])
+def test_memory_is_added_to_a_trained_model(flags, data, here):
+    """At first it computes what the plain model does; then its new matrices learn."""
+    plain = "--lrt none --value-embeds alternate --num-iterations 4 --eval-tokens 256 --decode-tokens 64"
+    train(data, *plain.split(), "--name", "plain")
+    train(data, "--init-from", "runs/plain", "--num-iterations", 3, "--eval-tokens", 256, "--decode-tokens",
+          64, "--name", "x", *flags.split())
+    config = load_checkpoint("runs/x/ckpt_0000003.pt")["config"]
+    assert config["value_embeds"] == "alternate"  # a flag of the other run
+    first, *_, last = log("runs/x", "eval")
+    if config["sequence_len"] == 32:
+        assert first["bpb"]["merged"] == pytest.approx(final_bpb("plain"), abs=1e-5)
+    assert last["bpb"]["merged"] < first["bpb"]["merged"] - 0.005
+    weights = load_checkpoint("runs/x/ckpt_0000003.pt")["model"]
+    assert all(weights[name].abs().max() > 0 for name in weights if name.startswith("mem_"))
+
+def test_a_run_that_began_with_other_weights_goes_on(data, here):
+    """The other run is not read again: it may be gone."""
+    brief = ["--eval-tokens", 64, "--decode-tokens", 0]
+    train(data, "--lrt", "none", "--num-iterations", 2, *brief, "--name", "plain")
+    begin = [*SMALL, "--init-from", "runs/plain", "--lrt", "shared", "--num-iterations", 4, "--save-every", 2,
+             *brief, "--resume", "auto"]
+    train(data, *begin, "--name", "whole")
+    train(data, *begin, "--name", "x")
+    Path("runs/x/ckpt_0000004.pt").unlink()
+    shutil.rmtree("runs/plain")
+    train(data, *begin, "--name", "x")
+    ours, theirs = (load_checkpoint(f"runs/{name}/ckpt_0000004.pt")["model"] for name in ("x", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+def test_what_init_from_refuses(data, here):
+    train(data, "--num-iterations", 1, "--eval-tokens", 64, "--decode-tokens", 0, "--name", "x")
+    for flags, words in [
+        ("--lrt none", ["which this model lacks", "memory can be added"]),
+        ("--depth 3", ["has no", "leave out the flags"]),
+        ("--aspect-ratio 32", ["leave out the flags"]),
+        ("--value-embeds none", ["which this model lacks"]),
+        ("--resume runs/x", ["--init-from None"]),
+    ]:
+        refused = cli("train.py", "--data", data, "--init-from", "runs/x", *flags.split())
+        assert_refused(refused, *words)
+    assert_refused(cli("train.py", "--data", data, "--init-from", "nowhere"), "no such run or checkpoint")
+    path = Path("runs/x/ckpt_0000001.pt")
+    checkpoint = torch.load(path)
+    torch.save(checkpoint | dict(tokenizer_sha256="0" * 64), path)
+    refused = cli("train.py", "--data", data, "--init-from", "runs/x")
+    assert_refused(refused, "another tokenizer")
 
 
 # -----------------------------------------------------------------------------
@@ -278,10 +349,15 @@ def test_a_run_sees_every_row_once(data, here, monkeypatch):
     ("--lrt none --first-memory embedding", ["first_memory embedding goes with an LRT"]),
     ("--loss-weights -1 1 1", ["not negative"]),
     ("--loss-weights nan 1 1", ["must be finite"]),
-    ("--forward-passes -1", ["--forward-passes must be a number of at least 0"]),
-    ("--forward-passes 3", ["forward_passes must be from 0 to 2", "not 3"]),
-    ("--forward-passes 1 --loss-weights 1 1 1", ["forward_passes", "must be 0"]),
-    ("--forward-passes 1 --schedule chunked --chunk 8", ["forward_passes goes with", "not with chunked"]),
+    ("--drafts 0", ["--drafts must be a number of at least 1"]),
+    ("--schedule draft --loss-weights 1 1", ["loss weights do not go with draft"]),
+    ("--pass-mix 1 1", ["--pass-mix goes with --schedule draft, not with interleaved"]),
+    ("--schedule draft --pass-mix 1 1", ["--first-memory embedding"]),
+    ("--schedule draft --first-memory embedding --pass-mix 1 -1", ["--pass-mix 1.0 -1.0", "not negative"]),
+    ("--schedule draft --first-memory embedding --pass-mix 0 0", ["not all 0"]),
+    ("--schedule draft --first-memory embedding --pass-mix 1 nan", ["--pass-mix 1.0 nan"]),
+    ("--dest-layers 1 2", ["dest_layers 1 2 are no range of the layers 0 to 1"]),
+    ("--dest-layers 0 1 --inject input", ["dest_layers do not go with inject input"]),
     # batch and data
     ("--total-batch-size 500", ["--total-batch-size 500", "not divisible", "32 tokens a row"]),
     ("--total-batch-size 512 --device-batch-size 3", ["--device-batch-size 3", "16 rows"]),
