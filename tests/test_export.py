@@ -27,12 +27,12 @@ from attention import KVCache
 from checkpointing import Log, save_checkpoint
 from core import Example, evaluate_task, load_tasks, make_example, score
 from dataset import BOS, encode_text, load_tokenizer, tokenizer_sha256
+from flags import make_parser
 from interleave import Schedule, decode_tokens
-from model import NANOCHAT_BACKBONE
 from prepare_data import train_tokenizer
+from recipes import NANOCHAT_BACKBONE
 from sample import generate, load_run
 from test_model import make
-from train import make_parser
 
 CONTEXT = 48
 CONTROL = dict(first_memory="embedding", memory="embedding")
