@@ -24,7 +24,7 @@ from test_recurrent import make_recurrent
 
 import export
 from attention import KVCache
-from checkpointing import Log, save_checkpoint
+from checkpointing import Log, Saver
 from core import Example, evaluate_task, load_tasks, make_example, score
 from dataset import BOS, encode_text, load_tokenizer, tokenizer_sha256
 from flags import make_parser
@@ -70,13 +70,13 @@ def save_run(folder, model, data):
     log = Log(folder, run_id="0123")
     log.add(kind="eval", step=20, bpb={"merged": 2.5, "decode": 2.25})
     flags = "--depth 3 --lrt shared --data /secret --init-from /secret --total-batch-size 4096"
-    save_checkpoint(
-        folder / "ckpt_0000020.pt",
+    Saver(folder, log, keep=1).save(
+        [], 20, final=True,
         model=model.state_dict(),
-        optimizers=[],
-        step=20,
         rows_seen=20,
+        left_out=[],
         seconds=1.0,
+        commit="unknown",
         config=dataclasses.asdict(model.config),
         schedule=dataclasses.asdict(Schedule("plain")),
         args=vars(make_parser().parse_args(flags.split())),

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from helpers import assert_refused, cli
 from test_faults import (
     TINY,
-    checkpoints,
     log,
     losses,
     many,
@@ -27,7 +26,7 @@ from test_faults import (
 
 import plan as plan_room
 import train
-from checkpointing import load_checkpoint
+from checkpointing import list_checkpoints, load_checkpoint, remove_checkpoint
 from flags import make_parser
 from plan import make_plan, memory_estimate
 
@@ -118,8 +117,8 @@ def test_checkpoints_interchange(data, here, fork):
 def copy_first_half(source, name):
     """A run as it was after step 3."""
     shutil.copytree(f"runs/{source}", f"runs/{name}")
-    Path(f"runs/{name}/ckpt_0000006.pt").unlink()
-    assert checkpoints(f"runs/{name}") == ["ckpt_0000003.pt"]
+    remove_checkpoint(Path(f"runs/{name}/ckpt_0000006.pt"))
+    assert [path.name for path in list_checkpoints(f"runs/{name}")] == ["ckpt_0000003.pt"]
 
 def test_in_bf16(data, here, fork):
     """Layers are sent in bf16, in which they compute anyway; gradients add up in float32."""
@@ -191,7 +190,7 @@ def test_the_estimate_of_memory():
 
 @pytest.mark.parametrize("gib, answer", [
     (9, "it fits in 9 GiB"),
-    (1, "it does not fit in 1 GiB, --shard does"),
+    (0.5, "it does not fit in 0.5 GiB, --shard does"),
     (0.1, "it does not fit in 0.1 GiB, with --shard neither"),
 ])
 def test_dry_run_says_what_fits(gib, answer, here, monkeypatch):
