@@ -83,7 +83,7 @@ def test_dry_run_predicts_time_and_cost(here, monkeypatch):
         assert_refused(cli("train.py", "--dry-run", "--mfu", mfu), "--mfu must be")
 
 @pytest.mark.parametrize("flags", ["", "--n-kv-head 2", "--schedule chunked --chunk 24",
-                                   "--schedule refine --refinements 1 --forward-passes 1"])
+                                   "--schedule draft"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_dry_run_counts_what_a_step_keeps(flags, recompute):
     """The estimate, on the meta device, is what autograd and the store really hold after a forward."""
@@ -103,7 +103,7 @@ def test_dry_run_counts_what_a_step_keeps(flags, recompute):
     "--window-pattern L",
     "--window-pattern SSL --subsets 3",
     "--window-pattern L --source-layer 0",
-    "--window-pattern SL --source-layer 28 --schedule refine --refinements 2 --forward-passes 1",
+    "--window-pattern SL --source-layer 28 --schedule draft",
     "--window-pattern S --schedule refine --refinements 1 --loss-weights 0 1",
     "--recipe nanochat --window-pattern L --activation-checkpointing",
 ])
