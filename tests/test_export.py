@@ -554,7 +554,7 @@ def assert_lm_eval_agrees(run, tmp_path):
 @pytest.mark.slow
 @real
 def test_lm_eval_scores_as_our_core(data, tmp_path):
-    for name in ("safetensors", "transformers", "lm_eval"):
+    for name in ("safetensors", "transformers", "lm_eval", "accelerate"):
         pytest.importorskip(name, reason="extras `export` and `eval` are not installed")
     flags = "--depth 2 --aspect-ratio 16 --head-dim 16 --max-seq-len 512 --lrt shared --num-iterations 20 "
     flags += "--total-batch-size 1024 --eval-tokens 1024 --decode-tokens 0 --device cpu --dtype float32"
