@@ -24,7 +24,7 @@ from test_recurrent import make_recurrent
 
 import export
 from attention import KVCache
-from checkpointing import Log, save_checkpoint
+from checkpointing import CHECKPOINT, OLDER, VERSION, Log
 from core import Example, evaluate_task, load_tasks, make_example, score
 from dataset import BOS, encode_text, load_tokenizer, tokenizer_sha256
 from interleave import Schedule, decode_tokens
@@ -70,8 +70,8 @@ def save_run(folder, model, data):
     log = Log(folder, run_id="0123")
     log.add(kind="eval", step=20, bpb={"merged": 2.5, "decode": 2.25})
     flags = "--depth 3 --lrt shared --data /secret --init-from /secret --total-batch-size 4096"
-    save_checkpoint(
-        folder / "ckpt_0000020.pt",
+    checkpoint = OLDER | dict(
+        version=VERSION,
         model=model.state_dict(),
         optimizers=[],
         step=20,
@@ -85,6 +85,8 @@ def save_run(folder, model, data):
         shards_sha256=[],
         run_id="0123",
     )
+    assert checkpoint.keys() == CHECKPOINT.keys()
+    torch.save(checkpoint, folder / "ckpt_0000020.pt")
     return folder
 
 def make_variant(name):
