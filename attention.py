@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
@@ -512,3 +513,21 @@ def cuda_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
 @cuda_backward.register_fake
 def _(grad, q, k, v, *_):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+def flash_flops(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, *_, window_size_left=None, **__):
+    """
+    FLOPs of aten._flash_attention_forward on q (B, P, n_head, d) and k (B, n, n_kv_head, d): two products,
+    for the queries and keys that meet.
+    """
+    B, P, n_head, d = q.shape
+    pairs = P * k.size(1)
+    if causal:
+        pairs = P * (P + 1) // 2
+        if window_size_left is not None and window_size_left < P:
+            beyond = P - 1 - window_size_left
+            pairs -= beyond * (beyond + 1) // 2
+    return 4 * B * n_head * d * pairs
+
+# By FLOPs the compiler chooses what it computes again with activation checkpointing. torch's own formula
+# takes positions for heads, which makes them so few that every call was.
+flop_registry[aten._flash_attention_forward] = flash_flops

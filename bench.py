@@ -150,7 +150,8 @@ def full_decoder(model, args, batch, context, device):
     hidden = torch.randn(batch, 1, model.config.n_embd, device=device, dtype=model.compute_dtype)
     memory = None if model.config.lrt == "none" else hidden
     uniform = torch.zeros(args.tokens + 1, batch, device=device)
-    return Decoder(model, kv, hidden, memory, context - args.tokens, uniform, greedy)
+    first = context - args.tokens
+    return Decoder(model, kv, hidden, memory, first, uniform, greedy, compile=args.compile)
 
 def decode(decoder, tokens):
     """So many tokens, from the same position on every time."""
@@ -753,6 +754,7 @@ def make_parser():
     p.add_argument("--vocab-size", type=int, default=32768, help="vocabulary")
     p.add_argument("--context", type=int, nargs="+", default=[128, 1024], help="positions in the cache")
     p.add_argument("--tokens", type=int, default=8, help="tokens a measurement")
+    p.add_argument("--compile", action="store_true", help="compile our step, as sample.py --compile does")
     p.add_argument("--nanochat", metavar="DIR", help="a checkout of nanochat, whose own decoding takes turns")
 
     p = command(bench_prefill, "prefill", "exact parallel prefill against token by token")

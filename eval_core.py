@@ -145,7 +145,6 @@ def evaluate_bpb(model, rows, token_bytes, schedule, batch_size, decode=False, t
     by_position["bytes"] = n_bytes[0].numpy()
     return bpb, by_position
 
-
 @torch.no_grad()
 def evaluate_stability(model, rows, token_bytes, n_passes, batch_size, progress=None):
     """

@@ -217,9 +217,10 @@ def rotate(x, cos, sin):
 
 def product(x, weight):
     """x (.., n_in) times the transposed weight (n_out, n_in): (.., n_out)."""
-    if HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+    is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if HAS_ONEDNN and is_plain and x.device.type == "cpu" and x.dtype == torch.float32:
         # oneDNN's products of some rows are faster than BLAS's, which torch prefers, but slower to begin, and
-        # very slow with a part of the rows of packed weights
+        # very slow with a part of the rows of packed weights. Inductor only takes its own calls of it.
         n_rows = x.numel() // x.size(-1)
         is_dense = weight.is_contiguous() or weight.t().is_contiguous()
         if n_rows > 2 and n_rows * weight.numel() >= 2**22 and is_dense:
@@ -723,7 +724,7 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """hidden (B, P, D) -> logits (B, P, V) in float32 or wider, softly capped at +-15; equation (3)."""
         logits = self.lm_head(hidden)
-        return 15 * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / 15)
+        return 15 * logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(15).tanh_()
 
     def token_loss(self, hidden, targets):
         """

@@ -199,14 +199,17 @@ class Decoder:
     """
     Decodes N sequences, all by one token at a time. What changes from token to token lies in tensors that
     stay in their places on the device, down to the position and the random numbers. So a step is the same
-    work every time, which on CUDA is captured as a CUDA graph: thousands of kernels, launched at once.
+    work every time, which can be compiled, and which on CUDA is captured as a CUDA graph: a thousand kernels,
+    launched at once. Otherwise Python knows the position, and attention reads no more of the cache than it.
     """
 
-    def __init__(self, model, kv, hidden, memory, first, uniform, draw, use_memory=True, capture=None):
+    def __init__(self, model, kv, hidden, memory, first, uniform, draw, use_memory=True, compile=False,
+                 capture=None):
         """
         kv: the cache of what was processed, of which hidden (N, 1, D) and memory (N, 1, D) or None are the
         last position's; first: the next position; uniform (n, N): random numbers for n tokens a sequence;
-        draw(logits, uniform): as sample_next_token; capture: None means on CUDA.
+        draw(logits, uniform): as sample_next_token; compile: it takes half a minute, and saves a third of the
+        time of a step on a CPU (research/SPEED.md); capture: None means on CUDA.
         """
         self.model = model
         self.kv = kv
@@ -215,8 +218,10 @@ class Decoder:
         self.draw = draw
         self.use_memory = use_memory
         self.first = first
+        self.work = None  # a step whose numbers are all on the device; None: Python walks over the layers
+        if compile:
+            self.work = torch.compile(self.forward_on_device, dynamic=False, fullgraph=True)
         self.capture = model.wte.weight.is_cuda if capture is None else capture
-        self.replay = None  # launches the captured step
         self.made = 1  # tokens a sequence so far
         self.index = torch.ones(1, dtype=torch.int64, device=hidden.device)  # the same, on the device
         self.tokens = draw(model.logits(hidden)[:, -1], uniform[0])  # (N,), the newest
@@ -237,10 +242,11 @@ class Decoder:
     def step(self):
         """The next token of every sequence: `tokens` (N,), overwritten by the next step."""
         position = self.first - 1 + self.made
-        if self.replay is not None:
-            self.replay()
-        elif self.capture:
-            self.replay = record(self.forward_on_device, self.tokens.device)  # which runs it once
+        if self.capture:
+            self.work = record(self.work or self.forward_on_device, self.tokens.device)  # which runs it once
+            self.capture = False
+        elif self.work is not None:
+            self.work()
         else:
             self.forward(range(position, position + 1), self.uniform[self.made])
         self.made += 1
@@ -248,7 +254,7 @@ class Decoder:
 
 @torch.inference_mode()
 def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0,
-             num_samples=1, stop=None, use_memory=True):
+             num_samples=1, stop=None, use_memory=True, compile=False):
     """
     Continue prompts (lists of at least one token id, of any lengths) with the exact recurrence, num_samples
     times each. Yields (sequence, token, text) as the tokens are made. `sequence` numbers the samples of the
@@ -263,8 +269,9 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_k=N
     generator, seeded seed + i, so it does not depend on what else is in the batch.
 
     interleave.prefill processes all prompts at once; then each token is one forward. A sequence carries the
-    standard KV cache and one memory vector. use_memory=False keeps to the first memory, zero by default, for
-    comparison. Raises ValueError for a prompt that is empty or longer than the context.
+    standard KV cache and one memory vector. compile: as for Decoder. use_memory=False keeps to the first
+    memory, zero by default, for comparison. Raises ValueError for a prompt that is empty or longer than the
+    context.
     """
     context = model.config.sequence_len
     lengths = [len(prompt) for prompt in prompts]
@@ -289,7 +296,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_k=N
         uniform[:, i] = torch.rand(steps, generator=torch.Generator().manual_seed(seed + i))
     uniform = uniform.repeat(1, len(prompts)).to(hidden.device)
     draw = partial(sample_next_token, temperature=temperature, top_k=top_k, top_p=top_p)
-    decoder = Decoder(model, kv, hidden, memory, max(lengths), uniform, draw, use_memory)
+    decoder = Decoder(model, kv, hidden, memory, max(lengths), uniform, draw, use_memory, compile)
 
     while True:
         # detokenize and yield, leaving out the sequences that have ended
@@ -349,6 +356,8 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text")
     parser.add_argument("--no-memory", action="store_true",
                         help="keep the memory at zero, to see what it is worth")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the step of a token first: takes half a minute, pays for long texts")
     parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
     args = parser.parse_args()
     at_least(args, num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
@@ -362,6 +371,8 @@ def parse_args():
         raise UserError("--prompt-file goes without --prompt and --interactive")
     if args.interactive and (args.prompt or args.out or args.num_samples > 1):
         raise UserError("--interactive goes without --prompt, --out and --num-samples: type the prompts")
+    if args.interactive and args.compile:
+        raise UserError("--interactive goes without --compile: every text would be compiled anew")
     return args
 
 def read_prompts(path):
@@ -454,6 +465,7 @@ def main():
         seed=args.seed,
         stop=args.stop,
         use_memory=not args.no_memory,
+        compile=args.compile,
     )
     if args.interactive:
         interact(model, tokenizer, options)

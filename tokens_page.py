@@ -19,7 +19,7 @@ from sample import new_cache
 
 TEMPLATE = Path(__file__).resolve().parent / "tokens_page.html"
 PLACEHOLDER = "DATA_OF_THE_PAGE"  # stands in the template where the figures go
-MAX_TOKENS = 20_000  # on one page: about 5 MB, and a second or two until a browser shows it
+MAX_TOKENS = 20_000  # on one page: about 3 MB, and a second or two until a browser shows it
 TOP = 5  # the likeliest tokens that are kept of every prediction
 MAX_LOGITS = 2**24  # that exist at a time
 

@@ -372,6 +372,9 @@ def draw_runs(folders, path):
     rates.set(xlabel="step", title="learning rates, share of the highest")
     for ax in (lambdas, gates):
         ax.locator_params(axis="x", integer=True)
+    for ax in (loss, norms):  # 5, not 5 x 10^0
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
     for ax in axes.flat:
         if ax.get_legend_handles_labels()[1]:
             ax.legend(fontsize=7)

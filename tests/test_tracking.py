@@ -136,7 +136,7 @@ def test_offline_run_and_its_resumption(data, here):
     losses = [row["loss"] for row in log("runs/x")]
     assert [row["train/loss"] for row in rows if "train/loss" in row] == losses
     evaluations = [row for row in rows if "eval/bpb/merged" in row]
-    assert [row["step"] for row in evaluations] == [4, 6]
+    assert [row["step"] for row in evaluations] == [0, 4, 6]
     assert evaluations[-1]["eval/decode_rows/decode"] == log("runs/x", "eval")[-1]["decode_rows"]["decode"]
     assert "eval/learned/c/1" in evaluations[0]
     assert "eval/learned/gates/0/memory" in evaluations[0]
