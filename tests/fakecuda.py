@@ -468,8 +468,8 @@ def compile_kernels(code):
     return len(sources), n_binaries
 
 CASES = dict(training=training, deterministic=deterministic, recurrent_training=recurrent_training,
-             checkpoints=checkpoints, inference=inference, decoding=decoding, trace=trace, trace_all=trace_all,
-             recomputation=recomputation, lower=lower, machine_code=machine_code)
+             checkpoints=checkpoints, inference=inference, decoding=decoding, trace=trace,
+             trace_all=trace_all, recomputation=recomputation, lower=lower, machine_code=machine_code)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
