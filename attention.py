@@ -48,6 +48,10 @@ def dot_product_attention(q, k, v, mask=None, is_causal=False):
     SDPA of q (B, n_head, P, d) over k, v (B, n_kv_head, n, d): n_head / n_kv_head query heads share a key
     head.
     """
+    if q.is_meta:  # plan.py counts what is kept: without a device, SDPA does not choose the kernel of one
+        if mask is not None:
+            mask = mask.to(q.dtype)
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=mask)[0]
     grouped = q.size(1) != k.size(1)
     if grouped and q.size(2) == 1:
         # without a grouped kernel: the queries of a key head are like positions that all see the same keys
@@ -348,7 +352,7 @@ def attend(q, queries, parts, window):
         n = len(queries)
         return dot_product_attention(q, ks[0][:, :, :n], vs[0][:, :, :n], is_causal=True)
 
-    has_kernels = q.device.type == "cpu" or on_cuda(q)
+    has_kernels = q.device.type in ("cpu", "meta") or on_cuda(q)
     if len(queries) == 1 or "mixed" in relations or not has_kernels:
         return attend_dense(q, queries, relations, positions, ks, vs, window)
 

@@ -24,9 +24,10 @@ to the input instead, as full-bandwidth transformers do (arXiv 2608.08888):
 
     x0 = norm(embed(token_t)) + sigmoid(norm(embed(token_t)) @ Wg) * (m_{t-1} @ Wu)
 
-This is the backbone of the LRT release. nanochat, which that was forked from, has moved on: NANOCHAT_BACKBONE
-has the choices of its code of 2026-07-03. Memory enters either backbone the same way. What differs in form,
-with e_t = norm(embed(token_t)), scalars s and r, and h_mid = h after layer L // 2:
+This is the backbone of the LRT release. nanochat, which that was forked from, has moved on:
+NANOCHAT_BACKBONE in recipes.py has the choices of its code of 2026-07-03. Memory enters either backbone the
+same way. What differs in form, with e_t = norm(embed(token_t)), scalars s and r, and h_mid = h after layer
+L // 2:
 
     x0 = e_t + s * sigmoid(e_t[:24] @ Ws) * e_{t-1}               smear
     g_loc, g_mem, g_tok = 2, 2, 3 * sigmoid(u[:12] @ Wg_l)        narrow gates, g_tok on every other layer
@@ -185,19 +186,6 @@ class GPTConfig:
         if self.value_embeds == "alternate":
             return (self.n_layer - 1 - layer) % 2 == 0
         return self.value_embeds == "all"
-
-# the fields in which nanochat's backbone of 2026-07-03 differs (github.com/karpathy/nanochat, commit 92d63d4)
-NANOCHAT_BACKBONE = dict(
-    short_window="quarter",
-    value_embeds="alternate",
-    smear=True,
-    backout=True,
-    gate_channels=12,
-    value_gate=3.0,
-    query_scale=1.2 * 1.2,  # of queries and of keys there
-    rotary_base=100000.0,
-    init="nanochat",
-)
 
 
 # -----------------------------------------------------------------------------

@@ -20,15 +20,12 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from attention import KVCache
-from checkpointing import find_checkpoint, load_checkpoint, load_model
 from common import (
     ArgumentParser,
     UserError,
     at_least,
     at_most,
+    check_command_line,
     check_folder,
     is_text,
     open_source,
@@ -39,11 +36,70 @@ from common import (
     text_of,
     write_atomic,
 )
+
+MAX_SAMPLES = 10**6  # of a prompt; all of them are one batch
+
+# -----------------------------------------------------------------------------
+# Flags
+
+def parse_args():
+    """The command line, checked. Raises UserError."""
+    parser = ArgumentParser(
+        description="Sample from a trained run, with memory carried from token to token.")
+    parser.add_argument("--checkpoint", metavar="PATH",
+                        help="run folder or checkpoint file (default: the newest in runs/)")
+    parser.add_argument("--prompt", default="",
+                        help="text to continue; always text, also where it spells a special token; "
+                             "empty: from nothing")
+    parser.add_argument("--prompt-file", metavar="FILE",
+                        help='many prompts, one a line, or .jsonl with {"prompt": ..}; '
+                             "processed as one batch")
+    parser.add_argument("--out", metavar="FILE",
+                        help="write JSON lines {prompt, seed, text} here instead of streaming")
+    parser.add_argument("--interactive", action="store_true",
+                        help="a prompt loop: Ctrl-C ends a text, Ctrl-D quits")
+    parser.add_argument("--num-samples", type=int, default=1,
+                        help="samples a prompt, with seeds SEED, SEED+1, ..")
+    parser.add_argument("--max-new-tokens", type=int, default=256,
+                        help="tokens a sample; it ends earlier at BOS, at --stop, "
+                             "and where the context ends (it does not slide)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="below 1 sharper, 0 greedy")
+    parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest tokens, 0: from all")
+    parser.add_argument("--top-p", type=float,
+                        help="draw from the likeliest tokens that reach this probability")
+    parser.add_argument("--stop", metavar="TEXT", help="end a sample before this text")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same text")
+    parser.add_argument("--no-memory", action="store_true",
+                        help="keep the memory at zero, to see what it is worth")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the step of a token first: takes half a minute, pays for long texts")
+    parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
+    args = parser.parse_args()
+    at_least(args, num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
+    at_most(args, num_samples=MAX_SAMPLES)
+    check_folder(args.out)
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p must be above 0 and at most 1, not {args.top_p}")
+    if args.stop is not None and not is_text(args.stop):
+        raise UserError(f"--stop is not UTF-8 text: {ascii(args.stop)}")
+    if args.prompt_file is not None and (args.prompt or args.interactive):
+        raise UserError("--prompt-file goes without --prompt and --interactive")
+    if args.interactive and (args.prompt or args.out or args.num_samples > 1):
+        raise UserError("--interactive goes without --prompt, --out and --num-samples: type the prompts")
+    if args.interactive and args.compile:
+        raise UserError("--interactive goes without --compile: every text would be compiled anew")
+    return args
+
+if __name__ == "__main__":  # --help does not wait for what follows
+    check_command_line(parse_args)
+
+import torch
+
+from attention import KVCache
+from checkpointing import find_checkpoint, load_checkpoint, load_model
 from dataset import BOS, encode_text, load_tokenizer, tokenizer_sha256
 from interleave import prefill
 from recurrent import record
-
-MAX_SAMPLES = 10**6  # of a prompt; all of them are one batch
 
 # -----------------------------------------------------------------------------
 # From a run to a model, from text to tokens and back
@@ -326,54 +382,6 @@ def complete(*args, **options):
 
 # -----------------------------------------------------------------------------
 # The command
-
-def parse_args():
-    """The command line, checked. Raises UserError."""
-    parser = ArgumentParser(
-        description="Sample from a trained run, with memory carried from token to token.")
-    parser.add_argument("--checkpoint", metavar="PATH",
-                        help="run folder or checkpoint file (default: the newest in runs/)")
-    parser.add_argument("--prompt", default="",
-                        help="text to continue; always text, also where it spells a special token; "
-                             "empty: from nothing")
-    parser.add_argument("--prompt-file", metavar="FILE",
-                        help='many prompts, one a line, or .jsonl with {"prompt": ..}; '
-                             "processed as one batch")
-    parser.add_argument("--out", metavar="FILE",
-                        help="write JSON lines {prompt, seed, text} here instead of streaming")
-    parser.add_argument("--interactive", action="store_true",
-                        help="a prompt loop: Ctrl-C ends a text, Ctrl-D quits")
-    parser.add_argument("--num-samples", type=int, default=1,
-                        help="samples a prompt, with seeds SEED, SEED+1, ..")
-    parser.add_argument("--max-new-tokens", type=int, default=256,
-                        help="tokens a sample; it ends earlier at BOS, at --stop, "
-                             "and where the context ends (it does not slide)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="below 1 sharper, 0 greedy")
-    parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest tokens, 0: from all")
-    parser.add_argument("--top-p", type=float,
-                        help="draw from the likeliest tokens that reach this probability")
-    parser.add_argument("--stop", metavar="TEXT", help="end a sample before this text")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same text")
-    parser.add_argument("--no-memory", action="store_true",
-                        help="keep the memory at zero, to see what it is worth")
-    parser.add_argument("--compile", action="store_true",
-                        help="compile the step of a token first: takes half a minute, pays for long texts")
-    parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
-    args = parser.parse_args()
-    at_least(args, num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
-    at_most(args, num_samples=MAX_SAMPLES)
-    check_folder(args.out)
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise UserError(f"--top-p must be above 0 and at most 1, not {args.top_p}")
-    if args.stop is not None and not is_text(args.stop):
-        raise UserError(f"--stop is not UTF-8 text: {ascii(args.stop)}")
-    if args.prompt_file is not None and (args.prompt or args.interactive):
-        raise UserError("--prompt-file goes without --prompt and --interactive")
-    if args.interactive and (args.prompt or args.out or args.num_samples > 1):
-        raise UserError("--interactive goes without --prompt, --out and --num-samples: type the prompts")
-    if args.interactive and args.compile:
-        raise UserError("--interactive goes without --compile: every text would be compiled anew")
-    return args
 
 def read_prompts(path):
     """The prompts of a text file, one a line, or of JSON lines with a key `prompt`. Raises UserError."""

@@ -38,9 +38,11 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from attention import KVCache, take  # noqa: E402
 from checkpointing import VERSION, copy_out, load_checkpoint, load_optimizers, load_weights  # noqa: E402
+from flags import make_parser  # noqa: E402
 from interleave import Schedule, TrainStep, prefill  # noqa: E402
-from model import NANOCHAT_BACKBONE, GPTConfig  # noqa: E402
+from model import GPTConfig  # noqa: E402
 from plan import make_plan  # noqa: E402
+from recipes import NANOCHAT_BACKBONE  # noqa: E402
 from recurrent import RecurrentConfig, build_model  # noqa: E402
 
 aten = torch.ops.aten
@@ -151,7 +153,7 @@ def checkpoints():
     optim.training_dtype = lambda device: torch.bfloat16
     flags = "--depth 1 --aspect-ratio 32 --head-dim 16 --max-seq-len 24 --total-batch-size 48 --no-compile " \
         "--num-iterations 1 --recipe nanochat --lrt shared"
-    args = train.make_parser().parse_args(flags.split())
+    args = make_parser().parse_args(flags.split())
     plan = make_plan(args, 64, 1, torch.bfloat16)
     rng = torch.get_rng_state()
 
@@ -432,7 +434,7 @@ def machine_code(*flags):
     become machine code for sm_90. Prints how many there are and how long it took.
     """
     pretend_h100()
-    args = train.make_parser().parse_args(flags)
+    args = make_parser().parse_args(flags)
     plan = make_plan(args, 32768, 8, torch.bfloat16)
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=8)
     train.DDP = partial(train.DDP, init_sync=False)  # which would send numbers

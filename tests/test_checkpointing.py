@@ -42,7 +42,8 @@ from checkpointing import (
 from common import Unreadable, UserError
 from eval_core import recurrent_losses
 from interleave import Schedule
-from optim import OptimizerConfig, make_optimizers
+from optim import make_optimizers
+from recipes import OptimizerConfig
 
 
 @pytest.fixture

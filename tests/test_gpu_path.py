@@ -19,6 +19,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 import train
+from flags import make_parser
 from interleave import Schedule, TrainStep
 from model import GPT, GPTConfig
 from plan import make_plan
@@ -49,7 +50,7 @@ def compile_with(backend, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile(f, backend=backend, **kwargs))
 
 def setup(flags):
-    args = train.make_parser().parse_args(flags.split())
+    args = make_parser().parse_args(flags.split())
     plan = make_plan(args, 512, 1, torch.float32)
     return train.setup_training(args, plan, torch.device("cpu"), torch.float32)
 

@@ -26,7 +26,8 @@ import sample
 from attention import KVCache
 from checkpointing import load_model
 from interleave import plain, prefill, run
-from model import NANOCHAT_BACKBONE, GPTConfig, product
+from model import GPTConfig, product
+from recipes import NANOCHAT_BACKBONE
 from recurrent import RecurrentConfig, build_model
 from sample import Decoder, IncrementalDetokenizer, complete, generate, read_prompts, sample_next_token
 from test_model import CONFIG, decode, make, randomize, tokens

@@ -27,6 +27,7 @@ from test_faults import (
 import plan as plan_room
 import train
 from checkpointing import list_checkpoints, load_checkpoint, remove_checkpoint
+from flags import make_parser
 from plan import make_plan, memory_estimate
 
 data, fork = test_faults.data, test_faults.fork  # fixtures
@@ -135,7 +136,7 @@ def count_bytes(folder, env):
     os.environ |= env
     dist.init_process_group("gloo")
     flags = "--depth 2 --aspect-ratio 32 --head-dim 16 --max-seq-len 32 --total-batch-size 128 --shard"
-    args = train.make_parser().parse_args([*flags.split(), "--lrt", "shared", "--num-iterations", "1"])
+    args = make_parser().parse_args([*flags.split(), "--lrt", "shared", "--num-iterations", "1"])
     plan = make_plan(args, 64, dist.get_world_size(), torch.float32)
     model, optimizers, step = train.setup_training(args, plan, torch.device("cpu"), torch.float32)
     idx = torch.zeros(1, 32, dtype=torch.int64)
@@ -178,7 +179,7 @@ FLAGS = "--depth 4 --lrt shared --max-seq-len 64 --total-batch-size 512 --num-it
 
 def test_the_estimate_of_memory():
     """The shards are an eighth; what is put together at a time is small beside the model."""
-    plan = make_plan(train.make_parser().parse_args(FLAGS), 32768, 8, torch.bfloat16)
+    plan = make_plan(make_parser().parse_args(FLAGS), 32768, 8, torch.bfloat16)
     whole = memory_estimate(plan, 8, torch.bfloat16, False)
     sharded = memory_estimate(plan, 8, torch.bfloat16, False, shard=True)
     total = plan.counts["total"]
