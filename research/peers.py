@@ -38,7 +38,7 @@ from bench import (
     training_step,
 )
 from common import ArgumentParser, UserError, check_folder, run_main
-from model import GPTConfig
+from model import NANOCHAT_BACKBONE, GPTConfig
 from recurrent import build_model
 
 
@@ -118,7 +118,9 @@ def step_contestants(args):
 DECODED = 8  # tokens a measurement
 
 def our_decode(lrt, args):
-    model = prepare_decoding(build_model(GPTConfig(**peer_sizes(args), lrt=lrt)))
+    """On nanochat's backbone: windows of the paper's are twice as long."""
+    config = GPTConfig(**peer_sizes(args), **NANOCHAT_BACKBONE, lrt=lrt)
+    model = prepare_decoding(build_model(config))
     decoder = full_decoder(model, args.batch, args.context, DECODED, compile=False)
     return dict(decode=torch.inference_mode()(partial(decode, decoder, DECODED)))
 
