@@ -38,7 +38,8 @@ from bench import (
     training_step,
 )
 from common import ArgumentParser, UserError, check_folder, run_main
-from model import NANOCHAT_BACKBONE, GPTConfig
+from model import GPTConfig
+from recipes import NANOCHAT_BACKBONE
 from recurrent import build_model
 
 
