@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
@@ -47,6 +48,10 @@ def dot_product_attention(q, k, v, mask=None, is_causal=False):
     SDPA of q (B, n_head, P, d) over k, v (B, n_kv_head, n, d): n_head / n_kv_head query heads share a key
     head.
     """
+    if q.is_meta:  # plan.py counts what is kept: without a device, SDPA does not choose the kernel of one
+        if mask is not None:
+            mask = mask.to(q.dtype)
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=mask)[0]
     grouped = q.size(1) != k.size(1)
     if grouped and q.size(2) == 1:
         # without a grouped kernel: the queries of a key head are like positions that all see the same keys
@@ -347,7 +352,7 @@ def attend(q, queries, parts, window):
         n = len(queries)
         return dot_product_attention(q, ks[0][:, :, :n], vs[0][:, :, :n], is_causal=True)
 
-    has_kernels = q.device.type == "cpu" or on_cuda(q)
+    has_kernels = q.device.type in ("cpu", "meta") or on_cuda(q)
     if len(queries) == 1 or "mixed" in relations or not has_kernels:
         return attend_dense(q, queries, relations, positions, ks, vs, window)
 
@@ -512,3 +517,21 @@ def cuda_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
 @cuda_backward.register_fake
 def _(grad, q, k, v, *_):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+def flash_flops(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, *_, window_size_left=None, **__):
+    """
+    FLOPs of aten._flash_attention_forward on q (B, P, n_head, d) and k (B, n, n_kv_head, d): two products,
+    for the queries and keys that meet.
+    """
+    B, P, n_head, d = q.shape
+    pairs = P * k.size(1)
+    if causal:
+        pairs = P * (P + 1) // 2
+        if window_size_left is not None and window_size_left < P:
+            beyond = P - 1 - window_size_left
+            pairs -= beyond * (beyond + 1) // 2
+    return 4 * B * n_head * d * pairs
+
+# By FLOPs the compiler chooses what it computes again with activation checkpointing. torch's own formula
+# takes positions for heads, which makes them so few that every call was.
+flop_registry[aten._flash_attention_forward] = flash_flops

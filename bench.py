@@ -8,6 +8,7 @@ Timings and counts, measured side by side in one process: the variants take turn
     python bench.py recurrent                             a recurrent layer, tiled and by plain autograd
     python bench.py core --bundle DIR                     CORE in batches against one example at a time
     python bench.py gpu                                   all that only a GPU can settle: research/gpu.py
+    python bench.py peers --nanochat DIR --release DIR    ours beside the peers' own code: research/peers.py
 
 Every other command prints a table and, with --json FILE, writes the same figures with the machine and the
 commit.
@@ -55,7 +56,8 @@ from dataset import Rows, first_rows, open_data
 from interleave import Schedule, TrainStep, decode_tokens, prefill
 from model import GPTConfig
 from optim import Muon, make_optimizers, product_dtype
-from plan import RECIPES, saved_bytes
+from plan import saved_bytes
+from recipes import RECIPES
 from recurrent import RecurrentConfig, build_model, graphs, keys_read, reference, tiled
 from sample import Decoder, load_run, new_cache
 
@@ -65,16 +67,22 @@ MIB = 2**20
 # Measuring and reporting
 
 def clock(device, work):
-    """Seconds that work() takes, with everything that it leaves in the device's queue."""
+    """
+    Seconds that work() takes, with everything that it leaves in the device's queue. With one thread on a CPU
+    they are those of this process, which is what other work on the machine lengthens least.
+    """
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+    now = time.process_time if one_thread else time.perf_counter
+
     def wait():
         if device.type == "cuda":
             torch.cuda.synchronize()
 
     wait()
-    start = time.perf_counter()
+    start = now()
     work()
     wait()
-    return time.perf_counter() - start
+    return now() - start
 
 def take_turns(device, works, repeats):
     """
@@ -150,7 +158,8 @@ def full_decoder(model, args, batch, context, device):
     hidden = torch.randn(batch, 1, model.config.n_embd, device=device, dtype=model.compute_dtype)
     memory = None if model.config.lrt == "none" else hidden
     uniform = torch.zeros(args.tokens + 1, batch, device=device)
-    return Decoder(model, kv, hidden, memory, context - args.tokens, uniform, greedy)
+    first = context - args.tokens
+    return Decoder(model, kv, hidden, memory, first, uniform, greedy, compile=args.compile)
 
 def decode(decoder, tokens):
     """So many tokens, from the same position on every time."""
@@ -753,6 +762,7 @@ def make_parser():
     p.add_argument("--vocab-size", type=int, default=32768, help="vocabulary")
     p.add_argument("--context", type=int, nargs="+", default=[128, 1024], help="positions in the cache")
     p.add_argument("--tokens", type=int, default=8, help="tokens a measurement")
+    p.add_argument("--compile", action="store_true", help="compile our step, as sample.py --compile does")
     p.add_argument("--nanochat", metavar="DIR", help="a checkout of nanochat, whose own decoding takes turns")
 
     p = command(bench_prefill, "prefill", "exact parallel prefill against token by token")
@@ -779,6 +789,7 @@ def make_parser():
                    help="leave out autograd over t for more tokens: its memory grows with their square")
 
     commands.add_parser("gpu", help="all that only a GPU can settle, as python -m research.gpu")
+    commands.add_parser("peers", help="ours beside nanochat's and the release's own code, as research.peers")
     return parser
 
 def check_sizes(args):
@@ -794,8 +805,8 @@ def check_sizes(args):
                 raise UserError(f"{flag(name)} must be at least {low}, not {number}")
 
 def main():
-    if sys.argv[1:2] == ["gpu"]:  # a room of its own, above this one
-        research = [sys.executable, "-m", "research.gpu", *sys.argv[2:]]
+    if sys.argv[1:2] in (["gpu"], ["peers"]):  # rooms of their own, above this one
+        research = [sys.executable, "-m", f"research.{sys.argv[1]}", *sys.argv[2:]]
         path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         sys.exit(subprocess.call(research, env=os.environ | {"PYTHONPATH": path}))
     args = make_parser().parse_args()

@@ -206,6 +206,22 @@ def run_main(main):
     if code:
         sys.exit(code)
 
+def check_command_line(parse_args):
+    """
+    Parse the command line of a script whose imports take seconds before it imports them: --help, and flags
+    that are wrong, end the process here. Its main() parses again.
+    """
+    passed = False
+
+    def check():
+        nonlocal passed
+        parse_args()
+        passed = True
+
+    run_main(check)
+    if not passed:  # --help
+        sys.exit()
+
 
 # -----------------------------------------------------------------------------
 # What the operating system refuses is not what a file contains

@@ -28,16 +28,11 @@ if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process a
 import json
 import math
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
-
-from attention import take
 from common import (
     ArgumentParser,
     UserError,
     at_least,
+    check_command_line,
     check_folder,
     end_processes,
     init_processes,
@@ -45,15 +40,94 @@ from common import (
     run_main,
     write_atomic,
 )
-from core import BUNDLE, describe_core, evaluate_core, load_tasks
-from dataset import BOS, encode_text, first_rows, open_data, token_bytes
-from interleave import Schedule, decode_tokens, pass_losses, prefill, run
 from prepare_data import find_files, read_documents
-from sample import complete, encode_prompts, load_run, new_cache
-from tokens_page import MAX_TOKENS, make_page, page_data, position_ranges, score_tokens
 
 EVALUATIONS = ("bpb", "core", "sample", "stability", "tokens")
 MAX_PASSES_SCORED = 16  # the losses of longer schedules are not shown pass by pass
+
+# -----------------------------------------------------------------------------
+# Flags
+
+def parse_args():
+    """The command line, checked. Raises UserError."""
+    parser = ArgumentParser(
+        description="Bits per byte, CORE and samples of a trained run, with the memory that it really has.")
+    parser.add_argument("--checkpoint", metavar="PATH",
+                        help="run folder or checkpoint file (default: the newest in runs/)")
+    parser.add_argument("--eval", default="bpb", metavar="A,B",
+                        help=f"what to run: any of {','.join(EVALUATIONS)}")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows of the context's length at a time")
+    parser.add_argument("--no-memory", action="store_true",
+                        help="core, sample: keep the memory at zero, as the authors score")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file, too")
+    parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
+
+    g = parser.add_argument_group("any text", "in place of prepared data; all of it is scored")
+    g.add_argument("--text", nargs="+", metavar="FILE",
+                   help="score these files and folders, with the tokenizer of the run: BPB, or tokens: "
+                        "a page that shows where memory helps")
+    g.add_argument("--text-key", default="text", metavar="NAME",
+                   help="what the text is called: key of JSON lines, column of parquet")
+    g.add_argument("--html", metavar="FILE", help="tokens: the page to write")
+    g.add_argument("--against", metavar="PATH",
+                   help="tokens: another run or checkpoint with the same tokenizer to compare with")
+
+    g = parser.add_argument_group("bpb of prepared data")
+    g.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
+    g.add_argument("--split", choices=["train", "val", "both"], default="both", help="which text to score")
+    g.add_argument("--rows", type=int, default=256,
+                   help="rows of the context's length scored in parallel, per split")
+    g.add_argument("--decode-rows", type=int, default=64,
+                   help="rows of them scored with the exact recurrence, 0: none")
+    g.add_argument("--referee", action="store_true",
+                   help="score these token by token, too: the same figure, slowly")
+
+    g = parser.add_argument_group("stability", "of the first --decode-rows rows of the split")
+    g.add_argument("--passes", type=int, default=30, metavar="N",
+                   help="passes over everything, each with the memories of the one before")
+
+    g = parser.add_argument_group(
+        "core",
+        "results go to core_<step>.json and .csv in the run folder; "
+        "a second call goes on with the tasks that are missing")
+    g.add_argument("--bundle", metavar="DIR",
+                   help="folder with core.yaml (default: data_core/eval_bundle, downloaded once)")
+    g.add_argument("--tasks", metavar="A,B", help="run only these")
+    g.add_argument("--max-per-task", type=int, metavar="N",
+                   help="run only so many examples of each: an estimate")
+
+    args = parser.parse_args()
+    at_least(args, rows=1, decode_rows=0, batch_size=1, max_per_task=1, passes=2)
+    check_folder(args.json)
+    check_folder(args.html)
+    wanted = set(args.eval.split(","))
+    if not wanted <= set(EVALUATIONS):
+        raise UserError(f"--eval {args.eval}: choose from {','.join(EVALUATIONS)}")
+    if "tokens" in wanted and not (args.text and args.html):
+        raise UserError("--eval tokens needs a text, --text FILE, and a page to write, --html FILE")
+    if "tokens" not in wanted and (args.html or args.against):
+        raise UserError("--html and --against go with --eval tokens")
+    if args.text and "stability" in wanted:
+        raise UserError("--eval stability is of prepared data: leave --text out")
+    if args.text and args.data:
+        raise UserError("--text takes the place of --data: leave one of them out")
+    args.files = find_files(args.text) if args.text else []
+    return args
+
+if __name__ == "__main__":  # --help does not wait for what follows
+    check_command_line(parse_args)
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from attention import take
+from core import describe_core, evaluate_core, load_tasks
+from dataset import BOS, encode_text, first_rows, open_data, token_bytes
+from interleave import Schedule, decode_tokens, pass_losses, prefill, run
+from sample import complete, encode_prompts, load_run, new_cache
+from tokens_page import MAX_TOKENS, make_page, page_data, position_ranges, score_tokens
 
 # -----------------------------------------------------------------------------
 # Bits per byte
@@ -446,72 +520,6 @@ def report_samples(args, model, tokenizer, encoded, print0):
     for prompt, text in zip(PROMPTS, texts):
         print0(f"\n{prompt}{text}")
     return dict(zip(PROMPTS, texts))
-
-def parse_args():
-    """The command line, checked. Raises UserError."""
-    parser = ArgumentParser(
-        description="Bits per byte, CORE and samples of a trained run, with the memory that it really has.")
-    parser.add_argument("--checkpoint", metavar="PATH",
-                        help="run folder or checkpoint file (default: the newest in runs/)")
-    parser.add_argument("--eval", default="bpb", metavar="A,B",
-                        help=f"what to run: any of {','.join(EVALUATIONS)}")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows of the context's length at a time")
-    parser.add_argument("--no-memory", action="store_true",
-                        help="core, sample: keep the memory at zero, as the authors score")
-    parser.add_argument("--json", metavar="FILE", help="write the results to this file, too")
-    parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
-
-    g = parser.add_argument_group("any text", "in place of prepared data; all of it is scored")
-    g.add_argument("--text", nargs="+", metavar="FILE",
-                   help="score these files and folders, with the tokenizer of the run: BPB, or tokens: "
-                        "a page that shows where memory helps")
-    g.add_argument("--text-key", default="text", metavar="NAME",
-                   help="what the text is called: key of JSON lines, column of parquet")
-    g.add_argument("--html", metavar="FILE", help="tokens: the page to write")
-    g.add_argument("--against", metavar="PATH",
-                   help="tokens: another run or checkpoint with the same tokenizer to compare with")
-
-    g = parser.add_argument_group("bpb of prepared data")
-    g.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
-    g.add_argument("--split", choices=["train", "val", "both"], default="both", help="which text to score")
-    g.add_argument("--rows", type=int, default=256,
-                   help="rows of the context's length scored in parallel, per split")
-    g.add_argument("--decode-rows", type=int, default=64,
-                   help="rows of them scored with the exact recurrence, 0: none")
-    g.add_argument("--referee", action="store_true",
-                   help="score these token by token, too: the same figure, slowly")
-
-    g = parser.add_argument_group("stability", "of the first --decode-rows rows of the split")
-    g.add_argument("--passes", type=int, default=30, metavar="N",
-                   help="passes over everything, each with the memories of the one before")
-
-    g = parser.add_argument_group(
-        "core",
-        "results go to core_<step>.json and .csv in the run folder; "
-        "a second call goes on with the tasks that are missing")
-    g.add_argument("--bundle", metavar="DIR",
-                   help=f"folder with core.yaml (default: {BUNDLE}, downloaded once)")
-    g.add_argument("--tasks", metavar="A,B", help="run only these")
-    g.add_argument("--max-per-task", type=int, metavar="N",
-                   help="run only so many examples of each: an estimate")
-
-    args = parser.parse_args()
-    at_least(args, rows=1, decode_rows=0, batch_size=1, max_per_task=1, passes=2)
-    check_folder(args.json)
-    check_folder(args.html)
-    wanted = set(args.eval.split(","))
-    if not wanted <= set(EVALUATIONS):
-        raise UserError(f"--eval {args.eval}: choose from {','.join(EVALUATIONS)}")
-    if "tokens" in wanted and not (args.text and args.html):
-        raise UserError("--eval tokens needs a text, --text FILE, and a page to write, --html FILE")
-    if "tokens" not in wanted and (args.html or args.against):
-        raise UserError("--html and --against go with --eval tokens")
-    if args.text and "stability" in wanted:
-        raise UserError("--eval stability is of prepared data: leave --text out")
-    if args.text and args.data:
-        raise UserError("--text takes the place of --data: leave one of them out")
-    args.files = find_files(args.text) if args.text else []
-    return args
 
 def main():
     args = parse_args()

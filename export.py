@@ -29,8 +29,8 @@ import torch
 from checkpointing import read_log
 from common import ArgumentParser, UserError, check_new_folder, flag, run_main, say
 from dataset import BOS
+from flags import MAY_CHANGE, REMOVED_FLAGS, make_parser
 from sample import load_run
-from train import MAY_CHANGE, REMOVED_FLAGS, make_parser
 
 HERE = Path(__file__).resolve().parent
 # the code of the model, the class of transformers first

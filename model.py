@@ -24,9 +24,10 @@ to the input instead, as full-bandwidth transformers do (arXiv 2608.08888):
 
     x0 = norm(embed(token_t)) + sigmoid(norm(embed(token_t)) @ Wg) * (m_{t-1} @ Wu)
 
-This is the backbone of the LRT release. nanochat, which that was forked from, has moved on: NANOCHAT_BACKBONE
-has the choices of its code of 2026-07-03. Memory enters either backbone the same way. What differs in form,
-with e_t = norm(embed(token_t)), scalars s and r, and h_mid = h after layer L // 2:
+This is the backbone of the LRT release. nanochat, which that was forked from, has moved on:
+NANOCHAT_BACKBONE in recipes.py has the choices of its code of 2026-07-03. Memory enters either backbone the
+same way. What differs in form, with e_t = norm(embed(token_t)), scalars s and r, and h_mid = h after layer
+L // 2:
 
     x0 = e_t + s * sigmoid(e_t[:24] @ Ws) * e_{t-1}               smear
     g_loc, g_mem, g_tok = 2, 2, 3 * sigmoid(u[:12] @ Wg_l)        narrow gates, g_tok on every other layer
@@ -186,19 +187,6 @@ class GPTConfig:
             return (self.n_layer - 1 - layer) % 2 == 0
         return self.value_embeds == "all"
 
-# the fields in which nanochat's backbone of 2026-07-03 differs (github.com/karpathy/nanochat, commit 92d63d4)
-NANOCHAT_BACKBONE = dict(
-    short_window="quarter",
-    value_embeds="alternate",
-    smear=True,
-    backout=True,
-    gate_channels=12,
-    value_gate=3.0,
-    query_scale=1.2 * 1.2,  # of queries and of keys there
-    rotary_base=100000.0,
-    init="nanochat",
-)
-
 
 # -----------------------------------------------------------------------------
 # The layers
@@ -217,9 +205,10 @@ def rotate(x, cos, sin):
 
 def product(x, weight):
     """x (.., n_in) times the transposed weight (n_out, n_in): (.., n_out)."""
-    if HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+    is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if HAS_ONEDNN and is_plain and x.device.type == "cpu" and x.dtype == torch.float32:
         # oneDNN's products of some rows are faster than BLAS's, which torch prefers, but slower to begin, and
-        # very slow with a part of the rows of packed weights
+        # very slow with a part of the rows of packed weights. Inductor only takes its own calls of it.
         n_rows = x.numel() // x.size(-1)
         is_dense = weight.is_contiguous() or weight.t().is_contiguous()
         if n_rows > 2 and n_rows * weight.numel() >= 2**22 and is_dense:
@@ -723,7 +712,7 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """hidden (B, P, D) -> logits (B, P, V) in float32 or wider, softly capped at +-15; equation (3)."""
         logits = self.lm_head(hidden)
-        return 15 * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / 15)
+        return 15 * logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(15).tanh_()
 
     def token_loss(self, hidden, targets):
         """

@@ -2,13 +2,11 @@
 The optimizers of training: Muon for the matrices, AdamW for everything else, their work shared out over the
 ranks, and their schedules over the run.
 
-OptimizerConfig has the choices. Its defaults are those of nanochat at the time when the LRT release forked
-it; NANOCHAT_OPTIMIZER has those of its code of 2026-07-03. train.py has a flag for every rate.
+recipes.OptimizerConfig has the choices.
 """
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -21,60 +19,6 @@ BUCKET = 2**25  # parameters of at least this many elements together are sent in
 
 # -----------------------------------------------------------------------------
 # Parameter groups
-
-@dataclass
-class OptimizerConfig:
-    """Learning rates before they are scaled, how they change over the run, and options of the optimizers."""
-    matrix_lr: float = 0.02  # Muon: the matrices of attention and MLP
-    memory_lr: float | None = None  # Muon: the memory projections Rk and Rv; None: as the matrices
-    embedding_lr: float = 0.3  # AdamW, like all that follow: token embedding and value embeddings
-    value_embedding_lr_frac: float | None = None  # the latter's share of that; None: all of it, in one group
-    head_lr: float = 0.004  # output head
-    gate_lr: float | None = 0.02  # gates of keys and values, too thin for Muon; None: Muon, with the matrices
-    scalar_lr: float = 0.5  # b and c of equation (1); a, the residual scalars, gets a hundredth of it
-    smear_lr: float = 0.2  # smear and backout, for any batch
-    warmup_steps: int = 40  # steps over which the rates rise linearly
-    warmdown_ratio: float = 0.5  # share of the run, at its end, over which they fall linearly
-    final_lr_frac: float = 0.0  # where they end, as a share of where they were
-
-    weight_decay: float = 0.2  # of the matrices
-    decay_scaling: str = "depth"  # by what weight_decay is scaled: depth | horizon, see weight_decay_scale()
-    decay_schedule: str = "linear"  # how it falls to 0 over the run: linear | cosine
-    momentum_rise: float = 0.10  # Muon's momentum rises from 0.85 by so much
-    momentum_steps: int = 300  # over so many steps
-    final_momentum: float | None = None  # where it falls to, as the rates fall; None: it stays
-
-    muon_options: dict = field(default_factory=dict)  # of the class below
-    adamw_options: dict = field(default_factory=dict)  # of AdamW, a dict for a role of parameters
-
-    @classmethod
-    def from_args(cls, args, recipe):
-        """The flags, and what has no flag as in `recipe`, an OptimizerConfig."""
-        given = {name: value for name, value in vars(args).items() if name in cls.__dataclass_fields__}
-        return replace(recipe, **given)
-
-# nanochat's optimizer of 2026-07-03 (github.com/karpathy/nanochat, commit 92d63d4)
-NANOCHAT_OPTIMIZER = OptimizerConfig(
-    value_embedding_lr_frac=0.5,
-    head_lr=0.008,
-    gate_lr=None,
-    warmup_steps=39,  # there, the first step at the full rate is one of the 40
-    warmdown_ratio=0.65,
-    final_lr_frac=0.05,
-    weight_decay=0.28,
-    decay_scaling="horizon",
-    decay_schedule="cosine",
-    momentum_rise=0.12,
-    momentum_steps=400,
-    final_momentum=0.90,
-    muon_options=dict(polar_express=True, rescale=True, beta2=0.9, cautious=True),
-    adamw_options={
-        "embedding": dict(betas=(0.8, 0.995), weight_decay=0.001),
-        "value embeddings": dict(betas=(0.8, 0.995), weight_decay=0.01),
-        "head": dict(betas=(0.8, 0.96), weight_decay=0.01),
-        "residual scalars": dict(weight_decay=0.05),
-    },
-)
 
 def learning_rate_scale(total_batch):
     """What learning rates are multiplied by: the root of the batch over that of depth 12, at least 1."""

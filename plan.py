@@ -6,25 +6,19 @@ anything of that size is allocated. `train.py --dry-run` prints it and ends.
 import gc
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from attention import KVCache
 from common import PEAK_FLOPS, UserError, peak_flops, pick_device, training_dtype
 from dataset import Rows, open_data
 from interleave import Schedule, TrainStep
-from model import GPT, NANOCHAT_BACKBONE, GPTConfig
-from optim import (
-    BATCH_AT_DEPTH_12,
-    NANOCHAT_OPTIMIZER,
-    OptimizerConfig,
-    learning_rate_scale,
-    weight_decay_scale,
-)
+from model import GPT, GPTConfig
+from optim import BATCH_AT_DEPTH_12, learning_rate_scale, weight_decay_scale
+from recipes import RECIPES, OptimizerConfig, make_optimizer_config
 from recurrent import RecurrentConfig, build_model
 
 DEFAULT_VOCAB_SIZE = 32768  # what --dry-run assumes where there is no data yet
@@ -34,44 +28,6 @@ GPU_MEMORY = 80  # GiB, of the GPUs that --dry-run thinks of
 DEEPER_SHARE = 0.25  # of the steps of --schedule draft, the last ones, have one draft more
 COPY_RATE = 20e9  # bytes a second from a GPU to page-locked memory; PCIe 4 x16 has 31.5e9 on paper
 MAX_PASSES_COUNTED = 16  # --dry-run does not count the activations of longer schedules: it would take minutes
-
-
-# -----------------------------------------------------------------------------
-# Recipes
-
-@dataclass
-class Recipe:
-    """What a run has where no flag says otherwise."""
-    flags: dict  # values of flags
-    model: dict = field(default_factory=dict)  # fields of GPTConfig that are not its defaults
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-
-    def value_of(self, flag):
-        """The value of a flag that was not given; None if that is no matter of the recipe."""
-        if flag in self.flags:
-            return self.flags[flag]
-        return getattr(self.optimizer, flag, None)
-
-RECIPES = {
-    # the LRT paper's: nanochat's at the time when its code was forked
-    "paper": Recipe(dict(value_embeds="all", target_param_data_ratio=10.0, grad_clip=1.0)),
-    # nanochat's of 2026-07-03
-    "nanochat": Recipe(
-        flags=dict(value_embeds="alternate", target_param_data_ratio=12.0, grad_clip=0.0),
-        model=NANOCHAT_BACKBONE,
-        optimizer=NANOCHAT_OPTIMIZER,
-    ),
-}
-
-def fill_in(args):
-    """Give the flags that were not given, None, the values of args.recipe, in place."""
-    for name, value in vars(args).items():
-        if value is None:
-            setattr(args, name, RECIPES[args.recipe].value_of(name))
-
-def make_optimizer_config(args):
-    """The optimizers' configuration from train.py's flags and the recipe."""
-    return OptimizerConfig.from_args(args, RECIPES[args.recipe].optimizer)
 
 
 # -----------------------------------------------------------------------------
@@ -355,10 +311,10 @@ def describe(plan, world_size, device, dtype, rows_per_epoch, mfu=None, dollars_
 def saved_bytes(work, parameters):
     """
     Bytes that work(), a forward pass, leaves in memory for its backward: all new storages that autograd
-    or Python holds when it is done, those of `parameters` left out. Works on real and on fake tensors.
+    or Python holds when it is done, those of `parameters` left out. Tensors may be on the meta device.
     """
     def live_tensors():
-        return [x for x in gc.get_objects() if type(x) in (torch.Tensor, FakeTensor)]
+        return [x for x in gc.get_objects() if type(x) is torch.Tensor]
 
     def address(x):
         return x.untyped_storage()._cdata
@@ -371,11 +327,15 @@ def saved_bytes(work, parameters):
         sizes[address(x)] = x.untyped_storage().nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        out = work()  # noqa: F841 (keeps the graph, and so its storages, alive until they are counted)
-    gc.collect()
-    for x in live_tensors():
-        count(x)
+    gc.freeze()  # what there was before is not looked through again
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            out = work()  # noqa: F841 (keeps the graph, and so its storages, alive until they are counted)
+        gc.collect()
+        for x in live_tensors():
+            count(x)
+    finally:
+        gc.unfreeze()
     return sum(n for storage, n in sizes.items() if storage not in before)
 
 def put_together_bytes(model, dtype):
@@ -392,11 +352,56 @@ def put_together_bytes(model, dtype):
     rest = n_parameters(model) - sum(map(n_parameters, [*model.h, *embeddings]))
     return 8 * rest + 3 * max(units)
 
+def count_activations(config, schedule, rows, dtype, recompute, shard=False):
+    """What activation_bytes() returns, for `rows` sequences, by running all layers of this GPTConfig."""
+    with torch.device("meta"):
+        model = build_model(config)
+        model.compute_dtype = dtype
+        model.recompute = recompute
+        if shard:  # the layers are in the dtype in which they are sent
+            for module in model.h.modules():
+                for name, p in list(module.named_parameters(recurse=False)):
+                    module.register_parameter(name, torch.nn.Parameter(torch.empty_like(p, dtype=dtype)))
+        step = TrainStep(model, schedule)
+        idx = torch.zeros(rows, config.sequence_len, dtype=torch.int64)
+        return saved_bytes(lambda: step(idx, idx), model.parameters())
+
+def activation_bytes(plan, dtype, recompute, shard=False):
+    """
+    Bytes of the activations in this dtype that the forward of a micro-batch keeps for its backward. Layers
+    come in periods, of which each keeps as much as any other on its side of the source layer. So a deep
+    model is counted in three shallow ones: one without these periods, and one with one more on each side.
+    """
+    config = plan.config
+    period = len(config.window_pattern)
+    if config.value_embeds == "alternate":
+        period = math.lcm(period, 2)
+    below = config.source_layer + 1
+    above = config.n_layer - below
+    few_below = min(below, below % period + max(period, 2))
+    few_above = min(above, above % period + max(period, 2))
+
+    def count(below, above):
+        shallow = replace(config, n_layer=below + above, source_layer=below - 1)
+        return count_activations(shallow, plan.deepest, plan.device_batch, dtype, recompute, shard)
+
+    if config.n_layer <= 3 * (few_below + few_above):  # three counts would not be faster
+        return count(below, above)
+    few = count(few_below, few_above)
+    total = few
+    if below > few_below:
+        period_below = count(few_below + period, few_above) - few
+        total += (below - few_below) // period * period_below
+    if above > few_above:
+        period_above = count(few_below, few_above + period) - few
+        total += (above - few_above) // period * period_above
+    return total
+
 def memory_estimate(plan, world_size, dtype, recompute, shard=False):
     """
     Bytes that one process needs at least, a dict by kind: weights, gradients and optimizer state in
     float32, the state shared by all ranks, and the activations that the forward of a micro-batch keeps
-    for its backward, counted on fake tensors in this dtype. That is without compilation, which keeps
+    for its backward, counted on the meta device in this dtype. That is without compilation, which keeps
     less. The activations of long schedules and of the Recurrent Transformer are not counted. Under DDP the
     gradients are its buckets. Where those of a micro-batch are added to them, there are two of each for a
     moment; a compiled backward returns all of them at once, and frees the activations meanwhile. shard: with
@@ -419,17 +424,7 @@ def memory_estimate(plan, world_size, dtype, recompute, shard=False):
             parts["put together"] = put_together_bytes(build_model(plan.config), dtype)
     recurrent = isinstance(plan.config, RecurrentConfig)
     if not recurrent and len(plan.deepest.passes(T)) <= MAX_PASSES_COUNTED:
-        with FakeTensorMode():
-            model = build_model(plan.config)
-            model.compute_dtype = dtype
-            model.recompute = recompute
-            if shard:  # the layers are in the dtype in which they are sent
-                for module in model.h.modules():
-                    for name, p in list(module.named_parameters(recurse=False)):
-                        module.register_parameter(name, torch.nn.Parameter(torch.empty_like(p, dtype=dtype)))
-            step = TrainStep(model, plan.deepest)
-            idx = torch.zeros(plan.device_batch, T, dtype=torch.int64)
-            parts["activations"] = saved_bytes(lambda: step(idx, idx), model.parameters())
+        parts["activations"] = activation_bytes(plan, dtype, recompute, shard)
     new_gradients = 4 * total - parts.get("activations", 0)
     if not shard and (world_size > 1 or plan.micro_steps > 1) and new_gradients > 0:
         parts["new gradients"] = new_gradients

@@ -11,21 +11,25 @@ with the same weights, norm, rotation and value embedding:
 
 q, k' and v' depend on the layer's input alone and are computed for all positions at once. The rest is
 sequential in t. It has two forms that give the same numbers: reference() is plain autograd over t, tiled() is
-the form to train with. Once position t is done, with P the largest power of two that divides t+1, its tile
-adds the last P finished keys to the softmax of the next P queries,
+the form to train with. It walks by blocks of BLOCK positions. Within a block, each position attends to those
+before it. Once a block is done, position t its last, and with P the largest power of two that divides t+1,
+its tile adds the last P finished keys to the softmax of the next P queries. In blocks of one position:
 
     t = 0: key 0 -> query 1;               t = 1: keys 0, 1 -> queries 2, 3;
     t = 2: key 2 -> query 3;               t = 3: keys 0 .. 3 -> queries 4 .. 7;   and so on,
 
-so every query meets every earlier key exactly once, and T/2 log2 T keys are read where one query after the
-other would read T^2/2. The softmax of a query is a running one, as in flash attention: a maximum, a sum and
-an accumulator, which start with its temporary pair. The backward walks the same tiles in reverse order and
-recomputes the probabilities from the stored log-sum-exp, so that a layer keeps O(T D). The gradients of the
-weights are computed after the walk, by one matrix product each.
+so every query meets every earlier key exactly once, and of the order of T log T keys are read where one query
+after the other would read T^2/2. The softmax of a query is a running one, as in flash attention: a maximum, a
+sum and an accumulator, which start with its temporary pair. When its block comes, all that it has seen so far
+is one more key, with the log-sum-exp for its score and the mean of the values for its value. The backward
+walks the same blocks and tiles in reverse order and recomputes the probabilities from the stored log-sum-exp,
+so that a layer keeps O(T D). The gradients of the weights are computed after the walk, by one matrix product
+each.
 
-The walk goes by blocks of BLOCK positions. Tiles smaller than a block lie within one, so that all blocks do
-the same work on different tensors. On CUDA, where this work is thousands of small kernels, it is captured as
-one CUDA graph. Larger tiles are added between blocks.
+What a position does is a chain of some thirty operations on one row a sequence, so that a small model
+spends its time on calling them. They are therefore as few as possible: norms are applied behind the matrix
+product that follows them, and results are written where they belong. On CUDA, where this work is thousands of
+small kernels, a block is captured as a CUDA graph: all blocks do the same work on different tensors.
 
 Shapes are written with B sequences, T positions, D = n_embd, H query heads, G key/value heads, d = D / H.
 """
@@ -159,36 +163,6 @@ def position(x, a, value_embed, cos, sin, w_o, w_kv, w_fc, w_proj, n_kv_head, qk
         v = torch.addcmul(v, 2 * torch.sigmoid(gate), value_embed.view(v.shape))
     return y, norm(k) if qk_norm else k, v
 
-def position_backward(dy, dk, dv, k, r_k, dv_dgate, normed_y, r_y, dsquare, normed_h, r_h, cos, sin,
-                      w_o, w_kv, w_fc, w_proj, qk_norm=True):
-    """
-    The backward of position(), by hand, for rows (B, D). Given the gradients dy (B, D) and dk, dv (B, G, d)
-    of its outputs, and what the forward has computed: the final k (B, G, d); the norms of y and h, and the
-    factors r of norm(x) = x * r; the derivatives dv_dgate (B, G, d) of v in the gate's output, and dsquare
-    (B, 4D) of relu(..)**2 in its argument. Tables as in position(), weights (out, in).
-    Returns the gradients of a, and of the outputs of Wo, W1, W2 and (Wk, Wv, gate).
-    """
-    if qk_norm:
-        dk = norm_backward(dk, k, r_k)
-    dk = rotate(dk, cos, -sin)
-    dpair = [dk.flatten(1), dv.flatten(1)]
-    if dv_dgate is not None:
-        dpair.append((dv * dv_dgate).sum(-1))
-    dpair = torch.cat(dpair, dim=1).to(dy.dtype)
-    dy = dy + norm_backward(dpair @ w_kv, normed_y, r_y)
-    dhidden = dy @ w_proj * dsquare
-    dh = dy + norm_backward(dhidden @ w_fc, normed_h, r_h)
-    return dh @ w_o, dh, dhidden, dy, dpair
-
-def norm_backward(dy, y, r):
-    """The gradient of x where y = norm(x) = x * r."""
-    return torch.addcmul(dy, y, (dy * y).sum(-1, keepdim=True), value=-1 / y.size(-1)) * r
-
-def inverse_rms(x):
-    """r of norm(x) = x * r. Like rms_norm, it is computed in float32 at least."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(wide.dtype).eps).to(x.dtype)
-
 def split_pair(pair, n_kv_head, gated):
     """
     The outputs of Wk, Wv and the gate, pair (.., 2*G*d [+ G]) -> k, v (.., G, d), gate (.., G, 1) or None:
@@ -229,25 +203,32 @@ def reference(x, q, k, v, value_embed, rotary, weights, window, qk_norm=True):
 def tile(t, T, window):
     """
     The tile of position t of T: its keys and its queries, two slices of positions, or None if there are
-    none. A window of w lets query p see keys p-w .. p.
+    none, as within a block. A window of w lets query p see keys p-w .. p.
     """
     P = (t + 1) & -(t + 1)  # the largest power of two that divides t + 1
+    if P < BLOCK:
+        return None
     n = min(P, window)
     keys = slice(t + 1 - n, t + 1)
     queries = slice(t + 1, min(t + 1 + n, T))
     return (keys, queries) if queries.start < queries.stop else None
 
 def keys_read(T, window):
-    """How many keys (and as many values) of a head the forward reads: about T/2 log2 T without a window."""
+    """
+    How many keys (and as many values) of a head the forward reads. Without a window these are BLOCK for
+    every position, and about T/2 log2(T / BLOCK) in tiles.
+    """
     total = 0
     for t in range(T):
+        first = t - t % BLOCK
+        total += min(BLOCK, T - first)  # all of the block, with those to come masked
         found = tile(t, T, window)
         if found is not None:
             keys, _ = found
             total += keys.stop - keys.start
     return total
 
-@torch.compiler.disable  # torch.compile would unroll T steps into one graph
+@torch._disable_dynamo  # torch.compile would unroll T steps into one graph
 def tiled(x, q, k, v, value_embed, rotary, weights, window, start=None, qk_norm=True, capture=None):
     """
     One recurrent layer over positions 0 .. T-1, differentiable once.
@@ -288,19 +269,18 @@ class Tiled(torch.autograd.Function):
         row_sum = torch.ones_like(row_max)
         accumulator = v.to(wide).repeat_interleave(R, dim=1)
 
-        # the walk: a block with the tiles inside it, then the tile that its last position completes
-        a, y = torch.empty_like(x), torch.empty_like(x)
+        # the walk: a block, then the tile that its last position completes
+        a, y, lse = torch.empty_like(x), torch.empty_like(x), torch.empty_like(row_max)
         final_k, final_v = torch.empty_like(k), torch.empty_like(v)
-        transposed_weights = [w.t().contiguous() for w in weights]
-        read = x, value_embed, cos.transpose(0, 1), sin.transpose(0, 1), padding, q, accumulator
-        updated = row_max, row_sum, a, y, final_k, final_v
-        walk = by_blocks(walk_forward, transposed_weights, read, updated, window, qk_norm, capture)
+        tables = cos.transpose(0, 1), sin.transpose(0, 1)
+        read = x, value_embed, *tables, padding, q, row_max, row_sum, accumulator
+        updated = a, y, final_k, final_v, lse
+        walk = by_blocks(walk_forward, weights, read, updated, window, qk_norm, capture)
         for block in range(0, T, BLOCK):
             walk(block)
             last = min(block + BLOCK, T) - 1
             add_tile(last, q, final_k, final_v, padding, window, row_max, row_sum, accumulator)
 
-        lse = row_max.add_(row_sum.log_())
         ctx.options = window, qk_norm, capture
         ctx.save_for_backward(
             x, q, k, v, value_embed, cos, sin, padding, a, lse, y, final_k, final_v, *weights)
@@ -337,13 +317,19 @@ class Tiled(torch.autograd.Function):
         dv = grad_v.reshape(k.shape).to(wide, copy=True)
         delta = torch.empty_like(lse)  # sum(da * a), as in flash attention
 
+        # factors of the norms, and of the rotation of keys, which their norm follows
+        r_y, r_h = inverse_rms(y), inverse_rms(h)
+        tables = cos.transpose(0, 1), -sin.transpose(0, 1)
+        if qk_norm:
+            r_k = inverse_rms(rotate(local_k, cos, sin))
+            tables = cos * r_k, -sin * r_k
+
         # the walk in reverse: the tile that the last position of a block completes, then the block
-        r_k, r_y, r_h = inverse_rms(rotate(local_k, cos, sin)), inverse_rms(y), inverse_rms(h)
-        tables = cos.transpose(0, 1), sin.transpose(0, 1)
-        for_positions = r_k, dv_dgate, normed_y, r_y, 2 * hidden, normed_h, r_h, *tables
-        read = grad_y, a, q, lse, final_k, final_v, padding, dk, *for_positions
-        updated = da, delta, dq, dv, *output_grads
-        walk = by_blocks(walk_backward, weights, read, updated, window, qk_norm, capture)
+        for_positions = dv_dgate, normed_y, r_y, 2 * hidden, normed_h, r_h, *tables
+        read = grad_y, a, q, lse, final_k, final_v, padding, dk, dv, *for_positions
+        updated = da, delta, dq, *output_grads
+        transposed_weights = [w.t().contiguous() for w in weights]
+        walk = by_blocks(walk_backward, transposed_weights, read, updated, window, qk_norm, capture)
         for block in reversed(range(0, T, BLOCK)):
             last = min(block + BLOCK, T) - 1
             add_tile_backward(last, q, final_k, final_v, padding, window, lse, da, delta, dq, dk, dv)
@@ -357,12 +343,13 @@ class Tiled(torch.autograd.Function):
         dq = dq.view(B, G, T, R, d).transpose(2, 3).reshape(B, G * R, T, d)
         dk_temporary = (ds * q).unflatten(1, (T, R)).sum(2).view(B, G, T, d)
         dv_temporary = (p * da).unflatten(1, (T, R)).sum(2).view(B, G, T, d)
+        dh, dhidden, dy, dpair = output_grads
         dvalue_embed = None
         if gated:
-            dvalue_embed = (2 * gate * dv.view(B, G, T, d).transpose(1, 2)).flatten(2)
+            _, dv, _ = split_pair(dpair, G, gated)
+            dvalue_embed = (2 * gate * dv).flatten(2)
 
         # the weights: the gradient of a matrix's output times its input
-        dh, dhidden, dy, dpair = output_grads
         products = (dh, a), (dpair, normed_y), (dhidden, normed_h), (dy, hidden.square())
         dweights = [grad.flatten(0, 1).t() @ inputs.flatten(0, 1) for grad, inputs in products]
         return (None, None, None, None,  # window, start, qk_norm, capture
@@ -370,47 +357,162 @@ class Tiled(torch.autograd.Function):
 
 # The two walks over the P positions of a block. Their tensors have P or P*R rows in dimension 1; those of
 # `updated` are overwritten, those of `read` may be used up. They only allocate and compute, and no step
-# depends on a computed value, so that a CUDA graph may record them.
+# depends on a computed value, so that a CUDA graph may record them. Attention within a block is computed in
+# float32 at least.
 
 def walk_forward(weights, read, updated, window, qk_norm):
     """
-    Every position of a block, and the tiles inside it. The accumulator and `updated` hold what larger tiles
-    have added so far. Weights are (in, out).
+    Every position of a block. The running softmax row_max, row_sum, accumulator holds what tiles have added
+    so far. Weights are (out, in): the products with few rows are faster if what is added up is contiguous.
     """
-    x, value_embed, cos, sin, padding, q, accumulator = read
-    row_max, row_sum, a, y, final_k, final_v = updated
-    B = x.size(0)
-    G = q.size(0) // B
-    R = q.size(1) // x.size(1)
-    ks, vs = (i.unflatten(0, (B, G)).transpose(1, 2) for i in (final_k, final_v))  # (B, P, G, d)
-    for t, at_t in enumerate(by_position(x, value_embed, cos, sin, a, y, ks, vs)):
-        x_t, value_embed_t, cos_t, sin_t, a_t, *outputs = at_t
-        now = slice(t * R, t * R + R)
-        a_t.copy_((accumulator[:, now] / row_sum[:, now, None]).view(B, -1))
-        results = position(x_t, a_t, value_embed_t, cos_t, sin_t, *weights, G, qk_norm)
-        copy_tensors(outputs, results)
-        add_tile(t, q, final_k, final_v, padding, window, row_max, row_sum, accumulator)
+    x, value_embed, cos, sin, padding, q, row_max, row_sum, accumulator = read
+    a, y, final_k, final_v, lse = updated
+    w_o, w_kv, w_fc, w_proj = (w.t() for w in weights)
+    B, P, D = x.shape
+    N, _, d = q.shape
+    G, R = N // B, q.size(1) // P
+    wide = accumulator.dtype
+    least = root_of_eps(wide, x.device)
+
+    # what is before the block counts as one key: number 0, of which the score is known
+    scores_before = row_max + row_sum.log()
+    values_before = accumulator / row_sum[..., None]
+    mask = block_mask(P, R, window, padding, lse)
+    mask = torch.cat([scores_before[..., None], mask.expand(N, -1, -1)], dim=2)
+    queries = q.to(wide)
+    keys, values = queries.new_zeros(N, 1 + P, d), queries.new_zeros(N, P, d)
+
+    # the tensors of each position
+    queries_at, masks_at, values_before_at = (i.split(R, dim=1) for i in (queries, mask, values_before))
+    keys_at, values_at = (i.unflatten(0, (B, G)).unbind(2) for i in (keys[:, 1:], values))  # (B, G, d)
+    pairs = x.new_empty(P, B, w_kv.size(1))
+    k, v, gates = split_pair(pairs, G, value_embed is not None)
+    pairs_at, k_at, v_at = pairs.unbind(), k.unbind(), v.unbind()
+    twice_value_embed = None
+    if value_embed is not None:
+        twice_value_embed = 2 * value_embed.unflatten(-1, (G, d))
+        gates_at = gates.unbind()
+    at = by_position(x, cos, sin, a, y, twice_value_embed)
+
+    keys_mt = keys.mT
+    for t, (x_t, cos_t, sin_t, a_t, y_t, twice_value_embed_t) in enumerate(at):
+        # attention
+        p = torch.bmm(queries_at[t], keys_mt).add_(masks_at[t]).softmax(-1)
+        p_before, p = p.split((1, P), dim=2)
+        a_t.copy_(torch.bmm(p, values).addcmul_(p_before, values_before_at[t]).view(B, D))
+        # norm(h) @ w_fc = h @ w_fc / rms, and relu(..)**2 takes the square of that factor
+        h = torch.addmm(x_t, a_t, w_o)
+        hidden = torch.mm(h, w_fc).relu_().square_()
+        torch.addcdiv(h, torch.mm(hidden, w_proj), rms(h, least).square_(), out=y_t)
+        # the final pair
+        torch.div(torch.mm(y_t, w_kv), rms(y_t, least), out=pairs_at[t])
+        k = k_at[t]
+        k = torch.addcmul(k * cos_t, k.roll(d // 2, -1), sin_t)
+        if qk_norm:
+            torch.div(k, rms(k, least), out=keys_at[t])
+        else:
+            keys_at[t].copy_(k)
+        if value_embed is None:
+            values_at[t].copy_(v_at[t])
+        else:
+            torch.addcmul(v_at[t], gates_at[t].sigmoid(), twice_value_embed_t, out=values_at[t])
+
+    final_k.copy_(keys[:, 1:])
+    final_v.copy_(values)
+    torch.logsumexp(torch.baddbmm(mask, queries, keys.mT), -1, out=lse)
 
 def walk_backward(weights, read, updated, window, qk_norm):
     """
-    The same in reverse. dk and `updated` hold what larger tiles have added so far. Weights are (out, in).
+    The same in reverse, by hand: the gradients of a, of the keys and values, and of the outputs of Wo, W1, W2
+    and (Wk, Wv, gate). dk, dq and dv hold what larger tiles have added so far. dv_dgate (B, P, G, d) is the
+    derivative of v in the gate's output, dsquare (B, P, 4D) that of relu(..)**2 in its argument, and r are
+    the factors of norm(x) = x * r. The tables turn the gradient of a final key into that of Wk's output,
+    but for the projection of its norm. Weights are (in, out), again for the sake of these products.
     """
-    grad_y, a, q, lse, final_k, final_v, padding, dk, *for_positions = read
-    da, delta, dq, dv, *output_grads = updated
-    B, P, _ = a.shape
-    G = q.size(0) // B
-    R = q.size(1) // P
-    dks, dvs, ks = (i.unflatten(0, (B, G)).transpose(1, 2) for i in (dk, dv, final_k))  # (B, P, G, d)
-    inputs = by_position(grad_y, dks, dvs, ks, *for_positions)
-    outputs = by_position(*output_grads)
+    grad_y, a, q, lse, final_k, final_v, padding, dk, dv, dv_dgate, *for_mlp, cos, sin = read
+    da, delta, dq, dh, dhidden, dy, dpair = updated
+    w_o, w_kv, w_fc, w_proj = (w.t() for w in weights)
+    B, P, D = a.shape
+    N, _, d = q.shape
+    G, R = N // B, q.size(1) // P
+    wide = lse.dtype
+
+    # within the block: the probabilities, and room for the gradients of the scores, both (N, P*R, P)
+    queries, keys, values = q.to(wide), final_k.to(wide), final_v.to(wide)
+    mask = block_mask(P, R, window, padding, lse)
+    p = torch.baddbmm(mask - lse[..., None], queries, keys.mT).exp_()
+    ds = torch.zeros_like(p)
+    da_wide = torch.zeros_like(queries)
+
+    # the tensors of each position
+    by_query = [i.split(R, dim=1) for i in (p, ds, da_wide, rows_of(a, G, R).to(wide), delta[..., None])]
+    by_key = [i.split(1, dim=1) for i in (p.mT, ds.mT, dk, dv)]
+    dk_out, dv_out, dgates_out = split_pair(dpair, G, dv_dgate is not None)
+    ks = final_k.unflatten(0, (B, G)).transpose(1, 2)
+    at = by_position(
+        grad_y, ks, dv_dgate, *for_mlp, cos, sin, dh, dhidden, dy, dpair, dk_out, dv_out, dgates_out)
+
     for t in reversed(range(P)):
-        add_tile_backward(t, q, final_k, final_v, padding, window, lse, da, delta, dq, dk, dv)
-        # the gradients of the final pair of t are complete
-        da_t, *results = position_backward(*inputs[t], *weights, qk_norm)
-        copy_tensors(outputs[t], results)
-        now = slice(t * R, t * R + R)
-        da[:, now] = da_t.view(-1, R, da.size(-1))
-        delta[:, now] = (da_t * a[:, t]).view(-1, R, da.size(-1)).sum(-1)
+        p_of_query, ds_of_query, da_t, a_t, delta_t = (i[t] for i in by_query)
+        p_of_key, ds_of_key, dk_t, dv_t = (i[t] for i in by_key)
+        (grad_y_t, k_t, dv_dgate_t, normed_y, r_y, dsquare, normed_h, r_h, cos_t, sin_t,
+         dh_t, dhidden_t, dy_t, dpair_t, dk_out_t, dv_out_t, dgate_out_t) = at[t]
+        # the final pair: what later queries of the block add
+        dk_t = torch.baddbmm(dk_t, ds_of_key, queries).view(B, G, d)
+        dv_t = torch.baddbmm(dv_t, p_of_key, da_wide).view(B, G, d)
+        if qk_norm:
+            dk_t = along(dk_t, k_t)
+        torch.addcmul(dk_t * cos_t, dk_t.roll(d // 2, -1), sin_t, out=dk_out_t)
+        dv_out_t.copy_(dv_t)
+        if dv_dgate_t is not None:
+            torch.sum(dv_t * dv_dgate_t, -1, keepdim=True, out=dgate_out_t)
+        # MLP and Wo
+        torch.addcmul(grad_y_t, along(torch.mm(dpair_t, w_kv), normed_y), r_y, out=dy_t)
+        torch.mul(torch.mm(dy_t, w_proj), dsquare, out=dhidden_t)
+        torch.addcmul(dy_t, along(torch.mm(dhidden_t, w_fc), normed_h), r_h, out=dh_t)
+        da_t.copy_(torch.mm(dh_t, w_o).view(N, R, d))
+        # the query
+        torch.sum(da_t * a_t, -1, keepdim=True, out=delta_t)
+        torch.mul(torch.baddbmm(delta_t, da_t, values.mT, beta=-1), p_of_query, out=ds_of_query)
+
+    da.copy_(da_wide)
+    dq.baddbmm_(ds, keys)
+
+def block_mask(P, R, window, padding, like):
+    """
+    What is added to the scores of a block's P*R queries and P keys: 0 where a key is before the query, within
+    the window, and no padding (N, P), -inf elsewhere; (1 or N, P*R, P), of the dtype and device of `like`.
+    """
+    query = torch.arange(P * R, device=like.device)[:, None] // R
+    key = torch.arange(P, device=like.device)
+    hidden = ((key >= query) | (key < query - window))[None]
+    if padding is not None:
+        hidden = hidden | padding[:, None]
+    return torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
+
+def rows_of(x, G, R):
+    """x (B, P, G*R*d) as the rows of queries, (B*G, P*R, d)."""
+    B, P, _ = x.shape
+    return x.view(B, P, G, R, -1).transpose(1, 2).reshape(B * G, P * R, -1)
+
+def rms(x, root_of_eps):
+    """The root of the mean of the squares of x (.., n), and eps, of which the root is given: (.., 1)."""
+    n = x.size(-1)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=root_of_eps.dtype)
+    return length.mul_(n**-0.5).hypot_(root_of_eps)
+
+def inverse_rms(x):
+    """r of norm(x) = x * r. Like rms_norm, it is computed in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return rms(x, root_of_eps(wide, x.device)).reciprocal_().to(x.dtype)
+
+def root_of_eps(dtype, device):
+    """The root of the eps of rms_norm in this dtype, a tensor of one number."""
+    return torch.full((), torch.finfo(dtype).eps**0.5, dtype=dtype, device=device)
+
+def along(dy, y):
+    """The gradient of x where y = norm(x) = x * r, but for the factor r."""
+    return torch.addcmul(dy, y, (dy * y).sum(-1, keepdim=True), value=-1 / y.size(-1))
 
 def add_tile(t, q, k, v, padding, window, row_max, row_sum, accumulator):
     """Add the tile of position t to the running softmax of its queries: its keys are final."""

@@ -20,15 +20,12 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from attention import KVCache
-from checkpointing import find_checkpoint, load_checkpoint, load_model
 from common import (
     ArgumentParser,
     UserError,
     at_least,
     at_most,
+    check_command_line,
     check_folder,
     is_text,
     open_source,
@@ -39,11 +36,70 @@ from common import (
     text_of,
     write_atomic,
 )
+
+MAX_SAMPLES = 10**6  # of a prompt; all of them are one batch
+
+# -----------------------------------------------------------------------------
+# Flags
+
+def parse_args():
+    """The command line, checked. Raises UserError."""
+    parser = ArgumentParser(
+        description="Sample from a trained run, with memory carried from token to token.")
+    parser.add_argument("--checkpoint", metavar="PATH",
+                        help="run folder or checkpoint file (default: the newest in runs/)")
+    parser.add_argument("--prompt", default="",
+                        help="text to continue; always text, also where it spells a special token; "
+                             "empty: from nothing")
+    parser.add_argument("--prompt-file", metavar="FILE",
+                        help='many prompts, one a line, or .jsonl with {"prompt": ..}; '
+                             "processed as one batch")
+    parser.add_argument("--out", metavar="FILE",
+                        help="write JSON lines {prompt, seed, text} here instead of streaming")
+    parser.add_argument("--interactive", action="store_true",
+                        help="a prompt loop: Ctrl-C ends a text, Ctrl-D quits")
+    parser.add_argument("--num-samples", type=int, default=1,
+                        help="samples a prompt, with seeds SEED, SEED+1, ..")
+    parser.add_argument("--max-new-tokens", type=int, default=256,
+                        help="tokens a sample; it ends earlier at BOS, at --stop, "
+                             "and where the context ends (it does not slide)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="below 1 sharper, 0 greedy")
+    parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest tokens, 0: from all")
+    parser.add_argument("--top-p", type=float,
+                        help="draw from the likeliest tokens that reach this probability")
+    parser.add_argument("--stop", metavar="TEXT", help="end a sample before this text")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same text")
+    parser.add_argument("--no-memory", action="store_true",
+                        help="keep the memory at zero, to see what it is worth")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the step of a token first: takes half a minute, pays for long texts")
+    parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
+    args = parser.parse_args()
+    at_least(args, num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
+    at_most(args, num_samples=MAX_SAMPLES)
+    check_folder(args.out)
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p must be above 0 and at most 1, not {args.top_p}")
+    if args.stop is not None and not is_text(args.stop):
+        raise UserError(f"--stop is not UTF-8 text: {ascii(args.stop)}")
+    if args.prompt_file is not None and (args.prompt or args.interactive):
+        raise UserError("--prompt-file goes without --prompt and --interactive")
+    if args.interactive and (args.prompt or args.out or args.num_samples > 1):
+        raise UserError("--interactive goes without --prompt, --out and --num-samples: type the prompts")
+    if args.interactive and args.compile:
+        raise UserError("--interactive goes without --compile: every text would be compiled anew")
+    return args
+
+if __name__ == "__main__":  # --help does not wait for what follows
+    check_command_line(parse_args)
+
+import torch
+
+from attention import KVCache
+from checkpointing import find_checkpoint, load_checkpoint, load_model
 from dataset import BOS, encode_text, load_tokenizer, tokenizer_sha256
 from interleave import prefill
 from recurrent import record
-
-MAX_SAMPLES = 10**6  # of a prompt; all of them are one batch
 
 # -----------------------------------------------------------------------------
 # From a run to a model, from text to tokens and back
@@ -199,14 +255,17 @@ class Decoder:
     """
     Decodes N sequences, all by one token at a time. What changes from token to token lies in tensors that
     stay in their places on the device, down to the position and the random numbers. So a step is the same
-    work every time, which on CUDA is captured as a CUDA graph: thousands of kernels, launched at once.
+    work every time, which can be compiled, and which on CUDA is captured as a CUDA graph: a thousand kernels,
+    launched at once. Otherwise Python knows the position, and attention reads no more of the cache than it.
     """
 
-    def __init__(self, model, kv, hidden, memory, first, uniform, draw, use_memory=True, capture=None):
+    def __init__(self, model, kv, hidden, memory, first, uniform, draw, use_memory=True, compile=False,
+                 capture=None):
         """
         kv: the cache of what was processed, of which hidden (N, 1, D) and memory (N, 1, D) or None are the
         last position's; first: the next position; uniform (n, N): random numbers for n tokens a sequence;
-        draw(logits, uniform): as sample_next_token; capture: None means on CUDA.
+        draw(logits, uniform): as sample_next_token; compile: it takes half a minute, and saves a third of the
+        time of a step on a CPU (research/SPEED.md); capture: None means on CUDA.
         """
         self.model = model
         self.kv = kv
@@ -215,8 +274,10 @@ class Decoder:
         self.draw = draw
         self.use_memory = use_memory
         self.first = first
+        self.work = None  # a step whose numbers are all on the device; None: Python walks over the layers
+        if compile:
+            self.work = torch.compile(self.forward_on_device, dynamic=False, fullgraph=True)
         self.capture = model.wte.weight.is_cuda if capture is None else capture
-        self.replay = None  # launches the captured step
         self.made = 1  # tokens a sequence so far
         self.index = torch.ones(1, dtype=torch.int64, device=hidden.device)  # the same, on the device
         self.tokens = draw(model.logits(hidden)[:, -1], uniform[0])  # (N,), the newest
@@ -237,10 +298,11 @@ class Decoder:
     def step(self):
         """The next token of every sequence: `tokens` (N,), overwritten by the next step."""
         position = self.first - 1 + self.made
-        if self.replay is not None:
-            self.replay()
-        elif self.capture:
-            self.replay = record(self.forward_on_device, self.tokens.device)  # which runs it once
+        if self.capture:
+            self.work = record(self.work or self.forward_on_device, self.tokens.device)  # which runs it once
+            self.capture = False
+        elif self.work is not None:
+            self.work()
         else:
             self.forward(range(position, position + 1), self.uniform[self.made])
         self.made += 1
@@ -248,7 +310,7 @@ class Decoder:
 
 @torch.inference_mode()
 def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0,
-             num_samples=1, stop=None, use_memory=True):
+             num_samples=1, stop=None, use_memory=True, compile=False):
     """
     Continue prompts (lists of at least one token id, of any lengths) with the exact recurrence, num_samples
     times each. Yields (sequence, token, text) as the tokens are made. `sequence` numbers the samples of the
@@ -263,8 +325,9 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_k=N
     generator, seeded seed + i, so it does not depend on what else is in the batch.
 
     interleave.prefill processes all prompts at once; then each token is one forward. A sequence carries the
-    standard KV cache and one memory vector. use_memory=False keeps to the first memory, zero by default, for
-    comparison. Raises ValueError for a prompt that is empty or longer than the context.
+    standard KV cache and one memory vector. compile: as for Decoder. use_memory=False keeps to the first
+    memory, zero by default, for comparison. Raises ValueError for a prompt that is empty or longer than the
+    context.
     """
     context = model.config.sequence_len
     lengths = [len(prompt) for prompt in prompts]
@@ -289,7 +352,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_k=N
         uniform[:, i] = torch.rand(steps, generator=torch.Generator().manual_seed(seed + i))
     uniform = uniform.repeat(1, len(prompts)).to(hidden.device)
     draw = partial(sample_next_token, temperature=temperature, top_k=top_k, top_p=top_p)
-    decoder = Decoder(model, kv, hidden, memory, max(lengths), uniform, draw, use_memory)
+    decoder = Decoder(model, kv, hidden, memory, max(lengths), uniform, draw, use_memory, compile)
 
     while True:
         # detokenize and yield, leaving out the sequences that have ended
@@ -319,50 +382,6 @@ def complete(*args, **options):
 
 # -----------------------------------------------------------------------------
 # The command
-
-def parse_args():
-    """The command line, checked. Raises UserError."""
-    parser = ArgumentParser(
-        description="Sample from a trained run, with memory carried from token to token.")
-    parser.add_argument("--checkpoint", metavar="PATH",
-                        help="run folder or checkpoint file (default: the newest in runs/)")
-    parser.add_argument("--prompt", default="",
-                        help="text to continue; always text, also where it spells a special token; "
-                             "empty: from nothing")
-    parser.add_argument("--prompt-file", metavar="FILE",
-                        help='many prompts, one a line, or .jsonl with {"prompt": ..}; '
-                             "processed as one batch")
-    parser.add_argument("--out", metavar="FILE",
-                        help="write JSON lines {prompt, seed, text} here instead of streaming")
-    parser.add_argument("--interactive", action="store_true",
-                        help="a prompt loop: Ctrl-C ends a text, Ctrl-D quits")
-    parser.add_argument("--num-samples", type=int, default=1,
-                        help="samples a prompt, with seeds SEED, SEED+1, ..")
-    parser.add_argument("--max-new-tokens", type=int, default=256,
-                        help="tokens a sample; it ends earlier at BOS, at --stop, "
-                             "and where the context ends (it does not slide)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="below 1 sharper, 0 greedy")
-    parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest tokens, 0: from all")
-    parser.add_argument("--top-p", type=float,
-                        help="draw from the likeliest tokens that reach this probability")
-    parser.add_argument("--stop", metavar="TEXT", help="end a sample before this text")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same text")
-    parser.add_argument("--no-memory", action="store_true",
-                        help="keep the memory at zero, to see what it is worth")
-    parser.add_argument("--device", help="cuda | mps | cpu (default: the best there is)")
-    args = parser.parse_args()
-    at_least(args, num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
-    at_most(args, num_samples=MAX_SAMPLES)
-    check_folder(args.out)
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise UserError(f"--top-p must be above 0 and at most 1, not {args.top_p}")
-    if args.stop is not None and not is_text(args.stop):
-        raise UserError(f"--stop is not UTF-8 text: {ascii(args.stop)}")
-    if args.prompt_file is not None and (args.prompt or args.interactive):
-        raise UserError("--prompt-file goes without --prompt and --interactive")
-    if args.interactive and (args.prompt or args.out or args.num_samples > 1):
-        raise UserError("--interactive goes without --prompt, --out and --num-samples: type the prompts")
-    return args
 
 def read_prompts(path):
     """The prompts of a text file, one a line, or of JSON lines with a key `prompt`. Raises UserError."""
@@ -454,6 +473,7 @@ def main():
         seed=args.seed,
         stop=args.stop,
         use_memory=not args.no_memory,
+        compile=args.compile,
     )
     if args.interactive:
         interact(model, tokenizer, options)

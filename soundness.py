@@ -21,7 +21,6 @@ LEAST_LOSSES = 32  # with fewer than so many nothing is called a spike
 SPIKE = 10.0  # robust standard deviations above the median
 LEAST_DEVIATION = 0.005  # the standard deviation is taken for at least this share of the median
 SUSPECTS = 4  # batches that are left out: the one with the spike, and those before it that led to it
-MAX_REWINDS = 3  # from one checkpoint; if spikes go on coming, it is not the batches
 
 
 # -----------------------------------------------------------------------------

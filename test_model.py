@@ -19,7 +19,8 @@ import interleave
 import optim
 from attention import KVCache, attention_mask, take
 from interleave import Schedule, TrainStep, pass_losses, run
-from model import GPT, NANOCHAT_BACKBONE, GPTConfig
+from model import GPT, GPTConfig
+from recipes import NANOCHAT_BACKBONE, NANOCHAT_OPTIMIZER
 
 FIXTURES = [p for p in sorted(PARITY.glob("*.npz")) if not p.stem.startswith("recurrent_block")]
 
@@ -218,7 +219,7 @@ def test_parity_with_nanochat(path, monkeypatch):
         assert (model.logits(hidden) - torch.from_numpy(z["logits"])[..., :vocab]).abs().max() < 1e-5
     elif meta["kind"] == "nanochat_optimizer":  # its optimizer, a few steps on one batch
         monkeypatch.setattr(optim, "product_dtype", lambda p: torch.float32)
-        optimizers = optim.make_optimizers(model, optim.NANOCHAT_OPTIMIZER)
+        optimizers = optim.make_optimizers(model, NANOCHAT_OPTIMIZER)
         assert_same_groups(optimizers, params, meta["groups"])
         losses = []
         for multiplier, momentum in zip(meta["multipliers"], meta["momenta"], strict=True):

@@ -30,11 +30,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import train
 from checkpointing import find_checkpoint, load_checkpoint, load_model, read_log
 from common import ArgumentParser, UserError, append_row, at_least, lock, machine, read_rows, run_main
 from dataset import first_rows, open_data
 from eval_core import LEARNED_ROWS, evaluate_bpb, learned, recurrent_losses
+from flags import make_parser as make_training_parser
+from flags import saved_args
 from interleave import Schedule
 from plan import make_plan
 from tokens_page import repeated
@@ -323,7 +324,7 @@ def finished(folder):
     """
     path = find_checkpoint(folder)
     checkpoint = load_checkpoint(path)
-    args = argparse.Namespace(**train.saved_args(train.make_parser(), checkpoint, path))
+    args = argparse.Namespace(**saved_args(make_training_parser(), checkpoint, path))
     data = open_data(args.data, verify=False)
     plan = make_plan(args, data.meta["vocab_size"], 1, torch.float32)
     model = load_model(checkpoint, torch.device(args.device or "cpu"))

@@ -55,7 +55,8 @@ from common import (
 from core import Task, load_tasks, make_example
 from dataset import first_rows, open_data
 from interleave import TOLERANCE, Schedule, TrainStep, decode_tokens, prefill
-from model import NANOCHAT_BACKBONE, GPTConfig
+from model import GPTConfig
+from recipes import NANOCHAT_BACKBONE
 from recurrent import build_model
 from sample import load_run, new_cache
 

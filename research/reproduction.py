@@ -26,12 +26,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import train
 from common import UserError, append_row, at_least, machine, read_rows, run_main, write_atomic
 from dataset import first_rows
+from flags import make_parser
 from interleave import TrainStep
 from optim import make_optimizers, set_learning_rates
-from plan import make_config, make_optimizer_config, make_schedule
+from plan import make_config, make_schedule
+from recipes import make_optimizer_config
 from recurrent import build_model
 from research.experiments import curve, same_run, score
 
@@ -106,7 +107,7 @@ def resume(path, command, model, optimizers):
 
 def parse_args():
     """train.py's flags, with the protocol as their defaults, and a few more."""
-    parser = train.make_parser()
+    parser = make_parser()
     parser.add_argument("--reference", default="../shared/reference",
                         help="folder with train.npy, val.npy and token_bytes.npy")
     parser.add_argument("--muon", choices=["torch", "release"], default="torch",

@@ -48,7 +48,8 @@ from common import (
 )
 from interleave import Schedule, TrainStep, decode_tokens, run
 from model import GPTConfig
-from optim import OptimizerConfig, make_optimizers, set_learning_rates
+from optim import make_optimizers, set_learning_rates
+from recipes import OptimizerConfig
 from recurrent import RecurrentConfig, build_model
 
 # the tokens of each task: permutations p of 0 .. n-1, where p[i] is where i goes; their products are all

@@ -9,6 +9,7 @@ process of its own, because the device of fakecuda_guard.cpp must be there befor
 
 import ctypes
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -24,6 +25,8 @@ sys.path.append(os.environ.get("TRITON_DIR", ""))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402
+from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
@@ -31,12 +34,15 @@ import attention  # noqa: E402
 import core  # noqa: E402
 import optim  # noqa: E402
 import recurrent  # noqa: E402
+import sample  # noqa: E402
 import train  # noqa: E402
 from attention import KVCache, take  # noqa: E402
 from checkpointing import VERSION, copy_out, load_checkpoint, load_optimizers, load_weights  # noqa: E402
+from flags import make_parser  # noqa: E402
 from interleave import Schedule, TrainStep, prefill  # noqa: E402
-from model import NANOCHAT_BACKBONE, GPTConfig  # noqa: E402
+from model import GPTConfig  # noqa: E402
 from plan import make_plan  # noqa: E402
+from recipes import NANOCHAT_BACKBONE  # noqa: E402
 from recurrent import RecurrentConfig, build_model  # noqa: E402
 
 aten = torch.ops.aten
@@ -147,7 +153,7 @@ def checkpoints():
     optim.training_dtype = lambda device: torch.bfloat16
     flags = "--depth 1 --aspect-ratio 32 --head-dim 16 --max-seq-len 24 --total-batch-size 48 --no-compile " \
         "--num-iterations 1 --recipe nanochat --lrt shared"
-    args = train.make_parser().parse_args(flags.split())
+    args = make_parser().parse_args(flags.split())
     plan = make_plan(args, 64, 1, torch.bfloat16)
     rng = torch.get_rng_state()
 
@@ -180,7 +186,7 @@ def checkpoints():
             assert kinds(content) == (shapes, {"cpu"})
             content |= dict(version=VERSION, commit="", save_id="", run_id="", shares=1, step=1, rows_seen=2,
                             seconds=0.0, torch_rng=rng, config=dataclasses.asdict(plan.config),
-                            schedule=dataclasses.asdict(plan.schedule), args=vars(args),
+                            schedule=dataclasses.asdict(plan.schedule_at(0)), args=vars(args),
                             tokenizer_sha256="", shards_sha256=[])
             torch.save(content, path)
         checkpoint = load_checkpoint(path, verify=False)  # fakes have no numbers to compare
@@ -219,6 +225,41 @@ def inference():
             core.token_scores(model, hidden[:, 0], idx[:, 0])
 
 
+@torch.no_grad()
+def decoding():
+    """
+    A captured step of a decoder, and a compiled one: it asks the device for no number, as a fake one has none
+    to give, its tensors stay in their places, and it is one graph.
+    """
+    sample.record = lambda work, device: (work(), work)[1]  # in the place of a CUDA graph
+    nanochat = GPTConfig(**SMALL, **NANOCHAT_BACKBONE, lrt="layerwise")
+    for config in (GPTConfig(**SMALL, lrt="shared"), nanochat, RecurrentConfig(**SMALL)):
+        for compile in (False, True):
+            torch._dynamo.reset()
+            with FakeTensorMode():
+                model = on_cuda(config)
+                for module in model.modules():  # as load_model() does
+                    if isinstance(module, (nn.Linear, nn.Embedding)):
+                        module._parameters["weight"] = nn.Parameter(module.weight.to(torch.bfloat16))
+                model.pack()
+                kv = KVCache(config, 2, 24, "cuda", torch.bfloat16, rolling=True)
+                kv.start = torch.zeros(2, dtype=torch.int64, device="cuda")
+                hidden = torch.zeros(2, 1, 32, dtype=torch.bfloat16, device="cuda")
+                memory = None if config.lrt == "none" else hidden.clone()
+                draw = functools.partial(sample.sample_next_token, temperature=0.8, top_k=50, top_p=0.9)
+                uniform = torch.zeros(9, 2, device="cuda")
+                decoder = sample.Decoder(model, kv, hidden, memory, 4, uniform, draw)
+                assert decoder.capture
+                if compile:
+                    decoder.work = torch.compile(decoder.forward_on_device, backend="aot_eager",
+                                                 dynamic=False, fullgraph=True)
+                static = decoder.tokens, decoder.memory, decoder.index, *kv.k, *kv.v
+                for _ in range(4):
+                    decoder.step()
+                after = decoder.tokens, decoder.memory, decoder.index, *kv.k, *kv.v
+                assert all(x is y for x, y in zip(static, after))
+
+
 # -----------------------------------------------------------------------------
 # Compiled
 
@@ -239,6 +280,31 @@ def trace_all():
     AOTAutograd makes a constant on the device, which the fake one cannot hold.
     """
     trace([s for s in SCHEDULES[1:] if len(s.passes(12)) <= 4 and s.drafts < 2])
+
+def recomputation():
+    """
+    With activation checkpointing the compiler computes things again, but not attention over many positions,
+    which is dearer than a matrix product of this width.
+    """
+    calls = dict(forward=0, backward=0)
+
+    def count(name):
+        def compile(graph, inputs):
+            for node in graph.graph.nodes:
+                calls[name] += node.target == aten._flash_attention_forward.default
+            return graph
+        return compile
+
+    backend = aot_autograd(fw_compiler=count("forward"), bw_compiler=count("backward"),
+                           partition_fn=min_cut_rematerialization_partition)
+    config = GPTConfig(sequence_len=1024, vocab_size=64, n_layer=2, n_head=1, n_kv_head=1, n_embd=64,
+                       window_pattern="S", lrt="shared")
+    budget = train.COMPILED_MEMORY_BUDGET
+    with FakeTensorMode(), torch._functorch.config.patch(activation_memory_budget=budget):
+        step = torch.compile(TrainStep(on_cuda(config), Schedule()), backend=backend, dynamic=False)
+        check_step(step, tokens(1, 1024))
+    assert calls["forward"] > 8
+    assert calls["backward"] == 0, calls
 
 def pretend_h100():
     """Let Inductor and triton take this machine for one with an H100, as far as generating code goes."""
@@ -368,7 +434,7 @@ def machine_code(*flags):
     become machine code for sm_90. Prints how many there are and how long it took.
     """
     pretend_h100()
-    args = train.make_parser().parse_args(flags)
+    args = make_parser().parse_args(flags)
     plan = make_plan(args, 32768, 8, torch.bfloat16)
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=8)
     train.DDP = partial(train.DDP, init_sync=False)  # which would send numbers
@@ -404,8 +470,8 @@ def compile_kernels(code):
     return len(sources), n_binaries
 
 CASES = dict(training=training, deterministic=deterministic, recurrent_training=recurrent_training,
-             checkpoints=checkpoints, inference=inference, trace=trace, trace_all=trace_all, lower=lower,
-             machine_code=machine_code)
+             checkpoints=checkpoints, inference=inference, decoding=decoding, trace=trace,
+             trace_all=trace_all, recomputation=recomputation, lower=lower, machine_code=machine_code)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 import common
@@ -198,6 +199,17 @@ def test_the_cuda_kernels_are_called_right(window, n_kv_head, monkeypatch):
     monkeypatch.setattr(attention, "on_cuda", lambda q: True)
     for a, b in zip(interleaved_attention(window, n_kv_head), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+@pytest.mark.parametrize("causal, back, pairs", [
+    (False, None, 5 * 7), (True, None, 15), (True, 0, 5), (True, 2, 1 + 2 + 3 + 3 + 3), (True, 9, 15)])
+def test_the_flops_of_a_flash_call_are_counted(causal, back, pairs):
+    """The compiler goes by them where it computes things again."""
+    n = 5 if causal else 7
+    q, k, v = (torch.empty(2, P, heads, 8, device="meta") for P, heads in ((5, 6), (n, 3), (n, 3)))
+    with FlopCounterMode(display=False) as counted:
+        torch.ops.aten._flash_attention_forward(
+            q, k, v, None, None, 5, n, 0.0, causal, False, window_size_left=back)
+    assert counted.get_total_flops() == 4 * 2 * 6 * 8 * pairs
 
 def test_the_cuda_backward_gets_a_dense_log_sum_exp(monkeypatch):
     """Its kernel asks for no strides. torch.compile pads L where 5 heads are at 251 positions."""

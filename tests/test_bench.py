@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from helpers import assert_refused, cli
+from helpers import assert_refused, cli, shell
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -57,11 +57,54 @@ def test_recurrent(here):
     rows = run_bench("recurrent", "--context", 8, 16, "--width", 16, "--reference-up-to", 8)
     assert [(row["T"], row["form"], row["keys_read"]) for row in rows] == [
         (8, "plain", None),
-        (8, "tiled", 12),
+        (8, "tiled", 64),
         (8, "reference", 28),
         (16, "plain", None),
-        (16, "tiled", 32),
+        (16, "tiled", 256),
     ]
+
+PEER = """
+import torch
+
+class GPTConfig:
+    def __init__(self, **fields):
+        self.fields = fields
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config.fields["n_embd"] == 32 and config.fields["sequence_len"] == 8
+        self.wte = torch.nn.Embedding(config.fields["vocab_size"], config.fields["n_embd"])
+
+    def init_weights(self):
+        pass
+
+    def setup_optimizer(self):
+        return torch.optim.SGD(self.parameters())
+
+    def forward(self, idx, targets):
+        assert idx.shape == (2, 8)
+        return LOSS
+"""
+
+def test_peers(here):
+    """Stand-ins for the peers' code, which are no real rivals; one of them cannot be run."""
+    for name, loss in (("works", "self.wte(idx).sum()"), ("broken", "self.no_such_thing")):
+        (here / name / "nanochat").mkdir(parents=True)
+        (here / name / "nanochat/gpt.py").write_text(PEER.replace("LOSS", loss))
+    sizes = "--depth 1 --width 32 --vocab-size 16 --batch 2 --context 8 --repeats 2".split()
+    done = shell("bench.py", "peers", "--nanochat", here / "works", *sizes, "--json", here / "peers.json")
+    assert done.returncode == 0, done.stderr
+    ours, peer = json.loads((here / "peers.json").read_text())["rows"]
+    assert [ours["contestant"], peer["contestant"]] == ["ours", "nanochat"]
+    assert ours["over_ours"] == 1 and 0 < peer["over_ours"] < 1
+    assert 0 < peer["gradients_ms"] + peer["update_ms"] < ours["gradients_ms"]
+
+    refused = shell("bench.py", "peers", "--nanochat", here / "broken", *sizes)
+    assert refused.returncode == 2 and refused.stderr.startswith(
+        "error: nanochat, nanochat cannot be run: AttributeError: "), refused.stderr
+    assert_refused(cli("research.peers", "--release", here), "is no checkout of a peer")
+    assert_refused(cli("research.peers"), "give --nanochat or --release")
 
 def test_the_step_that_is_counted_is_run():
     """

@@ -15,6 +15,7 @@ import train
 from checkpointing import find_checkpoint
 from common import UserError, flag, read_rows
 from eval_core import recurrent_losses
+from flags import make_parser
 from model import GPT, GPTConfig
 from plan import make_plan
 from research import experiments, plot, reproduction, states
@@ -141,7 +142,7 @@ def test_rows_are_complete(in_ran):
 def test_the_row_of_a_run_with_a_pass_without_loss(in_ran):
     forward = rows_of("cheaper")["forward_6"]
     flags = forward["command"].split()[2:]
-    plan = make_plan(train.make_parser().parse_args(flags), 512, 1, torch.float32)
+    plan = make_plan(make_parser().parse_args(flags), 512, 1, torch.float32)
     assert forward["flops"] == pytest.approx(plan.flops_per_token * forward["tokens"])
     assert plot.variant(forward) == "shared --schedule draft --subsets 2"
     # no loss, and no NaN in JSON

@@ -305,7 +305,7 @@ def flip_a_bit(path):
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 3] ^= 1
     path.write_bytes(raw)
-    load_checkpoint(path)
+    load_checkpoint(path, verify=False)
 
 def replace_by(value):
     return lambda path: torch.save(value, path)
@@ -320,16 +320,22 @@ def replace_by(value):
     replace_by(Evil()),
     replace_by({"model": {}}),
 ])
-def test_a_damaged_checkpoint_is_passed_over(damage, trained, here, capsys):
+def test_a_damaged_checkpoint_is_passed_over(damage, trained, here, monkeypatch, capsys):
+    def resumed(path):
+        """The flags and the checkpoint with which --resume goes on."""
+        monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(path)])
+        args, checkpoint, _ = train.parse_args()
+        return train.verify_checkpoint(args, checkpoint, group=None)
+
     shutil.copytree(trained, "run")
     newest = Path("run/ckpt_0000012.pt")
     damage(newest)
-    path, checkpoint = newest_checkpoint("run")
-    assert path.name == "ckpt_0000010.pt"
+    args, checkpoint = resumed("run")
+    assert args.resume == "run/ckpt_0000010.pt"
     assert checkpoint["step"] == 10
     assert f"warning: {newest} is damaged" in capsys.readouterr().out
     with pytest.raises(UserError, match="damaged"):
-        newest_checkpoint(newest)  # the file itself was asked for
+        resumed(newest)  # the file itself was asked for
     assert not Path("pwned").exists()
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(trained, here, fork):

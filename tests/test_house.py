@@ -1,14 +1,15 @@
 """How the files stand to each other: which may import which, and one list of dependencies written twice."""
 
 import ast
+import os
 import re
 from graphlib import TopologicalSorter
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, shell
 
 # every file may import those before it; research/ is one room, the last
-ROOMS = ("common attention model recurrent interleave optim sharding dataset prepare_data "
+ROOMS = ("common recipes flags attention model recurrent interleave optim sharding dataset prepare_data "
          "checkpointing tracking plan sample core tokens_page eval_core soundness watchdog train "
          "export bench research").split()
 SCRIPTS = [path for path in ROOT.glob("*.py") if path.stem not in ("test_model", "conftest")]
@@ -44,6 +45,17 @@ def test_research_has_no_circle():
     assert RESEARCH
     graph = {f"research.{path.stem}": imports(path) for path in RESEARCH}
     TopologicalSorter(graph).prepare()  # raises CycleError
+
+@pytest.mark.parametrize("script", ["sample", "eval_core", "train", "prepare_data"])
+def test_help_and_wrong_flags_do_not_wait_for_torch(script, tmp_path):
+    """torch takes seconds to import; here it cannot be imported at all."""
+    (tmp_path / "torch.py").write_text("raise ImportError('too early')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    shown = shell(f"{script}.py", "--help", PYTHONPATH=path)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith("usage: ")
+    refused = shell(f"{script}.py", "--no-such-flag", PYTHONPATH=path)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: ")
 
 def test_pyproject_and_requirements_name_the_same_packages():
     """With the same bounds; but for torch, which requirements.txt pins to the version that is tested."""

@@ -17,11 +17,10 @@ import optim
 import train
 from checkpointing import copy_out, load_checkpoint, load_optimizers
 from common import training_dtype
+from flags import make_parser
 from model import GPT, GPTConfig
 from optim import (
-    NANOCHAT_OPTIMIZER,
     Muon,
-    OptimizerConfig,
     Sharded,
     learning_rate_scale,
     make_optimizers,
@@ -29,6 +28,7 @@ from optim import (
     weight_decay_scale,
 )
 from plan import make_plan
+from recipes import NANOCHAT_OPTIMIZER, OptimizerConfig
 from recurrent import build_model, config_from_dict
 
 STEPS = 1000
@@ -143,7 +143,7 @@ def test_nanochats_run_of_1000_steps():
     (["--memory-init", "1", "--memory-lr", "0.005"], 1.0, 0.005),
 ])
 def test_the_memory_can_start_and_train_otherwise(flags, memory_init, memory_lr):
-    args = train.make_parser().parse_args(["--depth", "2", "--lrt", "layerwise", *flags])
+    args = make_parser().parse_args(["--depth", "2", "--lrt", "layerwise", *flags])
     plan = make_plan(args, 32, 1, torch.float32)
     model, optimizers, _ = train.setup_training(args, plan, torch.device("cpu"), torch.float32)
     groups = model.parameter_groups()

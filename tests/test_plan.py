@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import assert_refused, cli
 
-import train
+import plan as plan_module
+from flags import make_parser
 from interleave import Schedule, TrainStep
 from model import GPT
 from plan import (
@@ -23,7 +24,7 @@ DRAFT = "--depth 2 --num-iterations 1000 --schedule draft"
 
 
 def plan_of(flags, vocab_size=512):
-    args = train.make_parser().parse_args(["--lrt", "shared", *flags.split()])
+    args = make_parser().parse_args(["--lrt", "shared", *flags.split()])
     return make_plan(args, vocab_size, 1, torch.float32)
 
 
@@ -31,7 +32,8 @@ def plan_of(flags, vocab_size=512):
 # Dry run
 
 def dry_run(*flags):
-    code, out, err = cli("train.py", "--dry-run", "--depth", 20, "--lrt", "shared", *flags)
+    code, out, err = cli("train.py", "--dry-run", "--depth", 20, "--lrt", "shared",
+                         "--dtype", "float32", *flags)
     assert code == 0, err
     return out
 
@@ -66,7 +68,7 @@ def test_passes_without_a_gradient_leave_room_for_rows(here):
 def test_dry_run_predicts_time_and_cost(here, monkeypatch):
     """FLOPs over the GPUs' peak, of which a share is reached; without a GPU it is an H100's."""
     monkeypatch.setenv("WORLD_SIZE", "8")
-    flags = "--num-iterations 1000 --device cpu --schedule plain --first-memory embedding".split()
+    flags = "--depth 4 --num-iterations 1000 --device cpu --schedule plain --first-memory embedding".split()
     out = dry_run(*flags, "--mfu", 0.4, "--dollars-per-hour", 24)
     flops = re.search(r"(\S+) FLOPs, ", out)[1]
     assert "at 40 % of the peak of 8 x NVIDIA H100 80GB HBM3" in out, out
@@ -80,11 +82,13 @@ def test_dry_run_predicts_time_and_cost(here, monkeypatch):
     for mfu in (0, 1.5, "nan"):
         assert_refused(cli("train.py", "--dry-run", "--mfu", mfu), "--mfu must be")
 
+@pytest.mark.parametrize("flags", ["", "--n-kv-head 2", "--schedule chunked --chunk 24",
+                                   "--schedule draft"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_dry_run_counts_what_a_step_keeps(recompute):
-    """The estimate, on fake tensors, is what autograd and the store really hold after a forward."""
+def test_dry_run_counts_what_a_step_keeps(flags, recompute):
+    """The estimate, on the meta device, is what autograd and the store really hold after a forward."""
     plan = plan_of("--depth 2 --aspect-ratio 32 --head-dim 16 --max-seq-len 64 "
-                   "--num-iterations 1 --total-batch-size 256", vocab_size=64)
+                   "--num-iterations 1 --total-batch-size 256 " + flags, vocab_size=64)
     counted = memory_estimate(plan, 1, torch.float32, recompute)["activations"]
 
     model = GPT(plan.config)
@@ -92,8 +96,34 @@ def test_dry_run_counts_what_a_step_keeps(recompute):
     idx = torch.zeros(plan.device_batch, 64, dtype=torch.int64)
     gc.collect()
     real = saved_bytes(lambda: TrainStep(model, plan.deepest)(idx, idx), model.parameters())
-    assert real > 10**6
+    assert real > 5 * 10**5
     assert abs(counted - real) < 256  # but for a few numbers
+
+@pytest.mark.parametrize("flags", [
+    "--window-pattern L",
+    "--window-pattern SSL --subsets 3",
+    "--window-pattern L --source-layer 0",
+    "--window-pattern SL --source-layer 28 --schedule draft",
+    "--window-pattern S --schedule refine --refinements 1 --loss-weights 0 1",
+    "--recipe nanochat --window-pattern L --activation-checkpointing",
+])
+def test_a_deep_model_is_counted_in_shallow_ones(flags, monkeypatch):
+    """The extrapolation is the count of all layers, to the byte."""
+    plan = plan_of("--depth 29 --aspect-ratio 1 --head-dim 16 --max-seq-len 16 "
+                   "--num-iterations 1 --total-batch-size 16 " + flags, vocab_size=16)
+    recompute = "checkpointing" in flags
+    arguments = plan.deepest, plan.device_batch, torch.bfloat16, recompute
+    of_all_layers = plan_module.count_activations(plan.config, *arguments)
+    depths = []
+
+    def count(config, *arguments):
+        depths.append(config.n_layer)
+        return of_shallow(config, *arguments)
+
+    of_shallow = plan_module.count_activations
+    monkeypatch.setattr(plan_module, "count_activations", count)
+    assert plan_module.activation_bytes(plan, torch.bfloat16, recompute) == of_all_layers
+    assert len(depths) > 1 and sum(depths) < 60 and max(depths) < 29
 
 def test_optimizer_state_is_shared_by_the_ranks():
     plan = plan_of("--depth 2 --num-iterations 1")

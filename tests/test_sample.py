@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import ROOT, assert_refused, cli, shell
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -25,7 +26,8 @@ import sample
 from attention import KVCache
 from checkpointing import load_model
 from interleave import plain, prefill, run
-from model import NANOCHAT_BACKBONE, GPTConfig
+from model import GPTConfig, product
+from recipes import NANOCHAT_BACKBONE
 from recurrent import RecurrentConfig, build_model
 from sample import Decoder, IncrementalDetokenizer, complete, generate, read_prompts, sample_next_token
 from test_model import CONFIG, decode, make, randomize, tokens
@@ -222,35 +224,16 @@ def test_a_captured_step_makes_the_same_tokens(variant, monkeypatch):
     assert max(len(tokens) for tokens in expected[0]) > 60
 
 @pytest.mark.parametrize("variant", STEPS)
-def test_a_compiled_step_makes_the_same_tokens(variant):
-    """One graph for all positions, without a break."""
+def test_a_compiled_step_makes_the_same_tokens(variant, monkeypatch):
+    """One graph for all positions, without a break or a recompilation."""
     torch._dynamo.reset()
-    model = step_model(variant)
     counter = CompileCounterWithBackend("aot_eager")
-    first, N = 4, 3
-    results = []
-    for compiled in (False, True):
-        kv = KVCache(model.config, N, 20, "cpu", torch.float32, rolling=True, start=torch.tensor([0, 3, 1]))
-        memory = None if model.config.lrt == "none" else torch.full((N, 1, 32), 0.5)
-        g = torch.Generator().manual_seed(0)
-        for x in kv.k + kv.v:
-            x.normal_(generator=g)
-        uniform = torch.rand(16, N, generator=g)
-        draw = partial(sample_next_token, temperature=1.0, top_k=20, top_p=0.9)
-        hidden = torch.randn(N, 1, 32, generator=g)
-        with torch.inference_mode():
-            decoder = Decoder(model, kv, hidden, memory, first, uniform, draw)
-            step = decoder.step
-            if compiled:
-                step = decoder.forward_on_device
-                step = torch.compile(step, backend=counter, fullgraph=True, dynamic=False)
-            found = []
-            for _ in range(15):
-                step()
-                found.append(decoder.tokens.tolist())
-        results.append(found)
-    assert results[0] == results[1]
-    assert counter.frame_count == 1
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=counter, **options))
+    model = step_model(variant)
+    expected = step_tokens(model)
+    assert step_tokens(model, compile=True) == expected
+    assert counter.frame_count == 3  # one for each batch
 
 def test_random_numbers_do_not_depend_on_how_many_there_are(trained_models):
     """A longer text begins with the shorter one of the same seed."""
@@ -289,7 +272,7 @@ def test_packed_weights_are_the_same_weights(variant, monkeypatch):
 
     # one product for q, k, v and the gates, and one for all of Rk and Rv
     products = []
-    monkeypatch.setattr("model.product", lambda x, w: products.append(w) or torch.nn.functional.linear(x, w))
+    monkeypatch.setattr("model.product", lambda x, w: products.append(w) or F.linear(x, w))
     kv = KVCache(model.config, 2, 1, "cpu", torch.float64)
     memory = None if model.config.lrt == "none" else memory[:, :1]
     with torch.no_grad():
@@ -297,6 +280,33 @@ def test_packed_weights_are_the_same_weights(variant, monkeypatch):
     a_layer = 5 if variant == "recurrent" else 4  # it projects its output, too
     others = (model.config.lrt != "none") + model.config.smear
     assert len(products) == a_layer * model.config.n_layer + others
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 64])
+def test_products_do_not_depend_on_who_computes_them(rows):
+    """oneDNN where it is faster: several rows, no gradient, and not a part of the rows of packed weights."""
+    from test_recurrent import Recorder  # which imports this file
+    torch.manual_seed(0)
+    x = torch.randn(rows, 1, 768)
+    weight = torch.randn(2048, 768)
+    in_columns = weight.t().contiguous().t()
+    for w, is_dense in ((weight, True), (in_columns, True), (in_columns[:1024], False)):
+        with torch.no_grad(), Recorder() as recorder:
+            y = product(x, w)
+        kernels = {str(kernel) for kernel, *_ in recorder.calls}
+        by_onednn = torch.backends.mkldnn.is_available() and is_dense and rows > 2
+        assert ("mkldnn._linear_pointwise.default" in kernels) == by_onednn
+        torch.testing.assert_close(y.double(), x.double() @ w.double().T, rtol=1e-5, atol=1e-3)
+
+    graphs = []  # Inductor refuses calls of oneDNN that are not its own
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(product, backend=lambda graph, inputs: graphs.append(graph.code) or graph)
+        torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
+    assert len(graphs) == 1 and "mkldnn" not in graphs[0]
+
+    w = weight.requires_grad_()
+    product(x, w).sum().backward()
+    torch.testing.assert_close(w.grad, x.sum((0, 1)).expand(2048, -1), rtol=1e-4, atol=1e-4)
 
 def test_samples_share_one_prefill_and_a_token_is_one_forward(trained_models, monkeypatch):
     model = trained_models["shared"]
@@ -493,6 +503,7 @@ def test_interactive(trained):
     (["--interactive", "--prompt", "x"], ["--interactive goes without"]),
     (["--interactive", "--out", "x"], ["--interactive goes without"]),
     (["--interactive", "--num-samples", "2"], ["--interactive goes without"]),
+    (["--interactive", "--compile"], ["--interactive goes without --compile"]),
     (["--prompt", "caf\udce9"], ["prompt 1 is not UTF-8 text: 'caf\\udce9'"]),
 ])
 def test_bad_flags(flags, words, trained, monkeypatch):

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from helpers import assert_refused, cli
 from test_faults import (
     TINY,
-    checkpoints,
     log,
     losses,
     many,
@@ -27,7 +26,8 @@ from test_faults import (
 
 import plan as plan_room
 import train
-from checkpointing import load_checkpoint
+from checkpointing import list_checkpoints, load_checkpoint, remove_checkpoint
+from flags import make_parser
 from plan import make_plan, memory_estimate
 
 data, fork = test_faults.data, test_faults.fork  # fixtures
@@ -117,8 +117,8 @@ def test_checkpoints_interchange(data, here, fork):
 def copy_first_half(source, name):
     """A run as it was after step 3."""
     shutil.copytree(f"runs/{source}", f"runs/{name}")
-    Path(f"runs/{name}/ckpt_0000006.pt").unlink()
-    assert checkpoints(f"runs/{name}") == ["ckpt_0000003.pt"]
+    remove_checkpoint(Path(f"runs/{name}/ckpt_0000006.pt"))
+    assert [path.name for path in list_checkpoints(f"runs/{name}")] == ["ckpt_0000003.pt"]
 
 def test_in_bf16(data, here, fork):
     """Layers are sent in bf16, in which they compute anyway; gradients add up in float32."""
@@ -132,7 +132,7 @@ def count_bytes(folder, env):
     os.environ |= env
     dist.init_process_group("gloo")
     flags = "--depth 2 --aspect-ratio 32 --head-dim 16 --max-seq-len 32 --total-batch-size 128 --shard"
-    args = train.make_parser().parse_args([*flags.split(), "--lrt", "shared", "--num-iterations", "1"])
+    args = make_parser().parse_args([*flags.split(), "--lrt", "shared", "--num-iterations", "1"])
     plan = make_plan(args, 64, dist.get_world_size(), torch.float32)
     model, optimizers, step = train.setup_training(args, plan, torch.device("cpu"), torch.float32)
     idx = torch.zeros(1, 32, dtype=torch.int64)
@@ -175,7 +175,7 @@ FLAGS = "--depth 4 --lrt shared --max-seq-len 64 --total-batch-size 512 --num-it
 
 def test_the_estimate_of_memory():
     """The shards are an eighth; what is put together at a time is small beside the model."""
-    plan = make_plan(train.make_parser().parse_args(FLAGS), 32768, 8, torch.bfloat16)
+    plan = make_plan(make_parser().parse_args(FLAGS), 32768, 8, torch.bfloat16)
     whole = memory_estimate(plan, 8, torch.bfloat16, False)
     sharded = memory_estimate(plan, 8, torch.bfloat16, False, shard=True)
     total = plan.counts["total"]
@@ -190,7 +190,7 @@ def test_the_estimate_of_memory():
 
 @pytest.mark.parametrize("gib, answer", [
     (9, "it fits in 9 GiB"),
-    (1, "it does not fit in 1 GiB, --shard does"),
+    (0.5, "it does not fit in 0.5 GiB, --shard does"),
     (0.1, "it does not fit in 0.1 GiB, with --shard neither"),
 ])
 def test_dry_run_says_what_fits(gib, answer, here, monkeypatch):

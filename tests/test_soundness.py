@@ -27,6 +27,7 @@ from test_faults import (
 import soundness
 import train
 from checkpointing import load_checkpoint
+from flags import MAX_REWINDS
 from soundness import SPIKE, LossSpikes, checksum, suspects
 
 data, fork, guard = test_faults.data, test_faults.fork, test_gpu_path.guard  # fixtures
@@ -163,7 +164,7 @@ def test_it_goes_back_three_times_at_most(data, here, fork):
     codes, said = run(fork, "out.txt", "--data", data, *FORTY, "--on-spike", "rewind",
                       prelude=bad_batches, args=(range(24, 99),))
     assert codes == [0], said
-    assert said.count("back to runs/x/ckpt_0000020.pt") == soundness.MAX_REWINDS
+    assert said.count("back to runs/x/ckpt_0000020.pt") == MAX_REWINDS
     assert [row["step"] for row in log("runs/x")] == list(range(40))
 
 
