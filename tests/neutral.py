@@ -32,6 +32,8 @@ from pathlib import Path
 import torch
 
 CORE = Path(__file__).resolve().parents[2] / "shared/core"
+CHECKPOINTS = "ckpt_???????.pt"  # without the shares of other processes
+CHANGES = ("dt", "seconds", "run_id", "save_id", "commit", "version", "shares")  # from run to run
 MODULES = ("argparse", "ast", "calendar", "configparser", "csv", "enum")  # their source is the text
 
 # one step of warm-up: the default is so long that five steps would hardly move a weight
@@ -167,6 +169,7 @@ class Recorder:
             figures["stderr"] = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         said = done.stdout.decode("utf-8", "backslashreplace")
         said = re.sub(r" \| dt: .*", "", said)  # how long a step took, and what follows from it
+        said = re.sub(r"(?m)^saved .*\n", "", said)  # when a checkpoint is written, in the background
         figures |= flatten(said.split("\n"), "stdout")
         return figures
 
@@ -177,23 +180,29 @@ class Recorder:
             figures[f"file/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
 
     def train(self, what, name, flags, processes=1):
-        """Train the run `name`: its log and its last checkpoint, but for the times in them."""
+        """Train the run `name`: its log and its last checkpoint, but for times and what is drawn anew."""
         figures = self.call(what, "train.py", flags, processes)
         folder = self.folder / "runs" / name
         figures |= flatten(sorted(path.name for path in folder.glob("[!.]*")), "files")
         for log in folder.glob("log.jsonl"):
             for i, row in enumerate(map(json.loads, log.read_text().splitlines())):
-                figures |= flatten({k: v for k, v in row.items() if k != "dt"}, f"log/{i}")
-        for path in sorted(folder.glob("ckpt_*.pt"))[-1:]:
+                figures |= flatten({k: v for k, v in row.items() if k not in CHANGES}, f"log/{i}")
+        for path in sorted(folder.glob(CHECKPOINTS))[-1:]:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            figures |= flatten({k: v for k, v in state.items() if k != "seconds"}, "checkpoint")
+            for share in sorted(folder.glob(f"{path.stem}.share_*.pt")):  # of the other processes
+                parts = torch.load(share, map_location="cpu", weights_only=True)["optimizers"]
+                for whole, part in zip(state["optimizers"], parts, strict=True):
+                    whole["state"] |= part["state"]
+            figures |= flatten({k: v for k, v in state.items() if k not in CHANGES}, "checkpoint")
 
     def train_and_resume(self, name, flags, processes):
         """Six steps, and again from the third one on, as if the run had been killed after it."""
         flags = f"{TINY} --name {name} --num-iterations 6 --save-every 3 {flags}"
         self.train(f"train {name}", name, flags, processes)
-        for path in sorted((self.folder / "runs" / name).glob("ckpt_*.pt"))[1:]:
-            path.unlink()
+        folder = self.folder / "runs" / name
+        for path in sorted(folder.glob(CHECKPOINTS))[1:]:
+            for file in folder.glob(f"{path.stem}.*"):
+                file.unlink()
         self.train(f"resume {name}", name, f"--resume runs/{name}", processes)
 
     def use(self, script, line):

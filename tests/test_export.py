@@ -24,7 +24,7 @@ from test_recurrent import make_recurrent
 
 import export
 from attention import KVCache
-from checkpointing import Log, Saver
+from checkpointing import CHECKPOINT, OLDER, VERSION, Log
 from core import Example, evaluate_task, load_tasks, make_example, score
 from dataset import BOS, encode_text, load_tokenizer, tokenizer_sha256
 from flags import make_parser
@@ -70,9 +70,11 @@ def save_run(folder, model, data):
     log = Log(folder, run_id="0123")
     log.add(kind="eval", step=20, bpb={"merged": 2.5, "decode": 2.25})
     flags = "--depth 3 --lrt shared --data /secret --init-from /secret --total-batch-size 4096"
-    Saver(folder, log, keep=1).save(
-        [], 20, final=True,
+    checkpoint = OLDER | dict(
+        version=VERSION,
         model=model.state_dict(),
+        optimizers=[],
+        step=20,
         rows_seen=20,
         left_out=[],
         seconds=1.0,
@@ -85,6 +87,8 @@ def save_run(folder, model, data):
         shards_sha256=[],
         run_id="0123",
     )
+    assert checkpoint.keys() == CHECKPOINT.keys()
+    torch.save(checkpoint, folder / "ckpt_0000020.pt")
     return folder
 
 def make_variant(name):
@@ -554,7 +558,7 @@ def assert_lm_eval_agrees(run, tmp_path):
 @pytest.mark.slow
 @real
 def test_lm_eval_scores_as_our_core(data, tmp_path):
-    for name in ("safetensors", "transformers", "lm_eval"):
+    for name in ("safetensors", "transformers", "lm_eval", "accelerate"):
         pytest.importorskip(name, reason="extras `export` and `eval` are not installed")
     flags = "--depth 2 --aspect-ratio 16 --head-dim 16 --max-seq-len 512 --lrt shared --num-iterations 20 "
     flags += "--total-batch-size 1024 --eval-tokens 1024 --decode-tokens 0 --device cpu --dtype float32"

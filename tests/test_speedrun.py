@@ -22,7 +22,7 @@ def speedrun(folder, **env):
         GPUS="2",
         SIZE=" ".join(map(str, size)),
         TRAINING="--eval-tokens 1024 --decode-tokens 0",
-        SOURCE=f"{source} --vocab-size 400",
+        SOURCE=f"{source} --vocab-size 300",
         EVALUATION="--eval core,bpb --split val --rows 4 --decode-rows 2 --device cpu "
                    f"--bundle {BUNDLE} --tasks copa,winograd --max-per-task 4",
         DATA=str(folder / "data"),
