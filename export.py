@@ -3,7 +3,7 @@ Turn a trained run into a folder that Hugging Face's transformers opens, and so 
 
     python export.py runs/d4_shared exported
 
-    tokenizer = AutoTokenizer.from_pretrained("exported")
+    tokenizer = AutoTokenizer.from_pretrained("exported", trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True)
 
 The folder holds the weights, the tokenizer in the format of the library `tokenizers`, and the code of the
@@ -226,7 +226,7 @@ vocabulary of {vocab_size}. Its weights are in {dtype}.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)  # it reads the configuration
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 inputs = tokenizer(["The history of"], return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))

@@ -389,7 +389,7 @@ def test_every_character_is_cut_as_tiktoken_cuts_it(data):
 def test_the_tokenizer_in_transformers(data, transformers, tmp_path):
     run = save_run(tmp_path / "run", make_variant("none"), data)
     assert cli("export.py", run, tmp_path / "out")[0] == 0
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     enc = load_tokenizer(data)
     bos = enc.encode_single_token(BOS)
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == bos
@@ -402,7 +402,7 @@ def test_the_tokenizer_in_transformers(data, transformers, tmp_path):
     assert set(batch) == {"input_ids", "attention_mask"}
     saved = tokenizer.save_pretrained(tmp_path / "again")
     assert saved
-    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert again("<|bos|> 1234").input_ids == tokenizer("<|bos|> 1234").input_ids
 
 
@@ -414,7 +414,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-tokenizer = AutoTokenizer.from_pretrained("model")
+tokenizer = AutoTokenizer.from_pretrained("model", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True, dtype="auto")
 print(model.dtype, model.config.vocab_size, model.config.max_position_embeddings)
 inputs = tokenizer(["def ", "import os, s"], return_tensors="pt", padding=True)

@@ -68,7 +68,7 @@ def test_passes_without_a_gradient_leave_room_for_rows(here):
 def test_dry_run_predicts_time_and_cost(here, monkeypatch):
     """FLOPs over the GPUs' peak, of which a share is reached; without a GPU it is an H100's."""
     monkeypatch.setenv("WORLD_SIZE", "8")
-    flags = "--depth 4 --num-iterations 1000 --device cpu --schedule plain --first-memory embedding".split()
+    flags = "--depth 4 --num-iterations 999999 --schedule plain --first-memory embedding --device cpu".split()
     out = dry_run(*flags, "--mfu", 0.4, "--dollars-per-hour", 24)
     flops = re.search(r"(\S+) FLOPs, ", out)[1]
     assert "at 40 % of the peak of 8 x NVIDIA H100 80GB HBM3" in out, out
