@@ -261,7 +261,6 @@ class KVCache(KVStore):
         if self.start is not None:
             self.start = self.start[rows]
             self.first = int(self.start.max())
-        self.masked_positions = None  # the masks are those of the rows before
 
 
 # -----------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """
 Timings and counts, measured side by side in one process: the variants take turns, and medians are compared.
 
-    python bench.py decode [--nanochat DIR]               latency a token: none, shared, layerwise, recurrent
+    python bench.py decode                                latency a token: none, shared, layerwise, recurrent
     python bench.py prefill --checkpoint runs/d4_shared   exact parallel prefill against token by token
     python bench.py step                                  time and memory of a training step, S = 1, 2, 4, 8
     python bench.py muon                                  a step of our Muon against one of torch's
@@ -20,7 +20,6 @@ if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process a
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import ctypes
-import math
 import multiprocessing
 import os
 import statistics
@@ -150,16 +149,26 @@ def greedy(logits, uniform):
     """The likeliest token of each row, in the place of sample_next_token."""
     return logits.argmax(-1)
 
-def full_decoder(model, args, batch, context, device):
-    """A Decoder in front of the last args.tokens positions of a full cache of `context`."""
-    kv = KVCache(model.config, batch, context, device, model.compute_dtype, rolling=True)
+def prepare_decoding(model):
+    """The model as load_model() and load_run() give it: its matrices cast and packed."""
+    device = model.wte.weight.device
+    model.compute_dtype = compute_dtype(device)
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            module.to(model.compute_dtype)
+    model.pack()
+    return model
+
+def full_decoder(model, batch, context, tokens, compile):
+    """A Decoder in front of the last `tokens` positions of a full cache of `context`."""
+    device, dtype = model.wte.weight.device, model.compute_dtype
+    kv = KVCache(model.config, batch, context, device, dtype, rolling=True)
     for tensor in kv.k + kv.v:
         tensor.normal_()
-    hidden = torch.randn(batch, 1, model.config.n_embd, device=device, dtype=model.compute_dtype)
+    hidden = torch.randn(batch, 1, model.config.n_embd, device=device, dtype=dtype)
     memory = None if model.config.lrt == "none" else hidden
-    uniform = torch.zeros(args.tokens + 1, batch, device=device)
-    first = context - args.tokens
-    return Decoder(model, kv, hidden, memory, first, uniform, greedy, compile=args.compile)
+    uniform = torch.zeros(tokens + 1, batch, device=device)
+    return Decoder(model, kv, hidden, memory, context - tokens, uniform, greedy, compile=compile)
 
 def decode(decoder, tokens):
     """So many tokens, from the same position on every time."""
@@ -167,35 +176,6 @@ def decode(decoder, tokens):
     decoder.index.fill_(1)
     for _ in range(tokens):
         decoder.step()
-
-def nanochat_decode(folder, args, batch, context, device):
-    """The same as decode() by nanochat's own model and cache, of the same sizes: a function."""
-    if not (Path(folder) / "nanochat" / "gpt.py").is_file():
-        raise UserError(f"{folder} is no checkout of nanochat: it has no nanochat/gpt.py")
-    sys.path.insert(0, folder)
-    try:
-        from nanochat import engine, gpt
-    except ImportError as e:
-        raise UserError(f"nanochat cannot be imported from {folder}: {e}") from e
-    heads = max(args.width // 64, 1)
-    torch.manual_seed(0)
-    model = gpt.GPT(gpt.GPTConfig(
-        sequence_len=max(args.context), vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads,
-        n_kv_head=heads, n_embd=args.width))
-    model.init_weights()
-    model.to(device).eval()
-    dtype = model.cos.dtype
-    kv = engine.KVCache(batch, heads, context, args.width // heads, args.depth, device, dtype)
-    kv.k_cache.normal_()
-    kv.v_cache.normal_()
-
-    def run():
-        tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        kv.cache_seqlens.fill_(context - args.tokens)
-        for _ in range(args.tokens):
-            logits = model(tokens, kv_cache=kv)
-            tokens = engine.sample_next_token(logits[:, -1], None, temperature=0.0)
-    return run
 
 def seconds_to_read(model, device):
     """
@@ -220,11 +200,7 @@ def decode_models(args, device):
         torch.manual_seed(0)
         with torch.device(device):
             models[name] = build_model(config)
-        models[name].compute_dtype = compute_dtype(device)
-        for module in models[name].modules():  # as load_model() does
-            if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
-                module.to(models[name].compute_dtype)
-        models[name].pack()
+        prepare_decoding(models[name])
     return models
 
 @torch.inference_mode()
@@ -239,9 +215,8 @@ def bench_decode(args, device):
         for context in args.context:
             works = {}
             for name, model in models.items():
-                works[name] = partial(decode, full_decoder(model, args, batch, context, device), args.tokens)
-            if args.nanochat:
-                works["nanochat"] = nanochat_decode(args.nanochat, args, batch, context, device)
+                decoder = full_decoder(model, batch, context, args.tokens, args.compile)
+                works[name] = partial(decode, decoder, args.tokens)
             for work in works.values():
                 work()  # warm up, and capture
             times = take_turns(device, works, args.repeats)
@@ -256,7 +231,7 @@ def bench_decode(args, device):
                     ms_per_token=statistics.median(per_token),
                     quartiles=f"{low:.3f}-{high:.3f}",
                     over_none=round(median_ratio(seconds, times["none"]), 3),
-                    reading_weights_ms=limits.get(name, math.nan),
+                    reading_weights_ms=limits[name],
                 ))
     title = f"decode: depth {args.depth}, width {args.width}, vocabulary {args.vocab_size}"
     return title, rows
@@ -763,7 +738,6 @@ def make_parser():
     p.add_argument("--context", type=int, nargs="+", default=[128, 1024], help="positions in the cache")
     p.add_argument("--tokens", type=int, default=8, help="tokens a measurement")
     p.add_argument("--compile", action="store_true", help="compile our step, as sample.py --compile does")
-    p.add_argument("--nanochat", metavar="DIR", help="a checkout of nanochat, whose own decoding takes turns")
 
     p = command(bench_prefill, "prefill", "exact parallel prefill against token by token")
     p.add_argument("--checkpoint", nargs="+", metavar="PATH",

@@ -7,7 +7,7 @@ is one more function that returns a list.
     memory of a pass = newest m, shifted right by one, at its positions                                  (5)
     keys and values = fresh ones at its own positions, the newest written ones elsewhere                 (6)
 
-Gradients flow from later passes through memory, keys and values into earlier ones. prefill() runs the same
+Gradients flow from later passes through memory, keys and values into earlier ones. prefill() repeats full
 passes without gradients until no memory changes: the exact recurrence of a whole prompt, computed in
 parallel.
 """

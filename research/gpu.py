@@ -575,6 +575,13 @@ def training_part(name, flags):
     """A training run of depth 12."""
     return Part(9, f"a short training run at depth 12: {name}", partial(training_run, name=name, flags=flags))
 
+def decode_part(how, option=""):
+    """Latency of a token."""
+    rows = partial(
+        command, flags=f"decode --depth 12 --width 768 --context 128 2048 --batch 1 16 --tokens 32 {option}",
+        tiny_flags="decode --depth 2 --width 64 --vocab-size 64 --context 8 --batch 1 --tokens 1")
+    return Part(5, f"latency of a token at depth 12, the step {how}", rows)
+
 RECIPE = "--lrt shared --inject kv --schedule draft"
 
 PARTS = {
@@ -594,9 +601,8 @@ PARTS = {
     "train_recipe": training_part("recipe", RECIPE),
     "prefill": Part(4, "prefill in bf16", prefill_tolerance),
     "core": Part(4, "CORE in bf16", core_tolerance),
-    "decode": Part(4, "latency of a token at depth 12", partial(
-        command, flags="decode --depth 12 --width 768 --context 128 2048 --batch 1 16 --tokens 32",
-        tiny_flags="decode --depth 2 --width 64 --vocab-size 64 --context 8 --batch 1 --tokens 1")),
+    "decode": decode_part("captured"),
+    "decode_compiled": decode_part("compiled", "--compile"),
     "recurrent": Part(6, "a recurrent layer, captured and not", partial(
         command, flags="recurrent --width 768 --batch 8 --context 512 2048 --reference-up-to 1",
         tiny_flags="recurrent --width 64 --batch 1 --context 128 --reference-up-to 1")),

@@ -27,8 +27,19 @@ from typing import NamedTuple
 
 import torch
 
-from bench import Variant, check_sizes, median_ratio, report, training_step
+from bench import (
+    Variant,
+    check_sizes,
+    decode,
+    full_decoder,
+    median_ratio,
+    prepare_decoding,
+    report,
+    training_step,
+)
 from common import ArgumentParser, UserError, check_folder, run_main
+from model import NANOCHAT_BACKBONE, GPTConfig
+from recurrent import build_model
 
 
 class Contestant(NamedTuple):
@@ -100,8 +111,53 @@ def step_contestants(args):
         ]
     return contestants
 
+
+# -----------------------------------------------------------------------------
+# Decoding: greedy tokens, one at a time, behind a cache that is full but for them
+
+DECODED = 8  # tokens a measurement
+
+def our_decode(lrt, args):
+    """On nanochat's backbone: windows of the paper's are twice as long."""
+    config = GPTConfig(**peer_sizes(args), **NANOCHAT_BACKBONE, lrt=lrt)
+    model = prepare_decoding(build_model(config))
+    decoder = full_decoder(model, args.batch, args.context, DECODED, compile=False)
+    return dict(decode=torch.inference_mode()(partial(decode, decoder, DECODED)))
+
+def nanochat_decode(args):
+    """By nanochat's own model, cache and sampling."""
+    sys.path.insert(0, args.nanochat)
+    from nanochat import engine, gpt
+    torch.manual_seed(0)
+    sizes = peer_sizes(args)
+    model = gpt.GPT(gpt.GPTConfig(**sizes))
+    model.init_weights()
+    heads = sizes["n_head"]
+    d = args.width // heads
+    kv = engine.KVCache(args.batch, heads, args.context, d, args.depth, "cpu", torch.float32)
+    kv.k_cache.normal_()
+    kv.v_cache.normal_()
+
+    @torch.inference_mode()
+    def work():
+        tokens = torch.zeros(args.batch, 1, dtype=torch.int64)
+        kv.cache_seqlens.fill_(args.context - DECODED)
+        for _ in range(DECODED):
+            logits = model(tokens, kv_cache=kv)
+            tokens = engine.sample_next_token(logits[:, -1], None, temperature=0.0)
+    return dict(decode=work)
+
+def decode_contestants(args):
+    if not args.nanochat:
+        return []
+    return [
+        Contestant("decoding", "ours, none", partial(our_decode, "none")),
+        Contestant("decoding", "ours, shared", partial(our_decode, "shared")),
+        Contestant("decoding", "nanochat", nanochat_decode),
+    ]
+
 # A part is a function of args that returns its contestants. Another one is another entry here.
-PARTS = dict(step=step_contestants)
+PARTS = dict(step=step_contestants, decode=decode_contestants)
 
 
 # -----------------------------------------------------------------------------
@@ -212,6 +268,8 @@ def parse_args():
     args.compile = False
     check_sizes(args)
     check_folder(args.json)
+    if "decode" in args.parts and args.context <= DECODED:
+        raise UserError(f"--context must be more than the {DECODED} tokens that are decoded")
     if not args.nanochat and not args.release:
         raise UserError("give --nanochat or --release, a checkout of their code")
     for folder in (args.nanochat, args.release):
@@ -226,6 +284,8 @@ def main():
     for part in args.parts:
         contestants = PARTS[part](args)
         rows += rows_of(part, contestants, measure(contestants, args))
+    columns = dict.fromkeys(name for row in rows for name in row)  # a part has works of its own
+    rows = [{name: row.get(name, "") for name in columns} for row in rows]
     title = (f"peers: depth {args.depth}, width {args.width}, vocabulary {args.vocab_size}, "
              f"{args.batch} rows of {args.context}, float32")
     report(args, torch.device("cpu"), title, rows)

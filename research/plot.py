@@ -32,6 +32,7 @@ from common import ArgumentParser, UserError, check_folder, read_rows, run_main,
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
+from matplotlib.ticker import LogFormatter  # noqa: E402
 
 SETS = ("reproduction", "scaling", "longer", "cheaper", "ablation", "tuning", "control", "states")
 
@@ -373,8 +374,8 @@ def draw_runs(folders, path):
     for ax in (lambdas, gates):
         ax.locator_params(axis="x", integer=True)
     for ax in (loss, norms):  # 5, not 5 x 10^0
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("{x:g}")
+        ax.yaxis.set_major_formatter(LogFormatter())
+        ax.yaxis.set_minor_formatter(LogFormatter())
     for ax in axes.flat:
         if ax.get_legend_handles_labels()[1]:
             ax.legend(fontsize=7)

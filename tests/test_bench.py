@@ -92,7 +92,7 @@ def test_peers(here):
     for name, loss in (("works", "self.wte(idx).sum()"), ("broken", "self.no_such_thing")):
         (here / name / "nanochat").mkdir(parents=True)
         (here / name / "nanochat/gpt.py").write_text(PEER.replace("LOSS", loss))
-    sizes = "--depth 1 --width 32 --vocab-size 16 --batch 2 --context 8 --repeats 2".split()
+    sizes = "--depth 1 --width 32 --vocab-size 16 --batch 2 --context 8 --repeats 2 --parts step".split()
     done = shell("bench.py", "peers", "--nanochat", here / "works", *sizes, "--json", here / "peers.json")
     assert done.returncode == 0, done.stderr
     ours, peer = json.loads((here / "peers.json").read_text())["rows"]
@@ -105,6 +105,35 @@ def test_peers(here):
         "error: nanochat, nanochat cannot be run: AttributeError: "), refused.stderr
     assert_refused(cli("research.peers", "--release", here), "is no checkout of a peer")
     assert_refused(cli("research.peers"), "give --nanochat or --release")
+
+ENGINE = """
+import torch
+
+class KVCache:
+    def __init__(self, batch, heads, length, d, n_layer, device, dtype):
+        assert (batch, heads, length, d, n_layer) == (2, 1, 12, 32, 1)
+        self.k_cache = self.v_cache = torch.zeros(1)
+        self.cache_seqlens = torch.zeros(batch)
+
+def sample_next_token(logits, rng, temperature):
+    assert logits.shape == (2, 16) and temperature == 0
+    return logits.argmax(-1, keepdim=True)
+"""
+
+def test_peers_decode(here):
+    """A stand-in for nanochat, whose model does nothing: it decodes as many tokens as ours."""
+    (here / "nanochat").mkdir()
+    gpt = PEER.replace("== 8", "== 12").replace("targets)", "kv_cache)").replace("(2, 8)", "(2, 1)")
+    (here / "nanochat/gpt.py").write_text(gpt.replace("LOSS", "torch.zeros(2, 1, 16)"))
+    (here / "nanochat/engine.py").write_text(ENGINE)
+    sizes = "--depth 1 --width 32 --vocab-size 16 --batch 2 --context 12 --repeats 2 --parts decode".split()
+    done = shell("bench.py", "peers", "--nanochat", here, *sizes, "--json", here / "peers.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((here / "peers.json").read_text())["rows"]
+    assert [row["contestant"] for row in rows] == ["ours, none", "ours, shared", "nanochat"]
+    assert rows[0]["over_ours"] == 1 and rows[1]["over_ours"] > 0
+    assert 0 < rows[2]["over_ours"] < 1
+    assert_refused(cli("research.peers", "--nanochat", here, "--context", 8), "--context must be more than")
 
 def test_the_step_that_is_counted_is_run():
     """

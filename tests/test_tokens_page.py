@@ -127,7 +127,8 @@ def make_data(tokenizer, text, T=16):
         "memory": tokens_page.score_tokens(model, rows, 64),
         "no memory": tokens_page.score_tokens(model, rows, 64, use_memory=False),
     }
-    about = dict(text="a test", labels={"memory": "with memory", "no memory": "memory zero"})
+    # a run's folder may be called anything
+    about = dict(text=HARD, labels={"memory": "with memory", "no memory": "memory zero"})
     return tokens_page.page_data(tokenizer, rows, n, bos, ways, token_bytes(tokenizer), about)
 
 def test_page_holds_all_tokens_and_nothing_else(tokenizer, here):
@@ -225,23 +226,24 @@ def test_contrast_of_the_colours():
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
-# what a script at the end of the page sees of it, for dump_dom()
+# what a script at the end of the page sees of it
 PROBE = """<script>
 const token = i => document.querySelector(`#text [data-i="${i}"]`);
 const panel = () => document.getElementById("panel").textContent;
 const seen = {
   title: document.title,
+  about: document.getElementById("about").textContent,
   tokens: document.querySelectorAll("#text [data-i]").length,
   text: document.getElementById("text").textContent,
   coloured: document.querySelectorAll("#text .saves, #text .costs").length,
   overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   width: innerWidth,
-  seconds: performance.now() / 1000,
 };
 
-// by keys, by a tap, by the mouse
+// by a tap, by keys from there, by the mouse
+token(0).click();
+seen.first = panel();
 token(0).focus();
-seen.focused = panel();
 token(0).dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight", bubbles: true}));
 seen.walked = document.activeElement.dataset.i;
 token(3).click();
@@ -255,24 +257,29 @@ const slider = document.getElementById("slider");
 const slide = value => {
   slider.value = value;
   slider.dispatchEvent(new Event("input"));
-  return getComputedStyle(token(0)).backgroundColor;
+  return getComputedStyle(token(4)).backgroundColor;
 };
 seen.colours = [slide(-3), slide(4)];
 const choices = document.querySelectorAll("#switch input");
 if (choices.length) choices[1].click();
 seen.lead = document.getElementById("lead").textContent;
 seen.tile = document.getElementById("tiles").textContent;
-document.body.dataset.probe = JSON.stringify(seen);
+parent.postMessage(JSON.stringify(seen), "*");
 </script>"""
 
+# Chromium's windows are no narrower than 500 pixels; a frame can be
+FRAME = """<script>onmessage = event => { document.body.dataset.probe = event.data; };</script>
+<body><iframe src="probed.html" width="WIDTH" height="800" style="border: 0"></iframe></body>"""
+
 def probe(page, folder, width):
-    """What PROBE sees of a page in Chromium, in a window of this width."""
+    """What PROBE sees of a page in Chromium, in a frame of this width."""
     (folder / "probed.html").write_text(page + PROBE, "utf-8")
+    (folder / "frame.html").write_text(FRAME.replace("WIDTH", str(width)))
     flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-             "--disable-background-networking --disable-component-update --dump-dom").split()
+             "--disable-background-networking --disable-component-update --dump-dom "
+             "--virtual-time-budget=20000 --window-size=1400,900").split()
     done = subprocess.run(
-        [CHROMIUM, *flags, f"--user-data-dir={folder / 'profile'}", f"--window-size={width},800",
-         f"file://{folder / 'probed.html'}"],
+        [CHROMIUM, *flags, f"--user-data-dir={folder / 'profile'}", f"file://{folder / 'frame.html'}"],
         capture_output=True, text=True, timeout=240)
     found = re.search(r'data-probe="(.*?)"', done.stdout, re.S)
     assert found, done.stderr[-2000:]
@@ -293,13 +300,14 @@ def test_in_chromium(tokenizer, tmp_path):
     for width in (400, 1200):
         seen = probe(page, tmp_path, width)
         assert seen["title"] == "Where memory helps"
+        assert seen["about"] == HARD
         assert seen["tokens"] == seen["coloured"] == len(data["ids"])
         shown = seen["text"].replace("¦", "").replace("·", "").replace("⏎\n", "\n")
         assert shown == HARD
         assert seen["width"] == width
         assert seen["overflow"] <= 0
         # the first byte of an omega, and then the second
-        assert "bytes CE" in seen["focused"] and "token 1 of" in seen["focused"]
+        assert "bytes CE" in seen["first"] and "token 1 of" in seen["first"]
         assert seen["walked"] == "1"
         assert "token 4 of" in seen["tapped"]
         assert "token 5 of" in seen["pointed"]
@@ -317,5 +325,4 @@ def test_ten_thousand_tokens_in_chromium(tokenizer, tmp_path):
     page = tokens_page.make_page(data)
     assert len(page) < 4e6
     seen = probe(page, tmp_path, 1200)
-    assert seen["tokens"] == len(data["ids"])
-    assert seen["seconds"] < 60  # 1 on a core of its own
+    assert seen["tokens"] == len(data["ids"])  # within probe()'s time
