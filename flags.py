@@ -299,7 +299,8 @@ def resume_args(parser, path, checkpoint):
     UserError if a flag that may not change would change, because that would be another run.
     """
     before = saved_args(parser, checkpoint, path)
-    before |= {"name": path.parent.name, "out": str(path.parent.parent)}
+    folder = path.parent if path.parent.name else path.absolute().parent  # that of a bare file name is .
+    before |= {"name": folder.name, "out": str(folder.parent)}
     args = parser.parse_args(namespace=Namespace(**before))  # argparse keeps what is not given here
     if args.resume == "auto":  # OUT/NAME is this folder, however it is spelled: --name sweep/a, for one
         args.name, args.out = before["name"], before["out"]

@@ -493,10 +493,10 @@ def test_validation_shard_that_cannot_be_read(fault, data, here, monkeypatch):
     shutil.copytree(data, "data")
     path = Path("data/val_00000.npy")
 
-    def failing_open(file, *args):
+    def failing_open(file, *args, **options):
         if file == path:
             raise OSError(5, "Input/output error")
-        return open(file, *args)
+        return open(file, *args, **options)
 
     if fault == "truncated":
         os.truncate(path, path.stat().st_size - 2)
