@@ -535,6 +535,7 @@ def train(args, checkpoint, start, device, rank, world_size, watch):
     """
     # the checkpoint and the data
     group, patient_group = side_group(TIMEOUT), side_group(PATIENCE)  # for what goes on beside training
+    check_same_step(checkpoint["step"] if checkpoint else 0, args.out)
     args, checkpoint = verify_checkpoint(args, checkpoint, group)
     dtype = training_dtype(device, args.dtype)
     args.dtype = str(dtype)[6:]  # a resumed run goes on in it
@@ -560,7 +561,6 @@ def train(args, checkpoint, start, device, rank, world_size, watch):
     state = resume(checkpoint, args.resume, model, optimizers) if checkpoint else TrainState()
     run_id = checkpoint["run_id"] if checkpoint else secrets.token_hex(8)
     del checkpoint, start
-    check_same_step(state.step, args.out)
     began = state.step
 
     # the run folder

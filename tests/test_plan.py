@@ -184,18 +184,19 @@ def test_the_last_quarter_has_one_draft_more():
 
 def test_pass_mix_draws_the_passes_of_every_step():
     """From the seed and the step alone, so that all ranks, and a run that goes on, draw the same."""
-    flags = f"{DRAFT} --first-memory embedding --pass-mix 0.75 0.22 0.03"
-    plan = plan_of(flags)
-    drawn = [plan.schedule_at(step).drafts for step in range(1000)]
-    assert drawn == [plan_of(flags).schedule_at(step).drafts for step in range(1000)]
-    assert drawn != [plan_of(f"{flags} --seed 1").schedule_at(step).drafts for step in range(1000)]
+    flags = f"{DRAFT} --first-memory embedding --pass-mix"
+
+    def drawn(more):
+        plan = plan_of(f"{flags} {more}")
+        return [plan.schedule_at(step).drafts for step in range(1000)]
+
+    draws = drawn("0.75 0.22 0.03")
+    assert draws == drawn("75 22 3")
+    assert draws != drawn("0.75 0.22 0.03 --seed 1")
     for n, share in enumerate((0.75, 0.22, 0.03)):
-        assert drawn.count(n) / 1000 == pytest.approx(share, abs=0.04)
-    assert plan.scored_schedule(1).drafts == 2
-    weights = plan_of(flags.replace("0.75 0.22 0.03", "75 22 3"))
-    assert drawn == [weights.schedule_at(step).drafts for step in range(1000)]
-    none_of_one = plan_of(flags.replace("0.75 0.22 0.03", "0 1"))
-    assert {none_of_one.schedule_at(step).drafts for step in range(1000)} == {1}
+        assert draws.count(n) / 1000 == pytest.approx(share, abs=0.04)
+    assert set(drawn("0 1")) == {1}
+    assert plan_of(f"{flags} 0.75 0.22 0.03").scored_schedule(1).drafts == 2
 
 def test_the_cost_is_the_mean_over_the_steps():
     mix = f"{DRAFT} --first-memory embedding --pass-mix"

@@ -262,4 +262,4 @@ def test_deterministic(data, here, fork):
 
 def test_no_operation_without_a_deterministic_algorithm(guard):
     """Of those that a step runs on a GPU: torch's own list of them is compared with what is called there."""
-    test_gpu_path.fake("deterministic", guard)
+    test_gpu_path.fake(guard, "deterministic")
