@@ -855,11 +855,13 @@ def test_1_2_and_4_processes_train_alike(data, here, fork):
     normalize amplify that where it is close to zero, to 3e-6 of a loss here. Muon's products are in float32:
     in bf16 that last bit can become one of bf16, and the losses are up to 1e-2 apart.
     """
-    worst = worst_difference(fork, data, VARIANTS, (1, 2, 4), prelude=products_in_float32)
+    variants = [name for name in VARIANTS if name != "pass_mix"]  # 2e-5 apart, in float64 as close as all
+    worst = worst_difference(fork, data, variants, (1, 2, 4), prelude=products_in_float32)
     assert max(worst.values()) < 1e-5, worst
 
 def test_processes_train_alike_at_full_learning_rates_in_float64(data, here, fork):
-    worst = worst_difference(fork, data, ["none", "layerwise", "refine"], (1, 2), prelude=in_float64)
+    variants = ["none", "layerwise", "refine", "pass_mix"]
+    worst = worst_difference(fork, data, variants, (1, 2), prelude=in_float64)
     assert max(worst.values()) < 1e-9, worst
 
 def test_another_number_of_processes_goes_on(data, here, fork):
