@@ -218,6 +218,15 @@ def states():
         for name, flags in variants.items():
             command = f"research.states --task {task} --num-iterations {steps} {flags}"
             runs[f"{task}_{name}"] = command.strip()
+
+    # two sweeps of eight subsets, of which the first runs forward only; and trained for longer
+    longer = "research.states --task s5 --num-iterations 1600 --lrt layerwise"
+    draft = "--schedule draft --drafts 2 --subsets 8"
+    usual = longer.replace("1600", "800")
+    runs["s5_layerwise_draft2_subsets8"] = f"{usual} {draft}"
+    runs["s5_layerwise_draft2_subsets8_1600_steps"] = f"{longer} {draft}"
+    runs["s5_layerwise_interleaved8_1600_steps"] = f"{longer} --subsets 8"
+    runs["s5_layerwise_sequential_1600_steps"] = f"{longer} --schedule sequential"
     return runs
 
 SETS = {

@@ -6,6 +6,7 @@ finite groups, since it is not solvable.
 
     python -m research.states --task s5 --lrt layerwise --schedule sequential   an LRT, trained token by token
     python -m research.states --task s5 --lrt layerwise                         trained by interleaved passes
+    python -m research.states --task s5 --lrt layerwise --schedule draft --drafts 2 --subsets 8
     python -m research.states --task parity --lrt none                          the baseline
     python -m research.states --task parity --arch recurrent                    the Recurrent Transformer
 
@@ -61,6 +62,7 @@ TASKS = {
 }
 LENGTHS = (1, 2, 4, 8)  # of scored sequences, times the training length
 SCORING_SEED = 2**40  # of the sequences that all runs are scored on
+LONGEST_USUAL_RUN = 800  # steps; the name of a longer run says how long
 GRAD_CLIP = 1.0  # largest norm of the gradient, train.py's default
 
 
@@ -290,6 +292,8 @@ def run_name(args, schedule):
     if args.first_memory == "embedding":
         variant += "_first_embedding"
     name = f"{args.task}_{variant}"
+    if args.num_iterations > LONGEST_USUAL_RUN:
+        name += f"_{args.num_iterations}_steps"
     if args.window != args.max_seq_len // 2:
         name += f"_window{args.window}"
     return name

@@ -543,7 +543,13 @@ def test_a_disk_that_stays_full(data, trained, here, fork):
 
 
 def at_step_5(action):
-    at_step({5: action})
+    """Of TWELVE, when the checkpoint of step 4, which is written in the background, is there."""
+    def act():
+        while not Path("runs/x/ckpt_0000004.pt").exists():
+            time.sleep(0.01)
+        action()
+
+    at_step({5: act})
 
 def full_disk_of_rank_1(steps):
     """Rank 1 cannot write its shares of these steps."""
