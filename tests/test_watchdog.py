@@ -222,6 +222,7 @@ def take_long():
 
         train.TrainStep.forward = compiling
 
+@pytest.mark.slow
 def test_what_may_take_long_is_no_hang(data, here, fork):
     codes, text = run(fork, "out.txt", "--data", data, *TINY, "--num-iterations", 12, "--save-every", 6,
                       "--eval-every", 6, "--decode-tokens", 0, prelude=take_long, world_size=2)
@@ -247,6 +248,7 @@ def test_a_machine_that_stands_still_is_no_hang(data, here, fork):
 # -----------------------------------------------------------------------------
 # torchrun
 
+@pytest.mark.slow
 def test_torchrun_goes_on_behind_a_hang(data, here, fork):
     """A rank is stopped: both processes end, torchrun starts them again, and the log is that of one run."""
     flags = ["--data", data, *TINY, "--num-iterations", 60, "--eval-every", 20, "--save-every", 5,
