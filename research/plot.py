@@ -34,7 +34,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 from matplotlib.ticker import LogFormatter  # noqa: E402
 
-SETS = ("reproduction", "scaling", "longer", "cheaper", "ablation", "tuning", "control", "states")
+SETS = ("reproduction", "scaling", "longer", "cheaper", "ablation", "tuning", "control", "memory",
+        "states")
 
 # runs of the set `scaling` that another set is read against
 BESIDE = {
@@ -237,14 +238,16 @@ def draw_states(rows, axes):
         task, _, variant_name = name.partition("_")
         tasks[task][variant_name] = group
     variants = sorted({name for groups in tasks.values() for name in groups})
+    colors = plt.get_cmap("tab20").colors
     for ax, (task, groups) in zip(axes, sorted(tasks.items())):
         for name, group in sorted(groups.items()):
-            draw_accuracy(group, ax, label=label(name.replace("_", " ")), color=f"C{variants.index(name)}")
+            color = colors[variants.index(name) % len(colors)]
+            draw_accuracy(group, ax, label=label(name.replace("_", " ")), color=color)
         training_length = int(min(group[0]["decode"]["last"], key=int))
         ax.axvline(training_length, color="black", linestyle="--", linewidth=0.5)
         ax.set_xscale("log", base=2)
         ax.set(xlabel="tokens", ylabel="accuracy at the last one", title=task)
-        ax.legend(fontsize=6)
+        ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
 
 def draw_accuracy(rows, ax, **style):
     """One run of state tracking: accuracy at the last position by length, over seeds."""
