@@ -247,7 +247,7 @@ def draw_states(rows, axes):
         ax.axvline(training_length, color="black", linestyle="--", linewidth=0.5)
         ax.set_xscale("log", base=2)
         ax.set(xlabel="tokens", ylabel="accuracy at the last one", title=task)
-        ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+        ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
 def draw_accuracy(rows, ax, **style):
     """One run of state tracking: accuracy at the last position by length, over seeds."""
