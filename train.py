@@ -6,9 +6,9 @@ Train a Latent Recurrent Transformer, or the plain GPT under it. --depth is the 
     python train.py --resume runs/d4_shared                                     go on with a run
     python train.py --name x --resume auto                                      start it, or go on with it
 
-From the flags and a recipe, plan.py makes sizes, batch and horizon; optim.py the optimizers; interleave.py
-the passes of a step; dataset.py the rows; checkpointing.py the run folder. This file is the flags, the
-setup, and the loop.
+From the flags (flags.py) and a recipe (recipes.py), plan.py makes sizes, batch and horizon; optim.py the
+optimizers; interleave.py the passes of a step; dataset.py the rows; checkpointing.py the run folder. This
+file is the setup and the loop.
 """
 
 import signal
