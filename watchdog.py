@@ -49,6 +49,7 @@ ALLOWANCE = 20  # the allowance, in multiples of the slowest part of a recent st
 FORGET = 0.999  # by which the slowest part counts less with every part that follows
 PATIENCE = 2.0  # a rank that fails waits so long for the news that another one has died, which explains it
 GRACE = 3.0  # when a rank has left with an error, the others have so long to find the same one
+STACK_SECONDS = 4  # that a process has to write its stack, before it is killed; a busy machine needs some
 PROBES = 3  # keepalive probes without an answer, one a second, until a machine counts as gone
 
 
@@ -420,11 +421,11 @@ class Watchdog:
 def end_by_force(ranks):
     """
     End processes of this machine that hang. They have a second to show their stack and to end by themselves,
-    and a second to show it when signalled, which works for a stopped process, and for one that is stuck
+    and some more to show it when signalled, which works for a stopped process, and for one that is stuck
     outside Python, too. Then they are killed.
     """
-    for signals in ((signal.SIGUSR1, signal.SIGCONT), (signal.SIGKILL,)):
-        time.sleep(1 if ranks else 0)
+    for seconds, signals in ((1, (signal.SIGUSR1, signal.SIGCONT)), (STACK_SECONDS, (signal.SIGKILL,))):
+        time.sleep(seconds if ranks else 0)
         for rank in ranks:
             if rank.started and start_time(rank.pid) == rank.started:
                 for number in signals:
