@@ -18,6 +18,7 @@ import torch
 from helpers import ROOT, SMALL, assert_refused, cli, log, no_open_files
 
 import checkpointing
+import interleave
 from checkpointing import (
     CHECKPOINT,
     MAX_SET_ASIDE,
@@ -36,6 +37,7 @@ from checkpointing import (
     read_log,
     rewind,
     share_path,
+    start_from,
     step_of,
     verify_together,
 )
@@ -44,6 +46,7 @@ from eval_core import recurrent_losses
 from interleave import Schedule
 from optim import make_optimizers
 from recipes import OptimizerConfig
+from test_model import make, tokens
 
 
 @pytest.fixture
@@ -228,6 +231,24 @@ def test_a_checkpoint_with_odd_entries(changes, run):
 def test_a_schedule_from_when_forward_passes_had_a_number_of_their_own(old, new, run):
     edit(run, schedule=old | dict(chunk=64, kv_refresh=False, detach=False))
     assert Schedule(**load_checkpoint(run)["schedule"]) == new
+
+@pytest.mark.parametrize("memory", [
+    dict(lrt="shared"),
+    dict(lrt="layerwise", dest_layers=[1, 1]),
+    dict(lrt="shared", inject="input"),
+    dict(lrt="shared", first_memory="embedding", value_embeds="none"),
+])
+@torch.no_grad()
+def test_new_memory_changes_nothing_at_first(memory):
+    """A model with memory that starts from a plain one, whose weights are all random, computes what that does."""
+    value_embeds = memory.get("value_embeds", "alternate")
+    plain = make(lrt="none", value_embeds=value_embeds)
+    model = make(seed=1, **dict(value_embeds=value_embeds) | memory)
+    start_from(model, dict(model=plain.state_dict()), "x")
+    idx, _ = tokens(9)
+    (_, expected, _), = interleave.run(plain, idx, [range(9)])
+    for _, hidden, _ in interleave.run(model, idx, [range(9)] * 3):
+        torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-12)
 
 def test_a_checkpoint_under_the_name_of_another_step(run):
     """A copy of an older one, renamed, would take the run back and set the newest aside."""
