@@ -240,7 +240,7 @@ def test_a_schedule_from_when_forward_passes_had_a_number_of_their_own(old, new,
 ])
 @torch.no_grad()
 def test_new_memory_changes_nothing_at_first(memory):
-    """A model with memory that starts from a plain one, whose weights are all random, computes what that does."""
+    """A model with memory that starts from a plain one, of random weights, computes what that does."""
     value_embeds = memory.get("value_embeds", "alternate")
     plain = make(lrt="none", value_embeds=value_embeds)
     model = make(seed=1, **dict(value_embeds=value_embeds) | memory)
