@@ -54,6 +54,16 @@ SIZE = (
     "--dtype float32")
 
 
+# the same size with nanochat's recipe of 2026-07-03 and its own rates, in bf16
+NANOCHAT_SIZE = (
+    "train.py --recipe nanochat --depth 4 --aspect-ratio 32 --head-dim 64 --max-seq-len 256 "
+    "--window-pattern L --total-batch-size 4096 --weight-decay 0 --eval-every 0 --eval-tokens 4096 --decode-tokens 0 "
+    "--save-every 50 --keep 1 --dtype bfloat16 --compile")
+# depth 6, width 256, otherwise as SIZE, in bf16
+LARGER_SIZE = SIZE.replace("--depth 4 --aspect-ratio 32", "--depth 6 --aspect-ratio 42").replace(
+    "float32", "bfloat16 --compile")
+
+
 # -----------------------------------------------------------------------------
 # The sets: dicts from the name of a run to its command, without `python` and the seed. Each runs once a seed.
 
@@ -179,6 +189,35 @@ def control():
         runs[f"layerwise_{steps}"] = run(steps, "--lrt layerwise --schedule plain")
     return runs
 
+def at_equal_flops(size, budgets):
+    """
+    The baseline, the control and recurrence at the FLOPs of so many steps of the baseline: the control with
+    one projection, into keys and values; on top of its memory --schedule draft and the paper's schedule; and
+    --schedule draft with first memory zero.
+    """
+    shared_kv = "--lrt shared --inject kv"
+    first = "--first-memory embedding"
+    variants = {  # the FLOPs of a step over the baseline's, and flags
+        "none": (1, "--lrt none"),
+        "kv": (1.02, f"{shared_kv} {first} --schedule plain"),
+        "draft_kv": (1.25, f"{shared_kv} {first} --schedule draft"),
+        "s2_kv": (2.04, f"{shared_kv} {first}"),
+        "draft_zero_kv": (1.25, f"{shared_kv} --schedule draft"),
+    }
+    runs = {}
+    for budget in budgets:
+        for name, (cost, flags) in variants.items():
+            runs[f"{name}_{budget}"] = f"{size} {flags} --num-iterations {round(budget / cost)}"
+    return runs
+
+def larger():
+    """control() at depth 6 and width 256, at equal FLOPs; a name says of how many steps of the baseline."""
+    return at_equal_flops(LARGER_SIZE, [500, 1000])
+
+def nanochat():
+    """control() with nanochat's recipe, at equal FLOPs; a name says of how many steps of the baseline."""
+    return at_equal_flops(NANOCHAT_SIZE, [500, 1000, 2000])
+
 def memory():
     """
     What might make recurrence worth more than the control, after 500 steps: all read the control's memory
@@ -237,6 +276,8 @@ SETS = {
     "ablation": ablation(),
     "tuning": tuning(),
     "control": control(),
+    "larger": larger(),
+    "nanochat": nanochat(),
     "memory": memory(),
     "states": states(),
 }

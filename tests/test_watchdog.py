@@ -158,7 +158,8 @@ def get_stuck(how, victim):
         train.Rows.batch = stuck
 
 IN_LOADING = r"hangs in step 5 \(loading\) for \d+ s, at dataset.py:\d+ in micro_batches"
-OUTSIDE = r"is stopped or stuck outside Python since step [345] \(\w+\), \d+ s ago"
+# what it reported last may be some steps old
+OUTSIDE = r"is stopped or stuck outside Python since step \d \(\w+\), \d+ s ago"
 
 @pytest.mark.parametrize("how, words", [
     (stuck_in_python, IN_LOADING),
