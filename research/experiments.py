@@ -57,8 +57,8 @@ SIZE = (
 # the same size with nanochat's recipe of 2026-07-03 and its own rates, in bf16
 NANOCHAT_SIZE = (
     "train.py --recipe nanochat --depth 4 --aspect-ratio 32 --head-dim 64 --max-seq-len 256 "
-    "--window-pattern L --total-batch-size 4096 --weight-decay 0 --eval-every 0 --eval-tokens 4096 --decode-tokens 0 "
-    "--save-every 50 --keep 1 --dtype bfloat16 --compile")
+    "--window-pattern L --total-batch-size 4096 --weight-decay 0 --eval-every 0 --eval-tokens 4096 "
+    "--decode-tokens 0 --save-every 50 --keep 1 --dtype bfloat16 --compile")
 # depth 6, width 256, otherwise as SIZE, in bf16
 LARGER_SIZE = SIZE.replace("--depth 4 --aspect-ratio 32", "--depth 6 --aspect-ratio 42").replace(
     "float32", "bfloat16 --compile")
