@@ -57,7 +57,7 @@ def test_every_run_is_a_command_that_its_script_takes(name, monkeypatch):
         else:
             assert script == "train.py"
             plan = make_plan(train.parse_args()[0], 4096, 1, torch.float32)
-            assert plan.config.n_embd == (64 if name == "longer" else 128), run_name
+            assert plan.config.n_embd == {"longer": 64, "larger": 256}.get(name, 128), run_name
             assert plan.micro_steps == 1, run_name
 
 @pytest.mark.parametrize("old, new", [
