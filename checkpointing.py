@@ -27,6 +27,7 @@ import torch
 
 from common import (
     UserError,
+    check_is_file,
     compute_dtype,
     from_all_ranks,
     fsync,
@@ -138,7 +139,11 @@ class Saver:
         content = copy_out(content, self.buffers)
         copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
         self.thread = Thread(target=self.write, args=(content, copied, error, log_file, final))
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError:  # the system gives no more threads, and what was trained must not be lost
+            self.thread = None
+            self.write(content, copied, error, log_file, final)
         if final:
             self.wait()
             if self.error is not None:
@@ -341,6 +346,7 @@ def read_file(path, verify):
     """
     if not is_text(str(path)):
         raise UserError(f"torch cannot open {ascii(str(path))}, which is not UTF-8: rename the folder")
+    check_is_file(path)
     with judging(path):
         compare_checksums([path], tensors=verify)
         content = OLDER | torch.load(path, map_location="cpu", weights_only=True, mmap=True)

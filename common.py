@@ -154,6 +154,8 @@ def say_error(text):
     with contextlib.suppress(OSError):
         print("error: " + " ".join(text.split()), file=sys.stderr)
 
+NO_MORE_THREADS = "can't start new thread"  # what Python's RuntimeError says
+
 def out_of_memory(error):
     """Does this error say that memory ran out, of the machine or of a GPU? torch has it in its text."""
     texts = ("out of memory", os.strerror(errno.ENOMEM))
@@ -185,11 +187,15 @@ def run_main(main):
             raise
         code = 130
     except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
+        if NO_MORE_THREADS in str(e):
+            say_error("the system gives this process no more threads: raise the limit of processes "
+                      "(`ulimit -u`, or that of the container) or of memory (`ulimit -v`)")
+        elif out_of_memory(e):
+            reason = (str(e).strip() or "MemoryError").split("\n")[0]
+            say_error(f"out of memory ({reason}): lower the batch size of a device or the size of the model; "
+                      "train.py --dry-run says what training needs")
+        else:
             raise
-        reason = (str(e).strip() or "MemoryError").split("\n")[0]
-        say_error(f"out of memory ({reason}): lower the batch size of a device or the size of the model; "
-                  "train.py --dry-run says what training needs")
         code = 2
     except OSError as e:
         # of files with a name, main() says more; all else is a bug, and shows its traceback
@@ -267,6 +273,19 @@ def raise_if_unreadable(path, error):
                          "so make it readable and run the same command again") from error
 
 
+def check_is_file(path):
+    """
+    Raise Unreadable if there is a pipe, a socket or a device where a file of ours should be: to read it might
+    take for ever. What is not there, or a folder, is for whoever opens it to say.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise Unreadable(f"cannot read {path}: it is a pipe, a socket or a device: put the file in its place")
+
+
 # -----------------------------------------------------------------------------
 # Files that are whole or absent
 
@@ -320,7 +339,8 @@ def writing(path):
         # torch.save hides a full disk behind a RuntimeError of its own
         cause = e.__context__ if isinstance(e, RuntimeError) else e
         if isinstance(cause, OSError):
-            raise UserError(f"cannot write {path}: {cause.strerror or cause}") from e
+            reason = cause.strerror or f"{cause}: is the disk full?"  # numpy only counts what was written
+            raise UserError(f"cannot write {path}: {reason}") from e
         raise
 
 def write_tmp(path, write):
@@ -391,8 +411,8 @@ def check_folder(path):
 
 def check_new_folder(folder):
     """Raise UserError unless files can be written to this folder later, which may have to be made first."""
-    there = Path(folder).absolute()
     try:
+        there = Path(folder).absolute()  # not if the current folder was removed
         while not os.path.lexists(there):  # a link to nowhere is there, and no folder
             there = there.parent
         usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
@@ -526,6 +546,7 @@ def read_rows(path):
     The rows of a file of JSON lines that we wrote; [] if there is no such file. A line that a crash cut short
     is left out, where read_json_lines() refuses it. Raises UserError if the file cannot be read.
     """
+    check_is_file(path)
     try:
         lines = Path(path).read_text("utf-8", "replace").splitlines()
     except FileNotFoundError:
@@ -576,7 +597,7 @@ def pick_device(name=None):
         if device.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("choose cuda, mps or cpu")
         if device.type == "cuda" and torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            device = torch.device("cuda", environment_number("LOCAL_RANK", device.index or 0))
             n_gpus = torch.cuda.device_count()
             if device.index >= n_gpus:
                 raise RuntimeError(f"{device} does not exist, this machine has {n_gpus} GPUs; "
@@ -628,24 +649,45 @@ def training_dtype(device, name="auto"):
         return torch.bfloat16 if has_bf16 and kernels == "AVX512" else torch.float32
     return compute_dtype(device)
 
+def environment_number(name, default, least=0):
+    """A whole number that torchrun puts into the environment. Raises UserError if it is none."""
+    value = os.environ.get(name, default)
+    try:
+        number = int(value)
+    except ValueError:
+        number = -1
+    if not least <= number < 2**31:
+        raise UserError(f"{name} is {value!r} in the environment, no number of at least {least}: "
+                        "start with torchrun, or unset it")
+    return number
+
 def init_processes(device_name=None, timeout=None):
     """
     Join the process group if torchrun started this process. Returns this process's device (see
     pick_device), its rank, and the world size: 0 and 1 without torchrun. timeout: how long a collective may
-    take, a timedelta. Raises UserError if there is no such device.
+    take, a timedelta. Raises UserError if there is no such device, and if the environment is not torchrun's.
     """
     import torch
     import torch.distributed as dist
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = environment_number("RANK", 0)
+    world_size = environment_number("WORLD_SIZE", 1, least=1)
+    if world_size > 1 and "RANK" not in os.environ:  # the rows of the others would not be read
+        raise UserError(f"WORLD_SIZE is {world_size} in the environment and RANK is not set: "
+                        "start with torchrun, or unset it")
+    if rank >= world_size:
+        raise UserError(f"RANK is {rank} in the environment and WORLD_SIZE is {world_size}: "
+                        "start with torchrun, or unset both")
     device = pick_device(device_name)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ:
         # with its device, NCCL connects right away, and no collective has to guess it
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout,
-                                device_id=device if on_gpu else None)
+        try:
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout,
+                                    device_id=device if on_gpu else None)
+        except (ValueError, RuntimeError) as e:  # variables that are missing or wrong, a port that is in use
+            raise UserError(f"cannot join the other processes ({e}): start all of them with torchrun") from e
     return device, rank, world_size
 
 def end_processes():

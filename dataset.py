@@ -32,6 +32,7 @@ import tiktoken
 from common import (
     UserError,
     append_row,
+    check_is_file,
     is_whole,
     raise_if_unreadable,
     read_rows,
@@ -74,6 +75,8 @@ def load_tokenizer(folder, repair=None):
     """
     folder = Path(folder)
     repair = repair or f"run `python prepare_data.py --out {folder}`"
+    check_is_file(folder / "tokenizer.tiktoken")
+    check_is_file(folder / "tokenizer.json")
     try:
         lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines()
         spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
@@ -163,6 +166,7 @@ def shard_dtype(enc):
 
 def load_shard(path):
     """The read-only memory map of one shard. Raises UserError if it is missing, truncated or no shard."""
+    check_is_file(path)
     try:
         shard = np.load(path, mmap_mode="r")
         whole = shard.ndim == 1 and len(shard) and path.stat().st_size == shard.offset + shard.nbytes
@@ -280,6 +284,7 @@ def open_data(folder, verify=True, rank=0, world_size=1, run_folder=None):
     Raises UserError if anything is missing, damaged, or does not belong together.
     """
     folder = Path(folder)
+    check_is_file(folder / "meta.json")
     stamps = Stamps(*[Path(place) for place in (folder, run_folder) if place is not None])
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))

@@ -8,7 +8,7 @@ This file imports no torch, because train.py --help should not wait for it.
 import os
 from argparse import BooleanOptionalAction, Namespace
 
-from common import ArgumentParser, UserError, at_least, at_most, flag, is_text
+from common import ArgumentParser, UserError, at_least, at_most, environment_number, flag, is_text
 from recipes import RECIPES, fill_in
 
 MAX_SKIPS = 10  # --on-nonfinite skip: this many steps in a row are no accident
@@ -263,7 +263,7 @@ def check_shard(args):
 
 def check_restarts(args):
     """Under torchrun --max-restarts, refuse now what would only fail when the first process has died."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
+    if environment_number("TORCHELASTIC_MAX_RESTARTS", 0) == 0:
         return
     if args.resume is None:
         raise UserError("--max-restarts needs --resume auto: "

@@ -5,7 +5,6 @@ anything of that size is allocated. `train.py --dry-run` prints it and ends.
 
 import gc
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +12,9 @@ import numpy as np
 import torch
 
 from attention import KVCache
-from common import PEAK_FLOPS, UserError, peak_flops, pick_device, training_dtype
+from common import PEAK_FLOPS, UserError, environment_number, peak_flops, pick_device, training_dtype
 from dataset import Rows, open_data
+from flags import MOST
 from interleave import Schedule, TrainStep
 from model import GPT, GPTConfig
 from optim import BATCH_AT_DEPTH_12, learning_rate_scale, weight_decay_scale
@@ -202,6 +202,9 @@ def make_plan(args, vocab_size, world_size, dtype):
         num_iterations = max(round(args.target_flops / (flops_per_token * total_batch)), 1)
     else:
         num_iterations = max(round(args.target_param_data_ratio * counts["scaling"] / total_batch), 1)
+    if num_iterations > MOST["num_iterations"]:  # which --resume would refuse
+        raise UserError(f"the horizon is {num_iterations} steps, at most {MOST['num_iterations']} can be: "
+                        "lower --target-flops or --target-param-data-ratio, or raise --total-batch-size")
 
     optimizer = make_optimizer_config(args)
     kv = KVCache(config, 1, T, "meta", dtype, rolling=True)
@@ -450,7 +453,7 @@ def dry_run(args):
     """
     device = pick_device(args.device)
     dtype = training_dtype(device, args.dtype)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = environment_number("WORLD_SIZE", 1, least=1)
     vocab_size = DEFAULT_VOCAB_SIZE
     rows_per_epoch = None
     if Path(args.data).exists():

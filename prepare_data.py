@@ -44,6 +44,7 @@ from common import (
     UserError,
     at_least,
     at_most,
+    check_is_file,
     check_new_folder,
     flag,
     fsync,
@@ -165,6 +166,16 @@ def file_mode(path):
         raise_if_unreadable(path, e)
         raise
 
+def file_identity(path):
+    """What all names of a file have in common, links of both kinds. Raises Unreadable, also if it is gone."""
+    try:
+        there = os.stat(path)
+    except OSError as e:
+        raise_if_unreadable(path, e)
+        raise
+    # not every file system numbers its files, but those with hard links do
+    return (there.st_dev, there.st_ino) if there.st_nlink > 1 else os.path.realpath(path)
+
 def is_source(path):
     """Does the name of this file end as those that are read do?"""
     return path.name.lower().endswith(SUFFIXES)
@@ -213,7 +224,10 @@ def find_files(sources):
             files += stdlib_files()
         elif stat.S_ISDIR(mode):
             files += folder_files(path)
-        elif not stat.S_ISREG(mode):
+        elif mode != 0 and not stat.S_ISREG(mode):
+            raise UserError(f"{path} is a pipe, a socket or a device, and text is read several times: "
+                            "write it into a file first")
+        elif mode == 0:
             raise UserError(f"no file or folder {path}: name one, or use stdlib, {', '.join(HUB_DATA)}")
         elif not is_source(path):
             raise UserError(f"cannot read {path}: expected a file ending in {', '.join(SUFFIXES)}")
@@ -224,7 +238,7 @@ def find_files(sources):
 
     once = {}
     for path in files:
-        first = once.setdefault(os.path.realpath(path), path)
+        first = once.setdefault(file_identity(path), path)
         if first is not path:
             say(f"{path} is {first}, which is read already: skipped")
     return list(once.values())
@@ -279,7 +293,7 @@ def read_parquet(path, text_key):
         for batch in open_parquet(path, text_key).iter_batches(batch_size=1024, columns=[text_key]):
             for text in batch.column(0).to_pylist():
                 if text is not None and not isinstance(text, str):
-                    raise UserError(f"{path}: column `{text_key}` does not hold strings")
+                    raise UserError(f"{path}: column `{text_key}` does not hold strings: see --text-key")
                 yield text
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
         raise_if_unreadable(path, e)
@@ -371,7 +385,7 @@ def hub_streams(base_url, text_key, num_shards, last, folder):
     The streams of a dataset in parquet files, each of which becomes one shard; the file with the number
     `last` is for validation. Nothing is downloaded yet.
     """
-    documents = partial(hub_documents, base_url, text_key, folder)
+    documents = partial(hub_documents, base_url.rstrip("/"), text_key, folder)
     streams = [Stream("val", 0, partial(documents, last), shard_tokens=None)]
     for number in range(num_shards):
         streams.append(Stream("train", number, partial(documents, number), shard_tokens=None))
@@ -394,7 +408,9 @@ def local_streams(files, text_key, shard_tokens, source):
     documents = partial(split_documents, files, text_key, n_docs)
     train = Stream("train", 0, partial(documents, "train"), shard_tokens)
     val = Stream("val", 0, partial(documents, "val"), shard_tokens)
-    next(train.documents())  # raises UserError if there is too little text for two splits
+    # raises UserError if there is too little text for two splits
+    if next(train.documents(), None) is None:
+        raise UserError(f"{source} changed while it was read: re-run when it does not change any more")
     return [train, val], n_chars
 
 def tokenize(enc, docs):
@@ -612,7 +628,7 @@ def retry_pause(error, failures):
     if error.response is not None:
         retry_after = error.response.headers.get("Retry-After", "")
     if retry_after.isdecimal():
-        return min(60, int(retry_after))
+        return min(60, int(retry_after[:9]))  # Python refuses to read thousands of digits
     return min(60, RETRY_SECONDS * 2**failures)
 
 def fetch_with_retries(url, part, hint, name, retries):
@@ -690,6 +706,7 @@ def check_settings(out, settings, files):
     None for what is downloaded.
     """
     path = out / "settings.json"
+    check_is_file(path)
     if not path.exists():
         ours = re.compile(r"meta\.json|tokenizer\..*|(train|val)_\d+\.npy")
         names = sorted(p.name for p in out.iterdir() if ours.fullmatch(p.name))

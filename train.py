@@ -447,7 +447,9 @@ def go_back(path, state, plan, model, optimizers, log, loss, score):
 
 def recent_losses(folder):
     """The losses of the last steps in a run's log, the same list on all ranks."""
-    return from_rank_0([row["loss"] for row in read_log(folder) if row["kind"] == "train"][-WINDOW:])
+    losses = [row.get("loss") for row in read_log(folder) if row["kind"] == "train"]
+    # a log that somebody else has written to may have anything there
+    return from_rank_0([x for x in losses if isinstance(x, (int, float)) and abs(x) < 1e38][-WINDOW:])
 
 def mean_over_ranks(x):
     """The mean of a tensor over all ranks, the same bits in each of them."""

@@ -18,6 +18,7 @@ import torch
 from helpers import ROOT, SMALL, assert_refused, cli, log, no_open_files
 
 import checkpointing
+import common
 import interleave
 from checkpointing import (
     CHECKPOINT,
@@ -167,6 +168,11 @@ def test_what_cannot_be_read_now_is_not_damaged(run):
         with no_open_files(), pytest.raises(Unreadable, match="cannot read .*150.pt .Too many open files"):
             load_checkpoint(run, verify)
     assert {path.name: path.stat() for path in Path("run").iterdir()} == before
+
+def test_a_pipe_in_the_place_of_a_checkpoint_is_not_waited_for(run):
+    os.mkfifo("run/ckpt_0000200.pt")
+    with pytest.raises(Unreadable, match="cannot read run/ckpt_0000200.pt: it is a pipe"):
+        newest_checkpoint("run")
 
 def test_a_path_that_torch_cannot_open_is_not_damage(run):
     before = sorted(os.listdir("run"))
@@ -383,6 +389,19 @@ def test_a_final_checkpoint_is_waited_for(here, monkeypatch):
     threading.Timer(0.2, disk.may_write.set).start()
     training.save(final=True)
     assert [path.name for path in list_checkpoints(here)] == ["ckpt_0000001.pt"]
+
+def test_a_checkpoint_is_written_where_no_thread_can_be_started(here, monkeypatch):
+    """As in a container whose number of processes is limited: training waits for it."""
+    def refuse(thread):
+        raise RuntimeError(common.NO_MORE_THREADS)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    training = Training(here)
+    for _ in range(2):
+        training.train()
+        training.save()
+        assert_holds(here / f"ckpt_000000{training.step}.pt", training.state())
+    training.saver.wait()
 
 def test_a_checkpoint_that_is_not_written_is_said_and_the_next_one_tried(here, monkeypatch, capsys):
     disk = Disk(monkeypatch)

@@ -48,6 +48,8 @@ def test_how_a_script_ends():
     assert_refused(run("import torch; torch.empty(2**60)"), "out of memory", "you tried to allocate")
     assert_refused(run("import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried 2.\\nMore')"),
                    "out of memory (CUDA out of memory. Tried 2.)")
+    no_threads = f"raise RuntimeError({common.NO_MORE_THREADS!r})"
+    assert_refused(run(no_threads), "the system gives this process no more threads", "ulimit -u")
     code, _, err = run("raise RuntimeError('shapes differ')")
     assert (code, err.splitlines()[-1]) == (1, "RuntimeError: shapes differ")
     code, _, err = run("1 / 0")  # a bug shows its traceback
@@ -295,6 +297,30 @@ def test_links_are_followed_and_what_is_no_file_is_written_in_place(here):
     with pytest.raises(UserError, match="cannot write folder: Is a directory"):
         write_atomic("folder", lambda f: f.write(b"x"))
 
+def test_what_is_no_file_is_not_read(here):
+    """A pipe that nobody writes into, or a device without an end, would be read for ever."""
+    os.mkfifo("rows.jsonl")
+    for path in ("rows.jsonl", "/dev/zero"):
+        with pytest.raises(Unreadable, match=f"cannot read {path}: it is a pipe, a socket or a device"):
+            read_rows(path)
+    assert read_rows("nowhere") == []
+
+def test_a_write_that_numpy_only_counts(here):
+    """Its error has no number: "71261 requested and 1436 written"."""
+    def write(f):
+        raise OSError("9 requested and 3 written")
+
+    with pytest.raises(UserError, match="cannot write x: 9 requested and 3 written: is the disk full?"):
+        write_atomic("x", write)
+    assert os.listdir() == []
+
+def test_a_current_folder_that_was_removed(here, monkeypatch):
+    os.mkdir("gone")
+    monkeypatch.chdir("gone")
+    os.rmdir(here / "gone")
+    with pytest.raises(UserError, match="the folder runs .No such file or directory.: choose"):
+        common.check_new_folder("runs")
+
 def test_a_folder_that_may_not_be_written_is_refused_before_the_work(here, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(UserError, match="cannot write x: the folder . may not be written"):
@@ -368,6 +394,24 @@ def gpus(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return calls
+
+@pytest.mark.parametrize("environment, words", [
+    ("RANK=x", "RANK is 'x' in the environment, no number of at least 0: start with torchrun, or unset it"),
+    ("RANK= WORLD_SIZE=1", "RANK is '' in the environment"),
+    ("RANK=-1 WORLD_SIZE=1", "RANK is '-1' in the environment"),
+    ("RANK=0 WORLD_SIZE=0", "WORLD_SIZE is '0' in the environment, no number of at least 1"),
+    ("RANK=2 WORLD_SIZE=2", "RANK is 2 in the environment and WORLD_SIZE is 2"),  # waited for the others
+    ("WORLD_SIZE=4", "WORLD_SIZE is 4 in the environment and RANK is not set"),  # read a quarter of the rows
+    ("RANK=0", "cannot join the other processes .*: start all of them with torchrun"),
+    ("RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=99999", "cannot join the other processes"),
+])
+def test_an_environment_that_torchrun_does_not_make(environment, words, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for setting in environment.split(" "):
+        monkeypatch.setenv(*setting.split("="))
+    with pytest.raises(UserError, match=words):
+        common.init_processes("cpu")
 
 @pytest.mark.parametrize("name, device", [(None, "cuda:0"), ("cuda", "cuda:0"), ("cuda:2", "cuda:2")])
 def test_one_process_has_a_device_with_an_index(name, device, gpus):

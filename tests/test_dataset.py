@@ -327,6 +327,15 @@ def test_damaged_data(data, here):
     assert not (here / "runs").exists()
 
 
+@pytest.mark.parametrize("name", ["meta.json", "tokenizer.json", "tokenizer.tiktoken", "token_bytes.npy",
+                                  "train_00000.npy", "val_00000.npy"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name, copy):
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(Unreadable, match=f"cannot read .*{name}: it is a pipe, a socket or a device"):
+        open_data(copy)
+
+
 # -----------------------------------------------------------------------------
 # Shards
 

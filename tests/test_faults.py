@@ -1080,7 +1080,8 @@ def test_retry_after(monkeypatch, tmp_path):
     """A server that says how long to wait is given that time, up to a minute."""
     import requests
     slept = []
-    attempts = iter([("429", "7"), ("503", "3600"), ("503", "")])  # status and Retry-After
+    # status and Retry-After
+    attempts = iter([("429", "7"), ("503", "3600"), ("503", ""), ("429", "9" * 5000)])
 
     def fetch(url, part, hint):
         for code, after in attempts:
@@ -1092,7 +1093,7 @@ def test_retry_after(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare_data, "fetch", fetch)
     monkeypatch.setattr(prepare_data.time, "sleep", slept.append)
     prepare_data.download("http://x", tmp_path / "x.parquet", lambda path: None, "a file", "check the URL")
-    assert slept == [7, 60, prepare_data.RETRY_SECONDS * 8]
+    assert slept == [7, 60, prepare_data.RETRY_SECONDS * 8, 60]
 
 HOSTILE = {
     "an array of objects": lambda f: np.save(f, np.array([Evil()]), allow_pickle=True),

@@ -218,6 +218,10 @@ def test_a_folder_is_read_whole(docs, tmp_path):
     assert f"{folder}/sub/again.jsonl is {folder}/a.jsonl, which is read already: skipped" in said
     assert f"{folder}/b.JSONL is {folder}/b.JSONL, which" in said
 
+    os.link(folder / "a.jsonl", tmp_path / "hard.jsonl")
+    files = prepare_data.find_files([folder, tmp_path / "hard.jsonl"])
+    assert files == prepare_data.find_files([folder])
+
 def test_a_folder_that_cannot_be_read_whole_is_refused(docs, tmp_path):
     folder = folder_with_links(tmp_path, docs)
     with no_open_files(), pytest.raises(Unreadable, match="cannot read .*/in .Too many open files"):
@@ -547,6 +551,16 @@ def test_a_source_that_changes_while_it_is_read(docs, tmp_path, monkeypatch):
     assert_refused(cli(*command), "changed while it was read", "delete")
     assert not (tmp_path / "out/meta.json").exists()
 
+    # emptied after it was read for the first time
+    def read_and_empty(*args):
+        yield from read_documents(*args)
+        source.write_bytes(b"")
+
+    read_documents = prepare_data.read_documents
+    monkeypatch.setattr(prepare_data, "read_documents", read_and_empty)
+    emptied = cli("prepare_data.py", source, "--out", tmp_path / "emptied", *SMALL)
+    assert_refused(emptied, "changed while it was read")
+
     # nor does the old source go on with these shards
     monkeypatch.undo()
     source.write_bytes(before)
@@ -620,6 +634,7 @@ def test_a_download_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
 BAD = {  # file name: (its contents or how to make it, words the message must have)
     "missing.txt": (None, ["missing.txt", "no file"]),
     "empty.txt": ("", ["empty.txt", "is empty"]),
+    "pipe.txt": (os.mkfifo, ["pipe.txt is a pipe, a socket or a device", "write it into a file first"]),
     "empty.jsonl": ("", ["empty.jsonl", "is empty"]),
     "blank.txt": (" \n", ["blank.txt", "blank"]),
     "latin.txt": (b"caf\xe9 " * 50, ["latin.txt", "byte 3"]),

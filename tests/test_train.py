@@ -19,6 +19,7 @@ from helpers import ROOT, SMALL, assert_refused, cli, log, shell
 import common
 from checkpointing import find_checkpoint, load_checkpoint
 from dataset import Rows
+from train import recent_losses
 
 TORCHRUN = Path(sys.executable).parent / "torchrun"
 
@@ -379,6 +380,19 @@ def test_bad_flags(flags, words, data, here):
     (here / "link").symlink_to("nowhere")
     assert_refused(cli("train.py", "--data", data, *SMALL, "--num-iterations", 2, *flags.split()), *words)
     assert not (here / "runs").exists()
+
+def test_a_horizon_that_resume_would_refuse(data, here):
+    for flags in (["--target-flops", "1e30"], ["--target-param-data-ratio", "1e6", "--depth", "40"]):
+        result = cli("train.py", "--data", data, *SMALL, *flags)
+        assert_refused(result, "the horizon is ", " steps, at most 1000000000 can be: lower --target-flops")
+    assert not (here / "runs").exists()
+
+def test_losses_in_a_log_that_are_none(here):
+    """A log may be edited: a spike is compared with the numbers that are there."""
+    losses = ['"loss": 3.5', '"lost": 1', '"loss": null', '"loss": "x"', '"loss": [1]', '"loss": NaN',
+              f'"loss": {10**400}', '"loss": 3']
+    Path("log.jsonl").write_text("".join(f'{{"kind": "train", "step": 1, {x}}}\n' for x in losses))
+    assert recent_losses(here) == [3.5, 3]
 
 @pytest.mark.parametrize("script, words", [
     ("train.py", ["no prepared data in data", "prepare_data.py"]),
