@@ -1043,6 +1043,15 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(server, tmp_path, monkeypatc
     assert_refused(refused, "HF_TOKEN")
     assert "hf_secret" not in refused[2]
 
+def test_a_slash_at_the_end_of_an_address(tmp_path, monkeypatch):
+    def refuse(url, *args, **kwargs):
+        raise UserError(url)
+
+    monkeypatch.setattr(prepare_data, "download", refuse)
+    stream = prepare_data.hub_streams("http://x/", "text", 1, 1, tmp_path)[0]
+    with pytest.raises(UserError, match="^http://x/shard_00001.parquet$"):
+        next(stream.documents())
+
 def test_nobody_listens(tmp_path, monkeypatch):
     args = ["fineweb-edu", "--out", tmp_path / "out", "--base-url"]
     with monkeypatch.context() as patch:
