@@ -97,6 +97,12 @@ def longer():
     for ratio in (10, 20):
         for lrt in ("none", "layerwise"):
             runs[f"{lrt}_{ratio}"] = f"{half} --lrt {lrt} --num-iterations {112 * ratio}"
+
+    # the control and recurrence on top of it, see control(), at the FLOPs of none_20: a step has 1.015 and
+    # 1.19 times those of the baseline
+    first = "--first-memory embedding --lrt shared --inject kv"
+    runs["kv_20"] = f"{half} {first} --schedule plain --num-iterations {round(2240 / 1.015)}"
+    runs["draft_kv_20"] = f"{half} {first} --schedule draft --num-iterations {round(2240 / 1.19)}"
     return runs
 
 def ablation():
@@ -218,6 +224,13 @@ def nanochat():
     """control() with nanochat's recipe, at equal FLOPs; a name says of how many steps of the baseline."""
     return at_equal_flops(NANOCHAT_SIZE, [500, 1000, 2000])
 
+def technical():
+    """
+    control() on another text, at equal FLOPs: run it with --data FOLDER, that prepare_data.py made of
+    ../shared/corpus/technical.jsonl.gz with the same flags as of the prose.
+    """
+    return at_equal_flops(SIZE, [500, 1000])
+
 def memory():
     """
     What might make recurrence worth more than the control, after 500 steps: all read the control's memory
@@ -278,6 +291,7 @@ SETS = {
     "control": control(),
     "larger": larger(),
     "nanochat": nanochat(),
+    "technical": technical(),
     "memory": memory(),
     "states": states(),
 }
