@@ -279,6 +279,22 @@ def states():
     runs["s5_layerwise_draft2_subsets8_1600_steps"] = f"{longer} {draft}"
     runs["s5_layerwise_interleaved8_1600_steps"] = f"{longer} --subsets 8"
     runs["s5_layerwise_sequential_1600_steps"] = f"{longer} --schedule sequential"
+    runs["s5_layerwise_draft1_subsets8_1600_steps"] = f"{longer} --schedule draft --drafts 1 --subsets 8"
+    runs["s5_layerwise_plain_first_embedding_1600_steps"] = (
+        f"{longer} --schedule plain --first-memory embedding")
+    runs["s5_none_1600_steps"] = "research.states --task s5 --num-iterations 1600 --lrt none"
+    runs["parity_layerwise_draft2_subsets8"] = (
+        f"research.states --task parity --num-iterations 300 --lrt layerwise {draft}")
+
+    # rows of 32 tokens, so that two sweeps hand memory over less often than the exact recurrence does
+    for name, schedule in {
+        "draft2_subsets4": "--schedule draft --drafts 2 --subsets 4",
+        "draft2_subsets8": draft,
+        "interleaved8": "--subsets 8",
+        "sequential": "--schedule sequential",
+    }.items():
+        runs[f"s5_layerwise_{name}_1600_steps_32_tokens_window8"] = (
+            f"{longer} --max-seq-len 32 --window 8 {schedule}")
     return runs
 
 SETS = {

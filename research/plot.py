@@ -228,23 +228,31 @@ def draw_ablation(results, ax):
     )
     ax.tick_params(axis="y", labelsize=7)
 
-def draw_states(rows, axes):
-    """
-    State tracking, one panel a task: accuracy at the last position by length, decoding. The dashed line
-    is the length of training.
-    """
-    tasks = defaultdict(dict)  # task -> variant -> rows
+def training_length(row):
+    """The tokens of a sequence in the training of a row of state tracking: the shortest that is scored."""
+    return min(int(length) for length in row["decode"]["last"])
+
+def by_task(rows):
+    """Rows of state tracking: {(task, length of training): {variant: its rows, one a seed}}."""
+    panels = defaultdict(dict)
     for name, group in by_name(rows).items():
         task, _, variant_name = name.partition("_")
-        tasks[task][variant_name] = group
-    variants = sorted({name for groups in tasks.values() for name in groups})
+        panels[task, training_length(group[0])][variant_name] = group
+    return panels
+
+def draw_states(rows, axes):
+    """
+    State tracking, one panel a task and length of training, the dashed line: accuracy at the last position
+    by length, decoding.
+    """
+    panels = by_task(rows)
+    variants = sorted({name for groups in panels.values() for name in groups})
     colors = plt.get_cmap("tab20").colors
-    for ax, (task, groups) in zip(axes, sorted(tasks.items())):
+    for ax, ((task, length), groups) in zip(axes, sorted(panels.items())):
         for name, group in sorted(groups.items()):
             color = colors[variants.index(name) % len(colors)]
             draw_accuracy(group, ax, label=label(name.replace("_", " ")), color=color)
-        training_length = int(min(group[0]["decode"]["last"], key=int))
-        ax.axvline(training_length, color="black", linestyle="--", linewidth=0.5)
+        ax.axvline(length, color="black", linestyle="--", linewidth=0.5)
         ax.set_xscale("log", base=2)
         ax.set(xlabel="tokens", ylabel="accuracy at the last one", title=task)
         ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
@@ -282,8 +290,8 @@ def draw_figures(results, folder):
         save(figure, folder / "ablation.png")
 
     if results["states"]:
-        tasks = {row["name"].partition("_")[0] for row in results["states"]}
-        figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
+        panels = len(by_task(results["states"]))
+        figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), squeeze=False)
         draw_states(results["states"], axes[0])
         save(figure, folder / "states.png")
 
@@ -528,7 +536,8 @@ def print_tables(results):
         if not rows:
             continue
         if name == "states":
-            table_states(name, rows)
+            for length in sorted({training_length(row) for row in rows}):
+                table_states(name, [row for row in rows if training_length(row) == length])
         elif name == "reproduction":  # of other text: no other set is its baseline
             table(name, rows, baseline=[])
         elif name == "longer":  # of another size: it has a baseline of its own
