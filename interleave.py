@@ -288,8 +288,6 @@ def run(model, idx, passes, kv_refresh=False, detach=False, forward_passes=0, we
         if detach:
             kv.detach()
             memories = [(positions, m.detach()) for positions, m in memories]
-        if model.training and torch.is_grad_enabled():  # an experiment: noise on what is handed over
-            memories = [(positions, m + 0.02 * torch.randn_like(m)) for positions, m in memories]
         if kv_refresh:
             for later in passes[i + 1:]:
                 model.refresh(later, kv, previous_memory(memories, later))

@@ -248,8 +248,6 @@ def memory():
         "control_input": f"{first} --lrt shared --inject input --schedule plain",
         "mix_kv_lower": f"{first} --lrt shared --inject kv --dest-layers 0 1 {mix}",
         "mix_kv_upper": f"{first} --lrt shared --inject kv --dest-layers 1 3 {mix}",
-        "draft_kv_noise": f"{first} --lrt shared --inject kv --schedule draft",
-        "mix_input_noise": f"{first} --lrt shared --inject input {mix}",
         "sweeps_8_kv": f"{first} --lrt shared --inject kv --schedule draft --subsets 8",
     }
 
