@@ -251,6 +251,21 @@ def memory():
         "sweeps_8_kv": f"{first} --lrt shared --inject kv --schedule draft --subsets 8",
     }
 
+def warm():
+    """
+    Memory added to a trained baseline, `base`, at the FLOPs of 250 more of its steps: none at all, the
+    control, and recurrence on top of it. @base is the folder of that run, of the same seed.
+    """
+    shared_kv = "--lrt shared --inject kv --first-memory embedding"
+    runs = {"base": f"{SIZE} --lrt none --num-iterations 500"}
+    for name, steps, flags in (
+        ("none", 250, "--lrt none"),
+        ("kv", 245, f"{shared_kv} --schedule plain"),
+        ("draft_kv", 200, f"{shared_kv} --schedule draft"),
+    ):
+        runs[f"{name}_{steps}"] = f"{SIZE} --init-from @base --num-iterations {steps} {flags}"
+    return runs
+
 def states():
     """State tracking beyond the lengths of training, see research/states.py."""
     variants = {
@@ -309,6 +324,7 @@ SETS = {
     "nanochat": nanochat(),
     "technical": technical(),
     "memory": memory(),
+    "warm": warm(),
     "states": states(),
 }
 
@@ -460,6 +476,9 @@ class Run:
         """The words that a reader types behind `python`. extra: more flags."""
         flags = [*self.flags, "--seed", str(self.seed), *extra]
         if self.script == "train.py":
+            # @NAME: the folder of another run of the set
+            flags = [f"{args.out}/{self.set}/{word[1:]}_s{self.seed}" if word[0] == "@" else word
+                     for word in flags]
             folder = ["--out", f"{args.out}/{self.set}", "--name", f"{self.name}_s{self.seed}"]
             return ["train.py", *flags, "--data", args.data, *folder, "--resume", "auto"]
         if self.script == "research.reproduction":
