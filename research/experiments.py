@@ -98,10 +98,11 @@ def longer():
         for lrt in ("none", "layerwise"):
             runs[f"{lrt}_{ratio}"] = f"{half} --lrt {lrt} --num-iterations {112 * ratio}"
 
-    # the control and recurrence on top of it, see control(), at the FLOPs of none_20, and of twice as many
-    # steps: one has 1.015 and 1.19 times those of the baseline
+    # the control and recurrence on top of it, see control(), at the FLOPs of the baseline: a step has 1.015 and
+    # 1.19 times as many
     first = "--first-memory embedding --lrt shared --inject kv"
-    for ratio in (20, 40):
+    runs["none_40"] = f"{half} --lrt none --num-iterations {112 * 40}"
+    for ratio in (10, 20, 40):
         runs[f"kv_{ratio}"] = f"{half} {first} --schedule plain --num-iterations {round(112 * ratio / 1.015)}"
         runs[f"draft_kv_{ratio}"] = (
             f"{half} {first} --schedule draft --num-iterations {round(112 * ratio / 1.19)}")
