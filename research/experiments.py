@@ -98,8 +98,8 @@ def longer():
         for lrt in ("none", "layerwise"):
             runs[f"{lrt}_{ratio}"] = f"{half} --lrt {lrt} --num-iterations {112 * ratio}"
 
-    # the control and recurrence on top of it, see control(), at the FLOPs of the baseline: a step has 1.015 and
-    # 1.19 times as many
+    # the control and recurrence on top of it, see control(), at the FLOPs of the baseline: a step has 1.015
+    # and 1.19 times as many
     first = "--first-memory embedding --lrt shared --inject kv"
     runs["none_40"] = f"{half} --lrt none --num-iterations {112 * 40}"
     for ratio in (10, 20, 40):
