@@ -596,7 +596,7 @@ def train(args, checkpoint, start, device, rank, world_size, watch):
     bar = tqdm(total=plan.num_iterations, initial=state.step, unit="step", dynamic_ncols=True,
                disable=None if rank == 0 else True)
     while True:
-        # once in a while: save, which goes on in the background, and what may take long: evaluate, score CORE
+        # once in a while: save, in the background, and what may take long: evaluate, score CORE
         finished = state.step >= plan.num_iterations
         save_due = finished or stopping or minutes_over or due(args.save_every, state.step)
         save_now = save_due and state.step > began
@@ -665,6 +665,7 @@ def train(args, checkpoint, start, device, rank, world_size, watch):
         watch.at("update")
         if finite:
             state.skipped = 0
+            saver.wait_for_copy()
             for optimizer in optimizers:
                 optimizer.step()
         else:

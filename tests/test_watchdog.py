@@ -7,7 +7,9 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import test_faults
 import torch
 import torch.distributed as dist
 from test_faults import TINY, at_step, children, command, log, numbers, ranks, run, same_bits, wait
+from test_soundness import bad_batches
 
 import train
 import watchdog
@@ -78,6 +81,27 @@ def test_the_allowance_is_learnt_from_steps(monkeypatch):
     for number in range(7, 7 + 3000):
         timed, allowance = step(number, 0.1, kind="deep")
     assert timed and allowance == least
+
+
+# -----------------------------------------------------------------------------
+# Connections
+
+def test_a_machine_that_is_gone_is_probed_for():
+    """Idle or not, its connection ends after three seconds. That it does takes two machines to try."""
+    with socket.socket() as s:
+        watchdog.Connection(s)
+        assert s.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        for name, value in [("KEEPIDLE", 1), ("KEEPINTVL", 1), ("KEEPCNT", 3), ("USER_TIMEOUT", 3000)]:
+            assert s.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}")) == value
+
+def test_a_stranger_is_turned_away():
+    watch = Watchdog()
+    watch.token, watch.ranks = "secret", {1: "rank 1"}
+    connection = Namespace(number=None)
+    for hello in ([], 3, {}, dict(number=1), dict(number=1, token="guess")):
+        with pytest.raises(EOFError):
+            watch.identify(connection, hello)
+    assert watch.identify(connection, dict(number=1, token="secret")) == "rank 1"
 
 
 # -----------------------------------------------------------------------------
@@ -230,6 +254,41 @@ def test_what_may_take_long_is_no_hang(data, here, fork):
     assert codes == [0, 0], text
     assert "hangs" not in text
 
+
+def note_places():
+    """Write down where the watchdog thinks that a rank is when something begins that may take long."""
+    note = Watchdog.note
+    watch = None
+
+    def noting(self, *args, **options):
+        nonlocal watch
+        watch = self
+        note(self, *args, **options)
+
+    def noted(function):
+        def wrapped(*args, **options):
+            with open("places.txt", "a") as f:
+                print(watch.progress.place, watch.progress.timed, file=f)
+            return function(*args, **options)
+        return wrapped
+
+    Watchdog.note = noting
+    train.Saver.save = noted(train.Saver.save)
+    train.go_back = noted(train.go_back)
+    train.evaluate = noted(train.evaluate)
+    train.evaluate_tasks = noted(lambda *args: {})
+    train.load_tasks = lambda folder: ["a task"]
+    bad_batches({14})
+
+def test_what_may_take_long_is_said(data, here, fork):
+    """By the training loop, so that it is not timed."""
+    flags = ["--num-iterations", 16, "--save-every", 12, "--eval-every", 16, "--core-every", 16,
+             "--on-spike", "rewind", "--decode-tokens", 0]
+    codes, text = run(fork, "out.txt", "--data", data, *TINY, *flags, prelude=note_places)
+    assert codes == [0], text
+    places = Path("places.txt").read_text().splitlines()
+    assert places == ["evaluation False", "save False", "rewind False", "save False", "evaluation False",
+                      "CORE False"], places
 
 def test_a_machine_that_stands_still_is_no_hang(data, here, fork):
     """All ranks stop for longer than one may hang, and go on: the first that wakes up accuses nobody."""
