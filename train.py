@@ -523,7 +523,7 @@ def main():
     if args.check_every and device.type == "cuda" and not args.deterministic:
         raise UserError("--check-every needs --deterministic on a GPU: without it, bits differ by themselves")
     if args.shard and not dist.is_initialized():
-        raise UserError("--shard needs several processes: start it with torchrun")
+        raise UserError("--shard needs several processes: start it with torchrun, or give --no-shard")
     with Watchdog(rank, world_size) as watch:
         train(args, checkpoint, start, device, rank, world_size, watch)
     end_processes()

@@ -3,6 +3,7 @@
 that is whole on each of them; checkpoints of one go on in the other; no process holds more than its share.
 """
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -20,9 +21,11 @@ from test_faults import (
     numbers,
     products_in_float32,
     ranks,
+    run,
     same_bits,
     wait,
 )
+from test_soundness import bad_batches
 
 import plan as plan_room
 import train
@@ -39,6 +42,17 @@ VARIANTS = {
     "refresh": "--lrt shared --subsets 3 --kv-refresh --activation-checkpointing",
     "nanochat": "--recipe nanochat --aspect-ratio 24 --head-dim 12",
     "chunked": "--lrt shared --schedule chunked --chunk 3 --n-kv-head 1",
+}
+# with each of the other flags that decide what a step does
+MORE = {
+    "none": "--lrt none --deterministic",
+    "embedding": "--lrt shared --schedule plain --first-memory embedding --activation-checkpointing",
+    "refine": "--lrt shared --schedule refine --refinements 2 --detach",
+    "sequential": "--lrt shared --schedule sequential --eval-every 0",
+    "input": "--lrt shared --inject input --schedule draft --first-memory embedding --pass-mix 2 1 1",
+    "checked": "--recipe nanochat --aspect-ratio 24 --head-dim 12 --activation-checkpointing --check-every 3",
+    "minutes": "--lrt layerwise --save-every 0 --save-minutes 0.00001",
+    "init": "--init-from runs/none --lrt shared",
 }
 
 
@@ -83,12 +97,16 @@ def assert_same_form(a, b):
     else:
         assert a == pytest.approx(b)
 
-@pytest.mark.parametrize("world_size, names", [(2, list(VARIANTS)), (4, ["nanochat"])])
+@pytest.mark.parametrize("world_size, names", [
+    (2, list(VARIANTS)),
+    (4, ["nanochat"]),
+    pytest.param(2, list(MORE), marks=pytest.mark.slow),
+])
 def test_sharded_and_whole_models_train_alike(world_size, names, data, here, fork):
     """Losses, gradient norms, evaluations; and what is saved."""
     commands = []
     for name in names:
-        flags = ["--data", data, *SIX, *VARIANTS[name].split()]
+        flags = ["--data", data, *SIX, *(VARIANTS | MORE)[name].split()]
         commands += [[*flags, "--name", name], [*flags, "--name", f"{name}_sharded", "--shard"]]
     train_all(fork, world_size, *commands)
     for name in names:
@@ -117,6 +135,38 @@ def test_checkpoints_interchange(data, here, fork):
     assert numbers("runs/d") == numbers("runs/sharded")
     assert same_bits("runs/d/ckpt_0000006.pt", "runs/sharded/ckpt_0000006.pt")
     assert load_checkpoint("runs/a/ckpt_0000006.pt")["args"]["shard"] is False
+
+def a_bad_batch():
+    products_in_float32()
+    bad_batches({10})
+
+def test_going_back_from_a_spike(data, here, fork):
+    """To the same checkpoint, past the same batches."""
+    flags = ["--data", data, *SIX, "--num-iterations", 14, "--save-every", 4, "--on-spike", "rewind"]
+    train_all(fork, 2, [*flags, "--name", "whole"], [*flags, "--name", "sharded", "--shard"],
+              prelude=a_bad_batch)
+    assert_alike("runs/whole", "runs/sharded")
+    for name in ("whole", "sharded"):
+        spike, = log(f"runs/{name}", "spike")
+        assert (spike["step"], spike["seen_in_step"], spike["left_out"]) == (8, 10, [64, 72, 80])
+
+def a_wrong_loss():
+    """On rank 1, in the second run of step 3: steps 0 and 3 take two forwards each."""
+    forward = train.TrainStep.forward
+    calls = itertools.count(1)
+
+    def wrong(self, *args):
+        loss, pass_losses = forward(self, *args)
+        return loss * (1 + 2**-20 * (next(calls) == 6 and os.environ["RANK"] == "1")), pass_losses
+
+    train.TrainStep.forward = wrong
+
+def test_a_wrong_number_is_caught(data, here, fork):
+    """By --check-every; the gradients that the ranks have in the end differ on all of them."""
+    codes, said = run(fork, "out.txt", "--data", data, *SIX, "--shard", "--check-every", 3,
+                      prelude=a_wrong_loss, world_size=2)
+    assert codes == [2, 2], said
+    assert "error: step 3, run twice, gave different bits on rank 0, 1: " in said
 
 def copy_first_half(source, name):
     """A run as it was after step 3."""
