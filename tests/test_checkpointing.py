@@ -201,6 +201,16 @@ def test_a_truncated_checkpoint(size, run):
     for result in load_in_every_script(run):
         assert_refused(result, "ckpt_0000150.pt is damaged")
 
+def test_a_compressed_checkpoint(run):
+    """torch would not notice, and read tensors from the wrong places."""
+    with zipfile.ZipFile(run) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(run, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, raw in records.items():
+            archive.writestr(name, raw)
+    with pytest.raises(Damaged, match="is compressed, which torch does not do"):
+        load_checkpoint(run)
+
 def test_a_file_of_another_program(run):
     torch.save({"weights": torch.zeros(3)}, run)
     for result in load_in_every_script(run):

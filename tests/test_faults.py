@@ -782,12 +782,20 @@ def test_train_py_waits_for_ranks_that_verify_their_data(data, here, monkeypatch
     """In a group that is patient; and notes in the run's folder what the data's does not take."""
     shutil.copytree(data, "data", ignore=shutil.ignore_patterns("verified.jsonl"))
     Path("data/verified.jsonl").mkdir()
-    waited = []
+    waited, groups = [], []
+
+    class NotingSaver(checkpointing.Saver):
+        def __init__(self, folder, log, keep, group):
+            super().__init__(folder, log, keep)
+            groups.append(group)
+
     monkeypatch.setattr(train, "side_group", lambda timeout: timeout)
     monkeypatch.setattr(train, "wait_for_all", waited.append)
+    monkeypatch.setattr(train, "Saver", NotingSaver)
     code, _, err = cli("train.py", "--data", "data", *TINY, "--num-iterations", 1, "--name", "x")
     assert code == 0, err
     assert waited == [train.PATIENCE] and train.PATIENCE > 10 * train.TIMEOUT
+    assert groups == [train.TIMEOUT]  # nor does the thread that saves use the group of training
     noted = Path("runs/x/verified.jsonl").read_text()
     assert noted.count(".npy") == len(list(data.glob("*_0*.npy")))
 

@@ -21,6 +21,7 @@ from test_soundness import bad_batches
 
 import train
 import watchdog
+from common import UserError
 from watchdog import Progress, Rank, Watchdog, hanging
 
 data, fork = test_faults.data, test_faults.fork  # fixtures
@@ -81,6 +82,32 @@ def test_the_allowance_is_learnt_from_steps(monkeypatch):
     for number in range(7, 7 + 3000):
         timed, allowance = step(number, 0.1, kind="deep")
     assert timed and allowance == least
+
+
+def test_the_error_of_one_rank_is_told_after_a_while():
+    """If the others have not found the same one by then: they may wait for it in a collective."""
+    watch = Watchdog()
+    watch.ranks = {0: seen(7, timed=False), 1: seen(7)}
+    watch.ranks[1].left, watch.ranks[1].reason = 90, "a bug"
+    verdicts = []
+    watch.end = lambda *verdict, **options: verdicts.append(verdict)
+    watch.judge(now=90 + 0.9 * watchdog.GRACE)
+    assert verdicts == []
+    watch.judge(now=90 + 1.1 * watchdog.GRACE)
+    assert verdicts == [("rank 1 ended in step 0 (setup): a bug", [1])]
+
+@pytest.mark.parametrize("error, naps", [
+    (RuntimeError("Connection closed by peer"), [watchdog.PATIENCE]),
+    (UserError("of our own"), []),
+    (None, []),
+])
+def test_an_error_waits_for_the_news_that_explains_it(error, naps, monkeypatch):
+    slept = []
+    monkeypatch.setattr(watchdog.time, "sleep", slept.append)
+    watch = Watchdog()
+    watch.active, watch.connections = True, []
+    watch.__exit__(error and type(error), error, None)
+    assert slept == naps and watch.closed
 
 
 # -----------------------------------------------------------------------------
@@ -161,8 +188,8 @@ def stuck_in_python():
         time.sleep(0.01)
 
 def stuck_outside_python():
-    """The interpreter's lock is held, so that no other thread of the process can run."""
-    ctypes.PyDLL(None).sleep(1000)
+    """With the interpreter's lock, so that no other thread of the process can run; signals do not end it."""
+    ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
 
 def stuck_in_a_collective():
     """It waits for an answer that nobody sends."""
@@ -196,7 +223,7 @@ def test_a_stuck_rank_is_known_with_its_place(how, words, data, here, fork):
     before = time.time()
     codes = wait(*processes)
     assert time.time() - before < PATIENCE + 45
-    assert codes[0] == codes[2] == 1 and codes[1] is not None
+    assert codes == [1, -signal.SIGKILL if how is stuck_outside_python else 1, 1]
     errors = [line for line in said(3).splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert re.fullmatch(f"error: rank 1 {words}; all processes end, go on with --resume", errors[0]), errors
