@@ -96,7 +96,7 @@ MUTATIONS = [
      "        mine = list(state)", FAULTS, "four_processes_go_on"),
     ("save", "the thread's collectives are not training's", "train.py",
      "saver = Saver(folder, log, args.keep, group)", "saver = Saver(folder, log, args.keep)",
-     FAULTS, "train_py_waits"),
+     FAULTS, "py_hands_on"),
     ("save", "begun before the evaluation", "train.py",
      "        save_now = save_due and state.step > began\n        if save_now:",
      "        save_now = save_due and state.step > began\n"
@@ -152,10 +152,10 @@ MUTATIONS = [
      "        verify_shards(files[rank::world_size], vocab_size, stamps)", DATA, "different_times"),
     ("restart", "noted in the run where the data may not be written", "dataset.py",
      "            self.unwritten.append(row)", "            pass", DATA, "may_not_be_written"),
-    ("restart", "and by train.py", "train.py", "    data.stamps.write_to(folder)\n", "", FAULTS, "train_py_waits"),
+    ("restart", "and by train.py", "train.py", "    data.stamps.write_to(folder)\n", "", FAULTS, "py_hands_on"),
     ("restart", "no collective of ten minutes waits for it", "train.py",
      "    wait_for_all(patient_group)", "    wait_for_all(group and side_group(TIMEOUT))",
-     FAULTS, "train_py_waits"),
+     FAULTS, "py_hands_on"),
 
     # detection
     ("detect", "a closed connection is a death", "watchdog.py",
@@ -314,7 +314,7 @@ MUTATIONS = [
     ("version", "older schedules", "checkpointing.py",
      '        update_schedule(checkpoint["schedule"])\n', "", CKPT, "schedule or version"),
     ("version", "the commit is in a checkpoint", "train.py",
-     "        commit=code_commit(),", '        commit="unknown",', CKPT + " " + TRAIN, "schema or end_to_end"),
+     "        commit=code_commit(),", '        commit="unknown",', FAULTS, "py_hands_on"),
     ("version", "every version has a fixture", "checkpointing.py", "VERSION = 3", "VERSION = 4",
      CKPT, "of_every_version"),
 
@@ -327,9 +327,9 @@ MUTATIONS = [
     # --shard
     ("shard", "the gradient's norm is that of all ranks", "sharding.py",
      "    return norm.full_tensor() if isinstance(norm, DTensor) else norm",
-     "    return norm.to_local() if isinstance(norm, DTensor) else norm", SHARD, "train_alike and shared"),
+     "    return norm.to_local() if isinstance(norm, DTensor) else norm", SHARD, "interchange"),
     ("shard", "gradients add up in float32", "sharding.py",
-     "reduce_dtype=model.wte.weight.dtype", "reduce_dtype=model.compute_dtype", SHARD, "bf16"),
+     "reduce_dtype=model.wte.weight.dtype", "reduce_dtype=model.compute_dtype", SHARD, "add_up"),
     ("shard", "checkpoints are whole: weights", "sharding.py",
      "        whole = p.full_tensor()\n        if dist", "        whole = p.to_local()\n        if dist",
      SHARD, "interchange"),
@@ -342,7 +342,7 @@ MUTATIONS = [
      "            self.stand_ins[i].data = self.stand_ins[i].new_empty(0)", "            pass",
      SHARD, "holds_its_share"),
     ("shard", "layers are taken apart", "sharding.py",
-     "        fully_shard(block, mesh=mesh, mp_policy=policy)", "        pass", SHARD, "holds_its_share or train_alike"),
+     "        fully_shard(block, mesh=mesh, mp_policy=policy)", "        pass", SHARD, "holds_its_share"),
     ("shard", "not with --compile", "flags.py", "    if args.compile:", "    if False:", SHARD, "does_not_go"),
     ("shard", "not with --arch recurrent", "flags.py",
      '    if args.arch == "recurrent":\n        raise UserError("--shard', '    if False:\n        raise UserError("--shard',

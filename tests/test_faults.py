@@ -778,8 +778,11 @@ def late_for_the_others(folder, env):
 def test_ranks_wait_for_one_that_verifies_its_data(here, fork):
     assert wait(*[fork(late_for_the_others, here, env) for env in ranks(2)]) == [0, 0]
 
-def test_train_py_waits_for_ranks_that_verify_their_data(data, here, monkeypatch):
-    """In a group that is patient; and notes in the run's folder what the data's does not take."""
+def test_what_train_py_hands_on(data, here, monkeypatch):
+    """
+    Ranks that verify their data are waited for in a group that is patient, the thread that saves has one of
+    its own, the run's folder is told what the data's does not take, and checkpoints have the commit.
+    """
     shutil.copytree(data, "data", ignore=shutil.ignore_patterns("verified.jsonl"))
     Path("data/verified.jsonl").mkdir()
     waited, groups = [], []
@@ -792,12 +795,14 @@ def test_train_py_waits_for_ranks_that_verify_their_data(data, here, monkeypatch
     monkeypatch.setattr(train, "side_group", lambda timeout: timeout)
     monkeypatch.setattr(train, "wait_for_all", waited.append)
     monkeypatch.setattr(train, "Saver", NotingSaver)
+    monkeypatch.setattr(train, "code_commit", lambda: "0123abc")
     code, _, err = cli("train.py", "--data", "data", *TINY, "--num-iterations", 1, "--name", "x")
     assert code == 0, err
     assert waited == [train.PATIENCE] and train.PATIENCE > 10 * train.TIMEOUT
-    assert groups == [train.TIMEOUT]  # nor does the thread that saves use the group of training
+    assert groups == [train.TIMEOUT]
     noted = Path("runs/x/verified.jsonl").read_text()
     assert noted.count(".npy") == len(list(data.glob("*_0*.npy")))
+    assert load_checkpoint("runs/x/ckpt_0000001.pt")["commit"] == "0123abc"
 
 def limit_patience(seconds):
     train.TIMEOUT = timedelta(seconds=seconds)

@@ -26,6 +26,7 @@ from test_faults import (
     wait,
 )
 from test_soundness import bad_batches
+from torch.distributed.tensor import DTensor
 
 import plan as plan_room
 import train
@@ -181,16 +182,37 @@ def test_in_bf16(data, here, fork):
     assert losses("runs/whole") == pytest.approx(losses("runs/sharded"), rel=2e-3)
     assert losses("runs/whole")[-1] < losses("runs/whole")[0] - 0.02
 
-def count_bytes(folder, env):
-    """After a step: the bytes of weights, gradients and optimizer state on this rank; parameters in all."""
+def forward_and_backward(env, dtype):
+    """
+    A sharded model and its optimizers after a backward, in this process of a group. Behind the forward, layers
+    and embeddings are taken apart.
+    """
     os.environ |= env
     dist.init_process_group("gloo")
     flags = "--depth 2 --aspect-ratio 32 --head-dim 16 --max-seq-len 32 --total-batch-size 128 --shard"
     args = make_parser().parse_args([*flags.split(), "--lrt", "shared", "--num-iterations", "1"])
-    plan = make_plan(args, 64, dist.get_world_size(), torch.float32)
-    model, optimizers, step = train.setup_training(args, plan, torch.device("cpu"), torch.float32)
-    idx = torch.zeros(1, 32, dtype=torch.int64)
-    step(idx, idx, None)[0].backward()
+    plan = make_plan(args, 64, dist.get_world_size(), dtype)
+    model, optimizers, step = train.setup_training(args, plan, torch.device("cpu"), dtype)
+    idx = torch.full((1, 32), int(env["RANK"]))
+    loss, _ = step(idx, idx, None)
+    assert all(isinstance(p, DTensor) for p in [*model.h.parameters(), model.wte.weight])
+    loss.backward()
+    return model, optimizers
+
+def look_at_gradients(env):
+    """The mean over ranks of what is bf16 on each of them has more bits."""
+    model, _ = forward_and_backward(env, torch.bfloat16)
+    grad = model.h[1].mlp.c_proj.weight.grad.to_local()
+    assert grad.dtype == torch.float32 and grad.any()
+    assert not torch.equal(grad, grad.bfloat16().float())
+    dist.barrier()
+
+def test_gradients_add_up_in_float32(here, fork):
+    assert wait(*[fork(look_at_gradients, env) for env in ranks(2)]) == [0] * 2
+
+def count_bytes(folder, env):
+    """After a step: the bytes of weights, gradients and optimizer state on this rank; parameters in all."""
+    model, optimizers = forward_and_backward(env, torch.float32)
     held = 0
     for p in model.parameters():
         held += p.to_local().nbytes + p.grad.to_local().nbytes
