@@ -184,7 +184,7 @@ def test_in_bf16(data, here, fork):
 
 def forward_and_backward(env, dtype):
     """
-    A sharded model and its optimizers after a backward, in this process of a group. Behind the forward, layers
+    A sharded model and its optimizers after a backward, in this process of a group. Behind a forward, layers
     and embeddings are taken apart.
     """
     os.environ |= env
