@@ -661,11 +661,13 @@ def train(args, checkpoint, start, device, rank, world_size, watch):
                 bar.update(state.step)
                 continue
 
-        # step, unless a number is not finite
+        # step, unless a number is not finite; what is being saved has to be copied out by then
+        if save_now:
+            watch.between("copy", state.step)
+            saver.wait_for_copy()
         watch.at("update")
         if finite:
             state.skipped = 0
-            saver.wait_for_copy()
             for optimizer in optimizers:
                 optimizer.step()
         else:

@@ -301,6 +301,7 @@ def note_places():
 
     Watchdog.note = noting
     train.Saver.save = noted(train.Saver.save)
+    train.Saver.wait_for_copy = noted(train.Saver.wait_for_copy)
     train.go_back = noted(train.go_back)
     train.evaluate = noted(train.evaluate)
     train.evaluate_tasks = noted(lambda *args: {})
@@ -314,8 +315,8 @@ def test_what_may_take_long_is_said(data, here, fork):
     codes, text = run(fork, "out.txt", "--data", data, *TINY, *flags, prelude=note_places)
     assert codes == [0], text
     places = Path("places.txt").read_text().splitlines()
-    assert places == ["evaluation False", "save False", "rewind False", "save False", "evaluation False",
-                      "CORE False"], places
+    assert places == [f"{place} False" for place in
+                      ("evaluation", "save", "copy", "rewind", "save", "evaluation", "CORE")]
 
 def test_a_machine_that_stands_still_is_no_hang(data, here, fork):
     """All ranks stop for longer than one may hang, and go on: the first that wakes up accuses nobody."""
