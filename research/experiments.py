@@ -97,6 +97,12 @@ def longer():
     for ratio in (10, 20):
         for lrt in ("none", "layerwise"):
             runs[f"{lrt}_{ratio}"] = f"{half} --lrt {lrt} --num-iterations {112 * ratio}"
+
+    # the control and recurrence on top of it, see control(), at the FLOPs of none_20: a step has 1.015 and
+    # 1.19 times those of the baseline
+    first = "--first-memory embedding --lrt shared --inject kv"
+    runs["kv_20"] = f"{half} {first} --schedule plain --num-iterations {round(2240 / 1.015)}"
+    runs["draft_kv_20"] = f"{half} {first} --schedule draft --num-iterations {round(2240 / 1.19)}"
     return runs
 
 def ablation():
@@ -218,6 +224,13 @@ def nanochat():
     """control() with nanochat's recipe, at equal FLOPs; a name says of how many steps of the baseline."""
     return at_equal_flops(NANOCHAT_SIZE, [500, 1000, 2000])
 
+def technical():
+    """
+    control() on another text, at equal FLOPs: run it with --data FOLDER, that prepare_data.py made of
+    ../shared/corpus/technical.jsonl.gz with the same flags as of the prose.
+    """
+    return at_equal_flops(SIZE, [500, 1000])
+
 def memory():
     """
     What might make recurrence worth more than the control, after 500 steps: all read the control's memory
@@ -237,6 +250,21 @@ def memory():
         "mix_kv_upper": f"{first} --lrt shared --inject kv --dest-layers 1 3 {mix}",
         "sweeps_8_kv": f"{first} --lrt shared --inject kv --schedule draft --subsets 8",
     }
+
+def warm():
+    """
+    Memory added to a trained baseline, `base`, at the FLOPs of 250 more of its steps: none at all, the
+    control, and recurrence on top of it. @base is the folder of that run, of the same seed.
+    """
+    shared_kv = "--lrt shared --inject kv --first-memory embedding"
+    runs = {"base": f"{SIZE} --lrt none --num-iterations 500"}
+    for name, steps, flags in (
+        ("none", 250, "--lrt none"),
+        ("kv", 245, f"{shared_kv} --schedule plain"),
+        ("draft_kv", 200, f"{shared_kv} --schedule draft"),
+    ):
+        runs[f"{name}_{steps}"] = f"{SIZE} --init-from @base --num-iterations {steps} {flags}"
+    return runs
 
 def states():
     """State tracking beyond the lengths of training, see research/states.py."""
@@ -266,6 +294,22 @@ def states():
     runs["s5_layerwise_draft2_subsets8_1600_steps"] = f"{longer} {draft}"
     runs["s5_layerwise_interleaved8_1600_steps"] = f"{longer} --subsets 8"
     runs["s5_layerwise_sequential_1600_steps"] = f"{longer} --schedule sequential"
+    runs["s5_layerwise_draft1_subsets8_1600_steps"] = f"{longer} --schedule draft --drafts 1 --subsets 8"
+    runs["s5_layerwise_plain_first_embedding_1600_steps"] = (
+        f"{longer} --schedule plain --first-memory embedding")
+    runs["s5_none_1600_steps"] = "research.states --task s5 --num-iterations 1600 --lrt none"
+    runs["parity_layerwise_draft2_subsets8"] = (
+        f"research.states --task parity --num-iterations 300 --lrt layerwise {draft}")
+
+    # rows of 32 tokens, so that two sweeps hand memory over less often than the exact recurrence does
+    for name, schedule in {
+        "draft2_subsets4": "--schedule draft --drafts 2 --subsets 4",
+        "draft2_subsets8": draft,
+        "interleaved8": "--subsets 8",
+        "sequential": "--schedule sequential",
+    }.items():
+        runs[f"s5_layerwise_{name}_1600_steps_32_tokens_window8"] = (
+            f"{longer} --max-seq-len 32 --window 8 {schedule}")
     return runs
 
 SETS = {
@@ -278,7 +322,9 @@ SETS = {
     "control": control(),
     "larger": larger(),
     "nanochat": nanochat(),
+    "technical": technical(),
     "memory": memory(),
+    "warm": warm(),
     "states": states(),
 }
 
@@ -430,6 +476,9 @@ class Run:
         """The words that a reader types behind `python`. extra: more flags."""
         flags = [*self.flags, "--seed", str(self.seed), *extra]
         if self.script == "train.py":
+            # @NAME: the folder of another run of the set
+            flags = [f"{args.out}/{self.set}/{word[1:]}_s{self.seed}" if word[0] == "@" else word
+                     for word in flags]
             folder = ["--out", f"{args.out}/{self.set}", "--name", f"{self.name}_s{self.seed}"]
             return ["train.py", *flags, "--data", args.data, *folder, "--resume", "auto"]
         if self.script == "research.reproduction":

@@ -34,8 +34,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 from matplotlib.ticker import LogFormatter  # noqa: E402
 
-SETS = ("reproduction", "scaling", "longer", "cheaper", "ablation", "tuning", "control", "memory",
-        "states")
+SETS = ("reproduction", "scaling", "longer", "cheaper", "ablation", "tuning", "control", "larger", "nanochat",
+        "technical", "memory", "warm", "states")
 
 # runs of the set `scaling` that another set is read against
 BESIDE = {
@@ -44,6 +44,33 @@ BESIDE = {
     "cheaper": ("none_500", "none_1000", "none_2000", "layerwise_1000"),
     "control": ("none_500", "none_1000", "shared_500", "shared_1000", "layerwise_500", "layerwise_1000"),
 }
+
+# What recurrence is worth: for each text and size, as many FLOPs as so many steps of the baseline; and the
+# set and the run of the baseline, of the control, of recurrence on top of it, and of recurrence with first
+# memory zero, by the cheaper step and by the paper's.
+WORTH_COLUMNS = ("baseline", "control", "recurrence on top", "cheaper step, memory zero", "S = 2")
+WORTH = {
+    "prose, depth 4, width 128": {
+        500: ("scaling none_500", "control kv_500", None, "cheaper deepen_390",
+              "scaling layerwise_250"),
+        1000: ("scaling none_1000", "control kv_1000", "control draft_kv_860", "cheaper deepen_shared_kv_810",
+               "scaling layerwise_500"),
+        2000: ("scaling none_2000", "control kv_2000", "control draft_kv_1720",
+               "cheaper deepen_shared_kv_1620", "scaling layerwise_1000"),
+    },
+    "the same, width 64": {
+        2240: ("longer none_20", "longer kv_20", "longer draft_kv_20", None, "longer layerwise_10"),
+    },
+}
+for text, name, budgets in (
+    ("the same, nanochat's recipe", "nanochat", (500, 1000, 2000)),
+    ("technical text", "technical", (500, 1000)),
+    ("prose, depth 6, width 256", "larger", (500, 1000)),
+):
+    WORTH[text] = {}
+    for budget in budgets:
+        runs = (f"{name} {run}_{budget}" for run in ("none", "kv", "draft_kv", "draft_zero_kv", "s2_kv"))
+        WORTH[text][budget] = tuple(runs)
 
 # by variant(); other variants take OTHER_COLORS in turn
 COLORS = {
@@ -228,23 +255,31 @@ def draw_ablation(results, ax):
     )
     ax.tick_params(axis="y", labelsize=7)
 
-def draw_states(rows, axes):
-    """
-    State tracking, one panel a task: accuracy at the last position by length, decoding. The dashed line
-    is the length of training.
-    """
-    tasks = defaultdict(dict)  # task -> variant -> rows
+def training_length(row):
+    """The tokens of a sequence in the training of a row of state tracking: the shortest that is scored."""
+    return min(int(length) for length in row["decode"]["last"])
+
+def by_task(rows):
+    """Rows of state tracking: {(task, length of training): {variant: its rows, one a seed}}."""
+    panels = defaultdict(dict)
     for name, group in by_name(rows).items():
         task, _, variant_name = name.partition("_")
-        tasks[task][variant_name] = group
-    variants = sorted({name for groups in tasks.values() for name in groups})
+        panels[task, training_length(group[0])][variant_name] = group
+    return panels
+
+def draw_states(rows, axes):
+    """
+    State tracking, one panel a task and length of training, the dashed line: accuracy at the last position
+    by length, decoding.
+    """
+    panels = by_task(rows)
+    variants = sorted({name for groups in panels.values() for name in groups})
     colors = plt.get_cmap("tab20").colors
-    for ax, (task, groups) in zip(axes, sorted(tasks.items())):
+    for ax, ((task, length), groups) in zip(axes, sorted(panels.items())):
         for name, group in sorted(groups.items()):
             color = colors[variants.index(name) % len(colors)]
             draw_accuracy(group, ax, label=label(name.replace("_", " ")), color=color)
-        training_length = int(min(group[0]["decode"]["last"], key=int))
-        ax.axvline(training_length, color="black", linestyle="--", linewidth=0.5)
+        ax.axvline(length, color="black", linestyle="--", linewidth=0.5)
         ax.set_xscale("log", base=2)
         ax.set(xlabel="tokens", ylabel="accuracy at the last one", title=task)
         ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
@@ -256,6 +291,67 @@ def draw_accuracy(rows, ax, **style):
     mean = np.mean(by_seed, axis=0)
     below, above = mean - np.min(by_seed, axis=0), np.max(by_seed, axis=0) - mean
     ax.errorbar(lengths, mean, yerr=[below, above], marker="o", capsize=3, **style)
+
+def worth(results):
+    """
+    The runs of WORTH that have rows: {(text, budget): {column of WORTH_COLUMNS: its rows, one a seed}},
+    where there is a baseline.
+    """
+    found = {}
+    for text, budgets in WORTH.items():
+        for budget, runs in budgets.items():
+            groups = {}
+            for column, run in zip(WORTH_COLUMNS, runs):
+                name, _, run_name = (run or "").partition(" ")
+                rows = [row for row in results.get(name, []) if row["name"] == run_name]
+                if rows:
+                    groups[column] = rows
+            if "baseline" in groups and len(groups) > 1:
+                found[text, budget] = groups
+    return found
+
+def draw_worth(results, ax):
+    """BPB over the baseline's at as many FLOPs: a point a seed, a column for each text and budget."""
+    found = worth(results)
+    colors = dict(zip(WORTH_COLUMNS[1:], ("black", "tab:red", "tab:blue", "tab:gray")))
+    marks = dict(zip(WORTH_COLUMNS[1:], "os^v"))
+    for x, groups in enumerate(found.values()):
+        baseline, low, high = spread(groups["baseline"])
+        ax.bar(x, high - low, 0.8, low - baseline, color="lightgray")  # the baseline's seeds
+        for i, (column, color) in enumerate(colors.items()):
+            values = [bpb(row) - baseline for row in groups.get(column, [])]
+            ax.plot([x + 0.13 * (i - 1.5)] * len(values), values, marks[column], color=color, markersize=5,
+                    label=column if x == 0 else None)
+    ax.axhline(0, color="gray", linewidth=0.8)
+    ax.set_xticks(range(len(found)))
+    ax.set_xticklabels([f"{text}\n{budget} steps".replace(", ", "\n") for text, budget in found], fontsize=7)
+    ax.set(ylabel="BPB, decoding, over the baseline's at equal FLOPs", title="language: lower is better")
+    ax.legend(fontsize=7)
+
+# in the same figure, state tracking: names of S5 runs without "s5_layerwise_"
+WORTH_STATES = {
+    "none": "baseline",
+    "plain_first_embedding": "control",
+    "interleaved2": "S = 2",
+    "interleaved8": "S = 8",
+    "draft2_subsets8": "two sweeps\nof 8",
+    "sequential": "exact\nrecurrence",
+}
+
+def draw_worth_states(rows, ax):
+    """Accuracy at the last position of S5 at four times the training length: a point a seed."""
+    groups = by_task(rows).get(("s5", 16), {})
+    for steps, offset, mark, color in ((800, -0.1, "o", "black"), (1600, 0.1, "s", "tab:red")):
+        suffix = "_1600_steps" if steps == 1600 else ""
+        for x, name in enumerate(WORTH_STATES):
+            rows = groups.get(f"layerwise_{name}{suffix}") or groups.get(f"{name}{suffix}") or []
+            values = [row["decode"]["last"]["64"] for row in rows]
+            ax.plot([x + offset] * len(values), values, mark, markersize=5, color=color,
+                    label=f"{steps} steps" if x == 0 else None)
+    ax.set_xticks(range(len(WORTH_STATES)))
+    ax.set_xticklabels(WORTH_STATES.values(), fontsize=7)
+    ax.set(ylabel="right at the last of 64 tokens", title="S5, trained on 16 tokens: higher is better")
+    ax.legend(fontsize=7)
 
 def draw_figures(results, folder):
     """All figures for which there are rows, as PNG files in the folder."""
@@ -276,14 +372,20 @@ def draw_figures(results, folder):
         draw_learned(runs, axes)
         save(figure, folder / "learned.png")
 
+    if worth(results) and results["states"]:
+        figure, axes = plt.subplots(1, 2, figsize=(15, 5), width_ratios=[2, 1])
+        draw_worth(results, axes[0])
+        draw_worth_states(results["states"], axes[1])
+        save(figure, folder / "worth.png")
+
     if results["ablation"]:
         figure, ax = plt.subplots(figsize=(7, 5))
         draw_ablation(results, ax)
         save(figure, folder / "ablation.png")
 
     if results["states"]:
-        tasks = {row["name"].partition("_")[0] for row in results["states"]}
-        figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
+        panels = len(by_task(results["states"]))
+        figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), squeeze=False)
         draw_states(results["states"], axes[0])
         save(figure, folder / "states.png")
 
@@ -522,16 +624,33 @@ def table_states(name, rows):
     print_provenance(name, rows)
     print_table(columns, lines)
 
+def table_worth(results):
+    """BPB of decoding at equal FLOPs, each seed, and recurrence over the control."""
+    lines = []
+    for (text, budget), groups in worth(results).items():
+        cells = [text, str(budget)]
+        for column in WORTH_COLUMNS:
+            cells.append(", ".join(f"{bpb(row):.4f}" for row in groups.get(column, [])))
+        over = ""
+        if "control" in groups and "recurrence on top" in groups:
+            over = f"{spread(groups['recurrence on top'])[0] - spread(groups['control'])[0]:+.4f}"
+        lines.append([*cells, over])
+    print("\nworth, at equal FLOPs\n")
+    columns = ["text", "steps of the baseline", *WORTH_COLUMNS, "recurrence on top, over the control"]
+    print_table(columns, lines)
+
 def print_tables(results):
     """The tables of all sets that have rows."""
+    table_worth(results)
     for name, rows in results.items():
         if not rows:
             continue
         if name == "states":
-            table_states(name, rows)
+            for length in sorted({training_length(row) for row in rows}):
+                table_states(name, [row for row in rows if training_length(row) == length])
         elif name == "reproduction":  # of other text: no other set is its baseline
             table(name, rows, baseline=[])
-        elif name == "longer":  # of another size: it has a baseline of its own
+        elif name in ("longer", "larger", "nanochat", "technical", "warm"):  # they have their own baselines
             table(name, rows, baseline=rows)
         else:
             table(name, with_beside(name, results), baseline=results["scaling"])

@@ -63,6 +63,7 @@ TASKS = {
 LENGTHS = (1, 2, 4, 8)  # of scored sequences, times the training length
 SCORING_SEED = 2**40  # of the sequences that all runs are scored on
 LONGEST_USUAL_RUN = 800  # steps; the name of a longer run says how long
+USUAL_LENGTH = 16  # tokens a sequence in training; the name of another run says how many
 GRAD_CLIP = 1.0  # largest norm of the gradient, train.py's default
 
 
@@ -256,7 +257,7 @@ def parse_args():
     parser.add_argument("--drafts", type=int, default=1, help="draft: how often memory is handed over first")
     parser.add_argument("--refinements", type=int, default=3, help="refine: K")
     parser.add_argument("--chunk", type=int, default=4, help="chunked: tokens a chunk")
-    parser.add_argument("--max-seq-len", type=int, default=16, help="tokens a sequence in training")
+    parser.add_argument("--max-seq-len", type=int, default=USUAL_LENGTH, help="tokens a sequence in training")
     parser.add_argument("--window", type=int,
                         help="how many positions back every layer sees (default: half the training length)")
     parser.add_argument("--depth", type=int, default=2, help="number of layers")
@@ -294,6 +295,8 @@ def run_name(args, schedule):
     name = f"{args.task}_{variant}"
     if args.num_iterations > LONGEST_USUAL_RUN:
         name += f"_{args.num_iterations}_steps"
+    if args.max_seq_len != USUAL_LENGTH:
+        name += f"_{args.max_seq_len}_tokens"
     if args.window != args.max_seq_len // 2:
         name += f"_window{args.window}"
     return name

@@ -45,7 +45,7 @@ def replace_sets(monkeypatch):
 @pytest.mark.parametrize("name", experiments.SETS)
 def test_every_run_is_a_command_that_its_script_takes(name, monkeypatch):
     for run_name, command in experiments.SETS[name].items():
-        script, *flags = command.split()
+        script, *flags = command.replace("--init-from @base", "").split()  # there is no such run here
         monkeypatch.setattr(sys, "argv", [script, *flags])
         if script == "research.states":
             args = states.parse_args()
@@ -329,3 +329,11 @@ def test_learned_reads_what_the_model_has():
     gates = experiments.learned(model, idx)["gates"][1]
     assert gates["local"] == 1.0
     assert 0 <= gates["memory"] <= 2
+
+def test_a_run_may_begin_with_the_model_of_another(replace_sets, monkeypatch):
+    replace_sets(warm={"base": f"{RUN} --lrt none", "more": f"{RUN} --lrt none --init-from @base"})
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "warm", "--seeds", "3", "--out", "runs"])
+    args = experiments.make_parser().parse_args()
+    base, more = [run.command(args) for run in experiments.make_runs(args)]
+    folder = f"{base[base.index('--out') + 1]}/{base[base.index('--name') + 1]}"
+    assert more[more.index("--init-from") + 1] == folder == "runs/warm/base_s3"

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import assert_refused, cli, shell
+from helpers import ROOT, assert_refused, cli, shell
 
+from common import read_rows
 from research import plot
+from research.experiments import SETS
 
 
 def make_row(name, lrt, tokens, compute, flops, bpb):
@@ -55,6 +57,24 @@ def test_a_set_is_read_beside_runs_of_another():
     results = dict(scaling=SCALING, ablation=ABLATION)
     names = [row["name"] for row in plot.with_beside("ablation", results)]
     assert names == ["none_500", "layerwise_500", "subsets_4"]
+
+def test_what_recurrence_is_worth(capsys):
+    """Against the baseline and the control at as many FLOPs; a text without a baseline is left out."""
+    results = dict(
+        nanochat=[make_row(name, "shared", 100, 100, 1e6, bpb)
+                  for name, bpb in (("none_500", 2.0), ("kv_500", 1.9), ("draft_kv_500", 1.95))],
+        technical=[make_row("kv_500", "shared", 100, 100, 1e6, 1.7)],
+    )
+    plot.table_worth(results)
+    line = printed_lines(capsys)["| the same, nanochat's recipe"]
+    assert line.endswith(" | 500 | 2.0000 | 1.9000 | 1.9500 |  |  | +0.0500 |")
+
+def test_runs_of_the_comparison_exist():
+    for budgets in plot.WORTH.values():
+        for runs in budgets.values():
+            for set_name, run in (run.split() for run in runs if run):
+                rows = read_rows(ROOT / f"research/results/{set_name}.jsonl")
+                assert run in SETS[set_name] or any(row["name"] == run for row in rows), run
 
 def test_table(capsys):
     """Over the baseline at as many tokens, as much compute and as many FLOPs, where there is such a one."""

@@ -154,7 +154,7 @@ def test_two_commands_share_a_file_and_a_row_is_written_once(here):
     assert [row["seed"] for row in rows] == [0, 1]
     assert rows[0]["loss"] != rows[1]["loss"]
     row = rows[0]
-    assert row["name"] == "s3_shared_interleaved2"
+    assert row["name"] == "s3_shared_interleaved2_4_tokens"
     assert (row["steps"], row["tokens"], row["compute"]) == (3, 96, 192)
     assert set(row["decode"]["last"]) == {"4", "8", "16", "32"}
     assert len(row["by_position"]) == 32
