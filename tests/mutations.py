@@ -337,8 +337,12 @@ MUTATIONS = [
 
     # --shard
     ("shard", "the gradient's norm is that of all ranks", "sharding.py",
-     "    return norm.full_tensor() if isinstance(norm, DTensor) else norm",
-     "    return norm.to_local() if isinstance(norm, DTensor) else norm", SHARD, "interchange"),
+     "    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest_norm)\n",
+     "    grads = [p.grad for p in model.parameters()]\n"
+     "    grads = [x.to_local() if isinstance(x, DTensor) else x for x in grads]\n"
+     "    norm = torch.nn.utils.get_total_norm(grads)\n"
+     "    torch.nn.utils.clip_grads_with_norm_(model.parameters(), largest_norm, norm)\n", SHARD,
+     "interchange"),
     ("shard", "gradients add up in float32", "sharding.py",
      "reduce_dtype=model.wte.weight.dtype", "reduce_dtype=model.compute_dtype", SHARD, "add_up"),
     ("shard", "checkpoints are whole: weights", "sharding.py",
