@@ -59,7 +59,9 @@ WORTH = {
                "cheaper deepen_shared_kv_1620", "scaling layerwise_1000"),
     },
     "the same, width 64": {
+        1120: ("longer none_10", "longer kv_10", "longer draft_kv_10", None, None),
         2240: ("longer none_20", "longer kv_20", "longer draft_kv_20", None, "longer layerwise_10"),
+        4480: ("longer none_40", "longer kv_40", "longer draft_kv_40", None, "longer layerwise_20"),
     },
 }
 for text, name, budgets in (
@@ -295,7 +297,7 @@ def draw_accuracy(rows, ax, **style):
 def worth(results):
     """
     The runs of WORTH that have rows: {(text, budget): {column of WORTH_COLUMNS: its rows, one a seed}},
-    where there is a baseline.
+    where there is a control.
     """
     found = {}
     for text, budgets in WORTH.items():
@@ -306,13 +308,13 @@ def worth(results):
                 rows = [row for row in results.get(name, []) if row["name"] == run_name]
                 if rows:
                     groups[column] = rows
-            if "baseline" in groups and len(groups) > 1:
+            if "control" in groups:
                 found[text, budget] = groups
     return found
 
 def draw_worth(results, ax):
     """BPB over the baseline's at as many FLOPs: a point a seed, a column for each text and budget."""
-    found = worth(results)
+    found = {place: groups for place, groups in worth(results).items() if "baseline" in groups}
     colors = dict(zip(WORTH_COLUMNS[1:], ("black", "tab:red", "tab:blue", "tab:gray")))
     marks = dict(zip(WORTH_COLUMNS[1:], "os^v"))
     for x, groups in enumerate(found.values()):
@@ -327,6 +329,21 @@ def draw_worth(results, ax):
     ax.set_xticklabels([f"{text}\n{budget} steps".replace(", ", "\n") for text, budget in found], fontsize=7)
     ax.set(ylabel="BPB, decoding, over the baseline's at equal FLOPs", title="language: lower is better")
     ax.legend(fontsize=7)
+
+def draw_worth_by_training(results, ax):
+    """BPB of recurrence over the control's at as many FLOPs, by the control's tokens a parameter."""
+    for (text, _), groups in worth(results).items():
+        if "recurrence on top" in groups:
+            distance = spread(groups["recurrence on top"])[0] - spread(groups["control"])[0]
+            marker = "osD^v"[list(WORTH).index(text)]
+            ax.plot(groups["control"][0]["tokens_per_parameter"], distance, marker, color="tab:red")
+            ax.plot([], [], marker, color="tab:red", label=text)
+    handles = dict(zip(*reversed(ax.get_legend_handles_labels())))  # each text once
+    ax.legend(handles.values(), handles.keys(), fontsize=7)
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_xscale("log")
+    ax.set(xlabel="tokens a parameter", ylabel="BPB, decoding, over the control's at equal FLOPs",
+           title="recurrence on top of the control")
 
 # in the same figure, state tracking: names of S5 runs without "s5_layerwise_"
 WORTH_STATES = {
@@ -373,9 +390,10 @@ def draw_figures(results, folder):
         save(figure, folder / "learned.png")
 
     if worth(results) and results["states"]:
-        figure, axes = plt.subplots(1, 2, figsize=(15, 5), width_ratios=[2, 1])
+        figure, axes = plt.subplots(1, 3, figsize=(18, 5), width_ratios=[2, 1, 1])
         draw_worth(results, axes[0])
-        draw_worth_states(results["states"], axes[1])
+        draw_worth_by_training(results, axes[1])
+        draw_worth_states(results["states"], axes[2])
         save(figure, folder / "worth.png")
 
     if results["ablation"]:
@@ -634,9 +652,11 @@ def table_worth(results):
         over = ""
         if "control" in groups and "recurrence on top" in groups:
             over = f"{spread(groups['recurrence on top'])[0] - spread(groups['control'])[0]:+.4f}"
-        lines.append([*cells, over])
+        per_parameter = groups["control"][0].get("tokens_per_parameter")
+        lines.append([*cells, over, f"{per_parameter:.2g}" if per_parameter else ""])
     print("\nworth, at equal FLOPs\n")
-    columns = ["text", "steps of the baseline", *WORTH_COLUMNS, "recurrence on top, over the control"]
+    columns = ["text", "steps of the baseline", *WORTH_COLUMNS, "recurrence on top, over the control",
+               "tokens a parameter"]
     print_table(columns, lines)
 
 def print_tables(results):
