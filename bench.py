@@ -5,6 +5,7 @@ Timings and counts, measured side by side in one process: the variants take turn
     python bench.py prefill --checkpoint runs/d4_shared   exact parallel prefill against token by token
     python bench.py step                                  time and memory of a training step, S = 1, 2, 4, 8
     python bench.py muon                                  a step of our Muon against one of torch's
+    python bench.py save                                  what training waits for when it is saved
     python bench.py recurrent                             a recurrent layer, tiled and by plain autograd
     python bench.py core --bundle DIR                     CORE in batches against one example at a time
     python bench.py gpu                                   all that only a GPU can settle: research/gpu.py
@@ -37,7 +38,7 @@ import torch
 import torch.nn.functional as F
 
 from attention import KVBuffer, KVCache
-from checkpointing import find_checkpoint, load_checkpoint, load_model
+from checkpointing import Log, Saver, find_checkpoint, load_checkpoint, load_model
 from common import (
     ArgumentParser,
     UserError,
@@ -514,6 +515,73 @@ def bench_muon(args, device):
 
 
 # -----------------------------------------------------------------------------
+# save: what training waits for
+
+class CopyOnly(Saver):
+    """A Saver without a disk: training waits for the copy alone."""
+
+    def write(self, content, copies, *_):
+        self.finish_copy(copies)
+
+def bench_save(args, device):
+    """
+    Milliseconds by the clock that training waits for a checkpoint to be copied out, before the next forward
+    and backward, or beside them as train.py does it; and those of all, with the CPU time of this process.
+    """
+    torch.manual_seed(0)
+    heads = max(args.width // 64, 1)
+    config = GPTConfig(
+        sequence_len=args.context, vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads,
+        n_kv_head=heads, n_embd=args.width, lrt="shared")
+    with torch.device(device):
+        model = build_model(config)
+        idx = torch.randint(args.vocab_size, (args.batch, args.context))
+    model.compute_dtype = compute_dtype(device)
+    step = TrainStep(model, Schedule())
+    optimizers = make_optimizers(model, RECIPES["paper"].optimizer)
+
+    def compute_gradients():
+        loss, _ = step(idx, idx)
+        loss.backward()
+        torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()  # waits for a GPU
+
+    def save_and_compute(when):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        if when != "never":
+            saver.save(optimizers, step=1, final=False, model=model.state_dict())
+        if when == "before":
+            saver.wait_for_copy()
+        saved = time.perf_counter()
+        compute_gradients()
+        computed = time.perf_counter()
+        saver.wait_for_copy()
+        end = time.perf_counter()
+        saver.wait()
+        return saved - start + end - computed, end - start, time.process_time() - cpu_start
+
+    # the states of the optimizers, and the memory of the copy
+    compute_gradients()
+    for optimizer in optimizers:
+        optimizer.step()
+    measured = {"never": [], "before": [], "beside": []}
+    with tempfile.TemporaryDirectory() as folder:
+        saver = CopyOnly(folder, Log(folder), keep=1)
+        save_and_compute("before")
+        for _ in range(args.repeats):
+            for when, rows in measured.items():
+                rows.append(save_and_compute(when))
+    gigabytes = sum(buffer.nbytes for buffer in saver.buffers.values()) / 1e9
+
+    rows = []
+    for when, figures in measured.items():
+        waited, total, cpu = (1000 * statistics.median(column) for column in zip(*figures))
+        rows.append(dict(copied=when, waited_ms=waited, total_ms=total, cpu_ms=cpu))
+    tokens = args.batch * args.context
+    sizes = f"depth {args.depth}, width {args.width}, {gigabytes:.2f} GB, steps of {tokens} tokens"
+    return f"save: {sizes}", rows
+
+
+# -----------------------------------------------------------------------------
 # recurrent: one layer of the Recurrent Transformer
 
 def layer_forms(args, device, T):
@@ -729,6 +797,13 @@ def make_parser():
     p = command(bench_muon, "muon", "a step of our Muon against one of torch's, without a model")
     p.add_argument("--depth", type=int, default=4, help="layers")
     p.add_argument("--width", type=int, default=128, help="width")
+
+    p = command(bench_save, "save", "what training waits for when a checkpoint is copied out")
+    p.add_argument("--depth", type=int, default=4, help="layers")
+    p.add_argument("--width", type=int, default=128, help="width, heads of 64")
+    p.add_argument("--vocab-size", type=int, default=4096, help="vocabulary")
+    p.add_argument("--batch", type=int, default=2, help="rows")
+    p.add_argument("--context", type=int, default=256, help="tokens a row")
 
     p = command(bench_decode, "decode", "latency a token: none, shared, layerwise and recurrent")
     p.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="rows at a time")

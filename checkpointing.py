@@ -21,7 +21,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import torch
 
@@ -92,10 +92,12 @@ CHUNK = 2**20  # bytes that are read at once to compare a checksum
 
 class Saver:
     """
-    Writes the checkpoints of a run in the background, one at a time. save() copies the state out between two
-    steps, and a thread writes the copy. Rank 0 writes the checkpoint, the others a share each, with their
-    part of the optimizers' states. When all files are on the disk, rank 0 gives the checkpoint its name:
-    until then it does not exist, and nothing looks at its shares. All ranks have to make the same calls.
+    Writes the checkpoints of a run in the background, one at a time. What save() is given is copied out while
+    the next forward and backward run, which leave weights and optimizers' states as they are; whoever changes
+    them calls wait_for_copy() first. Then a thread writes the copy. Rank 0 writes the checkpoint, the others
+    a share each, with their part of the optimizers' states. When all files are on the disk, rank 0 gives the
+    checkpoint its name: until then it does not exist, and nothing looks at its shares. All ranks have to make
+    the same calls.
     """
 
     def __init__(self, folder, log, keep, group=None):
@@ -105,7 +107,10 @@ class Saver:
         self.group = group  # a process group that only the thread uses, see common.side_group()
         self.rank, self.world_size = rank_and_world_size()
         self.buffers = {}  # of the copies, on the CPU, by their place in the state: they are used again
-        self.thread = None  # which writes
+        self.stream = None  # of CUDA, beside that of training, on which copies are made
+        self.copied = Event()  # is everything copied out?
+        self.copied.set()
+        self.thread = None  # which copies what is on the CPU, and writes
         self.error = None  # what kept the last checkpoint from being written, a UserError
         self.failure = None  # what should not have happened in the thread, such as another rank's death
         self.good = -1  # checkpoints up to this step were evaluated, or need not be; a newer one may be bad
@@ -117,8 +122,8 @@ class Saver:
 
     def save(self, optimizers, step, final, **state):
         """
-        Copy a checkpoint out and begin to write it; one that is still being written is waited for. state: the
-        rest of CHECKPOINT, of which only rank 0's matters. What keeps it from being written is said as a
+        Begin to copy a checkpoint out and to write it; one that is still being written is waited for. state:
+        the rest of CHECKPOINT, of which only rank 0's matters. What keeps it from being written is said as a
         warning, and the next save is the next try. final: there is no next one, so wait, and raise a
         UserError if it was not saved.
         """
@@ -136,23 +141,42 @@ class Saver:
             content = dict(optimizers=states, step=step, shares=self.world_size, **state)
         else:
             content = dict(optimizers=states, step=step, rank=self.rank)
-        content = copy_out(content, self.buffers)
-        copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
-        self.thread = Thread(target=self.write, args=(content, copied, error, log_file, final))
+        if torch.cuda.is_initialized():
+            self.stream = self.stream or torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())
+        copies = []  # that the thread makes
+        with torch.cuda.stream(self.stream):
+            content = copy_out(content, self.buffers, copies)
+        self.copied.clear()
+        self.thread = Thread(target=self.write, args=(content, copies, error, log_file, final))
         try:
             self.thread.start()
         except RuntimeError:  # the system gives no more threads, and what was trained must not be lost
             self.thread = None
-            self.write(content, copied, error, log_file, final)
+            self.write(content, copies, error, log_file, final)
         if final:
             self.wait()
             if self.error is not None:
                 raise UserError(f"{self.error}, then --resume {self.folder}")
 
-    def write(self, content, copied, error, log_file, final):
+    def wait_for_copy(self):
+        """Wait until everything is copied out, as one must before changing weights or optimizers' states."""
+        self.copied.wait()
+
+    def finish_copy(self, copies):
+        """Make copies, pairs of a tensor and what it is to be, and wait for those of the stream."""
+        try:
+            for buffer, value in copies:
+                buffer.copy_(value)
+            if self.stream is not None:
+                self.stream.synchronize()
+        finally:
+            self.copied.set()
+
+    def write(self, content, copies, error, log_file, final):
         """
-        Write this rank's file of a checkpoint; the thread does that. content: what is in it; copied: an event
-        of CUDA, after which it is; error: what is wrong with the log, on rank 0; log_file: its open file.
+        Write this rank's file of a checkpoint; the thread does that. content: what is in it, once the copies
+        are made; error: what is wrong with the log, on rank 0; log_file: its open file.
         """
         step = content["step"]
         path = checkpoint_path(self.folder, step)
@@ -168,8 +192,6 @@ class Saver:
 
         def write_file():
             nonlocal tmp
-            if copied is not None:
-                copied.synchronize()
             with writing(mine):
                 tmp = write_tmp(mine, lambda f: torch.save(content, f))
                 if self.rank > 0:
@@ -181,6 +203,7 @@ class Saver:
                     publish(tmp, path)
 
         try:
+            self.finish_copy(copies)
             # only when all ranks have done one thing do they do the next
             save_ids = self.together(sync_log)
             content |= dict(version=VERSION, save_id=save_ids[0])
@@ -241,22 +264,26 @@ class Saver:
                 if path not in known_good[-1:]:
                     remove_checkpoint(path)
 
-def copy_out(value, buffers, place=()):
+def copy_out(value, buffers, copies, place=()):
     """
     A copy of nested dicts and lists, their tensors on the CPU. buffers: the tensors of the last copy, by
     their place, which are written over; what comes from a GPU goes into memory that it can write to by
-    itself, and is there when its stream has come so far.
+    itself, and is there when its stream has come so far. What is on the CPU already is added to `copies`, a
+    list of pairs (the tensor of the copy, what is to be copied into it), for somebody else to do.
     """
     if isinstance(value, dict):
-        return {key: copy_out(x, buffers, (*place, key)) for key, x in value.items()}
+        return {key: copy_out(x, buffers, copies, (*place, key)) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
-        return [copy_out(x, buffers, (*place, i)) for i, x in enumerate(value)]
+        return [copy_out(x, buffers, copies, (*place, i)) for i, x in enumerate(value)]
     if not isinstance(value, torch.Tensor):
         return value
     buffer = buffers.get(place)
     if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
         buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         buffers[place] = buffer
+    if value.is_cpu:
+        copies.append((buffer, value))
+        return buffer
     return buffer.copy_(value, non_blocking=value.is_cuda)
 
 def checkpoint_path(folder, step):

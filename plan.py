@@ -435,16 +435,16 @@ def memory_estimate(plan, world_size, dtype, recompute, shard=False):
 
 def describe_checkpoint(parts, world_size):
     """
-    What saving costs, a line of text: the size of a checkpoint, and how long training stands still while rank
-    0, which has the weights and its share of the optimizers' states, copies them out (checkpointing.Saver).
-    parts: see memory_estimate().
+    What saving costs, a line of text: the size of a checkpoint, and how long it takes to copy out what rank 0
+    has of it, the weights and its share of the optimizers' states. The next update waits for that, the
+    forward and backward before it do not (checkpointing.Saver). parts: see memory_estimate().
     """
     copied = parts["weights"] + parts["optimizers"]
     whole = parts["weights"] + world_size * parts["optimizers"]
     files = "one file" if world_size == 1 else f"{world_size} files"
-    return (f"checkpoint: {whole / 1e9:.2f} GB in {files}; a save stops training for "
-            f"{copied / COPY_RATE:.2f} s, in which rank 0 copies {copied / 1e9:.2f} GB "
-            f"at {COPY_RATE / 1e9:.0f} GB/s into as much memory of the host")
+    return (f"checkpoint: {whole / 1e9:.2f} GB in {files}; rank 0 copies {copied / 1e9:.2f} GB at "
+            f"{COPY_RATE / 1e9:.0f} GB/s into as much memory of the host, "
+            f"which takes {copied / COPY_RATE:.2f} s beside the next forward and backward")
 
 def dry_run(args):
     """

@@ -525,7 +525,7 @@ def main():
     if args.check_every and device.type == "cuda" and not args.deterministic:
         raise UserError("--check-every needs --deterministic on a GPU: without it, bits differ by themselves")
     if args.shard and not dist.is_initialized():
-        raise UserError("--shard needs several processes: start it with torchrun")
+        raise UserError("--shard needs several processes: start it with torchrun, or give --no-shard")
     with Watchdog(rank, world_size) as watch:
         train(args, checkpoint, start, device, rank, world_size, watch)
     end_processes()
@@ -598,7 +598,7 @@ def train(args, checkpoint, start, device, rank, world_size, watch):
     bar = tqdm(total=plan.num_iterations, initial=state.step, unit="step", dynamic_ncols=True,
                disable=None if rank == 0 else True)
     while True:
-        # once in a while: save, which goes on in the background, and what may take long: evaluate, score CORE
+        # once in a while: save, in the background, and what may take long: evaluate, score CORE
         finished = state.step >= plan.num_iterations
         save_due = finished or stopping or minutes_over or due(args.save_every, state.step)
         save_now = save_due and state.step > began
@@ -663,7 +663,10 @@ def train(args, checkpoint, start, device, rank, world_size, watch):
                 bar.update(state.step)
                 continue
 
-        # step, unless a number is not finite
+        # step, unless a number is not finite; what is being saved has to be copied out by then
+        if save_now:
+            watch.between("copy", state.step)
+            saver.wait_for_copy()
         watch.at("update")
         if finite:
             state.skipped = 0

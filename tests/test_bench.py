@@ -55,6 +55,11 @@ def test_muon(here):
     assert [row["muon"] for row in rows] == ["torch's", "ours, bfloat16", "ours, float32"]
     assert all(row["ms"] > 0 for row in rows)
 
+def test_save(here):
+    rows = run_bench("save", "--depth", 1, "--width", 16, "--vocab-size", 64, "--context", 8)
+    assert [row["copied"] for row in rows] == ["never", "before", "beside"]
+    assert all(0 <= row["waited_ms"] < row["total_ms"] for row in rows)
+
 def test_recurrent(here):
     rows = run_bench("recurrent", "--context", 8, 16, "--width", 16, "--reference-up-to", 8)
     assert [(row["T"], row["form"], row["keys_read"]) for row in rows] == [

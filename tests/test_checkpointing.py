@@ -5,6 +5,7 @@ found; the log; and a run that is taken back to an earlier step.
 
 import copy
 import os
+import pickle
 import shutil
 import threading
 import zipfile
@@ -20,6 +21,7 @@ from helpers import ROOT, SMALL, assert_refused, cli, log, no_open_files
 import checkpointing
 import common
 import interleave
+import train
 from checkpointing import (
     CHECKPOINT,
     MAX_SET_ASIDE,
@@ -27,6 +29,7 @@ from checkpointing import (
     Damaged,
     Log,
     Saver,
+    copy_out,
     default_name,
     find_checkpoint,
     list_checkpoints,
@@ -204,6 +207,16 @@ def test_a_truncated_checkpoint(size, run):
     for result in load_in_every_script(run):
         assert_refused(result, "ckpt_0000150.pt is damaged")
 
+def test_a_compressed_checkpoint(run):
+    """torch would not notice, and read tensors from the wrong places."""
+    with zipfile.ZipFile(run) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(run, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, raw in records.items():
+            archive.writestr(name, raw)
+    with pytest.raises(Damaged, match="is compressed, which torch does not do"):
+        load_checkpoint(run)
+
 def test_a_file_of_another_program(run):
     torch.save({"weights": torch.zeros(3)}, run)
     for result in load_in_every_script(run):
@@ -326,6 +339,7 @@ class Training:
 
     def train(self):
         self.model.weight.grad = torch.full((3, 3), float(self.step + 1))
+        self.saver.wait_for_copy()
         self.optimizer.step()
         self.step += 1
 
@@ -381,6 +395,53 @@ def test_training_goes_on_while_a_checkpoint_is_written(here, monkeypatch):
     assert_holds(here / "ckpt_0000005.pt", third)
     assert_holds(here / "ckpt_0000001.pt", first)
     assert not list(here.glob("*.tmp"))
+
+def test_a_copy_is_made_beside_the_next_step(here, monkeypatch):
+    """save() does not wait for it; who changes the weights does."""
+    may_copy = threading.Event()
+    finish_copy = Saver.finish_copy
+
+    def held_up(self, copies):
+        may_copy.wait(10)
+        finish_copy(self, copies)
+
+    monkeypatch.setattr(Saver, "finish_copy", held_up)
+    training = Training(here)
+    training.train()
+    saved = training.state()
+    training.save()
+    assert not training.saver.copied.is_set()
+    threading.Timer(0.2, may_copy.set).start()
+    training.train()
+    training.saver.wait()
+    assert_holds(here / "ckpt_0000001.pt", saved)
+
+def test_a_copy_that_fails_is_raised(here, monkeypatch):
+    """And nobody waits for it for ever."""
+    def copy_wrongly(value, buffers, copies, place=()):
+        copies.append((torch.zeros(2), torch.zeros(3)))
+        return copy_out(value, buffers, copies, place)
+
+    monkeypatch.setattr(checkpointing, "copy_out", copy_wrongly)
+    training = Training(here)
+    training.save()
+    assert training.saver.copied.wait(60)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        training.saver.wait()
+
+def test_states_are_not_gathered(here, monkeypatch):
+    """What ranks tell each other when they save is small: each writes what it holds."""
+    sent = []
+
+    def noting(value, group=None):
+        sent.append(len(pickle.dumps(value)))
+        return [value]
+
+    monkeypatch.setattr(checkpointing, "from_all_ranks", noting)
+    training = Training(here)
+    training.train()
+    training.save(final=True)
+    assert len(sent) == 3 and max(sent) < 100
 
 def test_a_final_checkpoint_is_waited_for(here, monkeypatch):
     disk = Disk(monkeypatch)
@@ -550,6 +611,29 @@ def test_every_rank_verifies_a_part(shared_run, monkeypatch):
     assert "of rank 1" in str(verify_together(path, checkpoint))
 
 
+def test_tensors_are_read_once(shared_run, monkeypatch):
+    """Not by every rank on its own, before all of them verify the checkpoint together."""
+    read = Counter()
+    zip_open = zipfile.ZipFile.open
+
+    def noting_open(archive, info, *args):
+        read["/data/" in info.filename] += 1
+        return zip_open(archive, info, *args)
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", noting_open)
+    for path in (shared_run, shared_run / "ckpt_0000008.pt"):
+        newest_checkpoint(path)
+    assert read[False] > 0 and read[True] == 0
+
+def test_the_random_state_goes_on(run):
+    """Nothing in training draws from it, so far."""
+    checkpoint = load_checkpoint(run)
+    model = load_model(checkpoint, "cpu")
+    checkpoint["torch_rng"] = torch.Generator().manual_seed(7).get_state()
+    train.resume(checkpoint, run, model, make_optimizers(model, OptimizerConfig()))
+    assert torch.equal(torch.get_rng_state(), checkpoint["torch_rng"])
+
+
 # -----------------------------------------------------------------------------
 # Finding checkpoints, making folders
 
@@ -643,6 +727,14 @@ def test_a_checkpoint_is_never_ahead_of_its_log(here):
     with pytest.raises(UserError, match="step 1 was not saved: .*No space left"):
         Saver(here, run_log, keep=1).save([], step=1, final=True)
     assert [path.name for path in here.iterdir()] == ["log.jsonl"]
+
+def test_the_log_is_on_the_disk_before_its_checkpoint(here, monkeypatch):
+    calls = []
+    monkeypatch.setattr(checkpointing, "fsync", lambda fd: calls.append(os.readlink(f"/proc/self/fd/{fd}")))
+    monkeypatch.setattr(checkpointing, "publish", lambda tmp, path: calls.append(str(path)))
+    training = Training(here)
+    training.save(final=True)
+    assert calls == [str(here / "log.jsonl"), str(here / "ckpt_0000000.pt")]
 
 def test_only_rank_0_logs(here):
     Log(here, rank=1).add(kind="train", step=0)

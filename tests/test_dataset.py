@@ -267,6 +267,22 @@ def test_a_shard_is_verified_once(copy, hashed):
     (copy / "meta.json").write_text(json.dumps(meta))
     assert_not_opened(copy, "train_00000.npy", "sha256", verify=True)
 
+def test_a_shard_that_changes_while_it_is_read_is_read_again(copy, hashed, monkeypatch):
+    """What was read need not be what is there now."""
+    sha256_file = dataset.sha256_file
+
+    def changing(*paths):
+        digest = sha256_file(*paths)
+        os.utime(paths[0])
+        return digest
+
+    monkeypatch.setattr(dataset, "sha256_file", changing)
+    open_data(copy)
+    monkeypatch.setattr(dataset, "sha256_file", sha256_file)
+    n_shards = len(hashed)
+    open_data(copy)
+    assert len(hashed) == 2 * n_shards
+
 def test_what_was_verified_is_noted_in_the_run_where_the_data_may_not_be_written(copy, tmp_path, hashed):
     """Here because verified.jsonl is a folder, which holds for root, too. What is damaged is never noted."""
     (copy / "verified.jsonl").mkdir()

@@ -28,7 +28,7 @@ import pytest
 import torch
 import torch._dynamo  # noqa: F401 (meta tensors import it: here once, for all the processes)
 import torch.distributed as dist
-from helpers import ROOT
+from helpers import ROOT, cli
 
 import checkpointing
 import common
@@ -551,28 +551,29 @@ def at_step_5(action):
 
     at_step({5: act})
 
-def full_disk_of_rank_1(steps):
-    """Rank 1 cannot write its shares of these steps."""
+def full_disk(faults):
+    """Of {step: rank}, this rank cannot write its file of the checkpoint of that step."""
     write_tmp = checkpointing.write_tmp
 
     def failing_write(path, write):
-        if checkpointing.step_of(path.name.split(".")[0] + ".pt") in steps and os.environ["RANK"] == "1":
+        step = checkpointing.step_of(path.name.split(".")[0] + ".pt")
+        if faults.get(step) == int(os.environ["RANK"]):
             raise OSError(28, "No space left on device")
         return write_tmp(path, write)
 
     checkpointing.write_tmp = failing_write
 
 def test_a_share_that_cannot_be_written(data, here, fork):
-    """Then there is no checkpoint, and no part of one; the next one is whole."""
+    """Then there is no checkpoint, and no part of one, of no rank; the next one is whole."""
     flags = ["--data", data, *TWELVE, "--keep", 9]
-    codes, said = run(fork, "out.txt", *flags, prelude=full_disk_of_rank_1, args=({4, 6},), world_size=2)
+    codes, said = run(fork, "out.txt", *flags, prelude=full_disk, args=({4: 1, 6: 0},), world_size=2)
     assert codes == [0, 0], said
-    for step in (4, 6):
-        assert said.count(f"warning: step {step} was not saved: rank 1: cannot write runs/x/ckpt_") == 1
+    assert said.count("warning: step 4 was not saved: rank 1: cannot write runs/x/ckpt_") == 1
+    assert said.count("warning: step 6 was not saved: cannot write runs/x/ckpt_") == 1
     names = [f"ckpt_{step:07d}{end}" for step in (2, 8, 10, 12) for end in (".pt", ".share_1.pt")]
     assert checkpoints("runs/x") == names
 
-    codes, said = run(fork, "out.txt", *flags, "--name", "y", prelude=full_disk_of_rank_1, args=({12},),
+    codes, said = run(fork, "out.txt", *flags, "--name", "y", prelude=full_disk, args=({12: 1},),
                       world_size=2)
     assert codes == [2, 2]  # both know it
     assert "error: step 12 was not saved: rank 1: cannot write" in said
@@ -606,6 +607,25 @@ def slow_disk():
         return write_tmp(path, write)
 
     checkpointing.write_tmp = slow_write
+
+def slow_copy():
+    """Every copy takes longer than the forward and backward that run beside it."""
+    finish_copy = checkpointing.Saver.finish_copy
+
+    def slow(self, copies):
+        time.sleep(0.5)
+        finish_copy(self, copies)
+
+    checkpointing.Saver.finish_copy = slow
+
+def test_weights_do_not_change_while_they_are_copied(data, trained, here, fork):
+    """A checkpoint has the bits of its step, although training goes on; and so does all of the run."""
+    codes, said = run(fork, "out.txt", "--data", data, *TWELVE, "--keep", 9, prelude=slow_copy)
+    assert codes == [0], said
+    assert numbers("runs/x") == numbers(trained)
+    assert checkpoints("runs/x") == checkpoints(trained)
+    for name in checkpoints("runs/x"):
+        assert same_bits(f"runs/x/{name}", trained / name), name
 
 def stop_in_step_5():
     slow_disk()
@@ -726,8 +746,9 @@ def test_a_run_is_saved_before_it_is_evaluated(step, data, trained, here, fork):
     codes, said = run(fork, "out.txt", "--data", data, *TWELVE, prelude=die_in_evaluation, args=(step,))
     assert codes == [-signal.SIGKILL], said
     assert checkpoints("runs/x")[-1] == f"ckpt_{step:07d}.pt"
-    codes, said = run(fork, "out.txt", "--resume", "runs/x")
-    assert codes == [0], said
+    for _ in range(2):  # the second time, it is at its end and has all evaluations
+        codes, said = run(fork, "out.txt", "--resume", "runs/x")
+        assert codes == [0], said
     assert_as_trained("runs/x", trained)
     assert [row["step"] for row in log("runs/x", "eval")] == [0, 3, 6, 9, 12]
     assert checkpoints("runs/x") == ["ckpt_0000010.pt", "ckpt_0000012.pt"]
@@ -757,6 +778,32 @@ def late_for_the_others(folder, env):
 
 def test_ranks_wait_for_one_that_verifies_its_data(here, fork):
     assert wait(*[fork(late_for_the_others, here, env) for env in ranks(2)]) == [0, 0]
+
+def test_what_train_py_hands_on(data, here, monkeypatch):
+    """
+    Ranks that verify their data are waited for in a group that is patient, the thread that saves has one of
+    its own, the run's folder is told what the data's does not take, and checkpoints have the commit.
+    """
+    shutil.copytree(data, "data", ignore=shutil.ignore_patterns("verified.jsonl"))
+    Path("data/verified.jsonl").mkdir()
+    waited, groups = [], []
+
+    class NotingSaver(checkpointing.Saver):
+        def __init__(self, folder, log, keep, group):
+            super().__init__(folder, log, keep)
+            groups.append(group)
+
+    monkeypatch.setattr(train, "side_group", lambda timeout: timeout)
+    monkeypatch.setattr(train, "wait_for_all", waited.append)
+    monkeypatch.setattr(train, "Saver", NotingSaver)
+    monkeypatch.setattr(train, "code_commit", lambda: "0123abc")
+    code, _, err = cli("train.py", "--data", "data", *TINY, "--num-iterations", 1, "--name", "x")
+    assert code == 0, err
+    assert waited == [train.PATIENCE] and train.PATIENCE > 10 * train.TIMEOUT
+    assert groups == [train.TIMEOUT]
+    noted = Path("runs/x/verified.jsonl").read_text()
+    assert noted.count(".npy") == len(list(data.glob("*_0*.npy")))
+    assert load_checkpoint("runs/x/ckpt_0000001.pt")["commit"] == "0123abc"
 
 def limit_patience(seconds):
     train.TIMEOUT = timedelta(seconds=seconds)

@@ -3,6 +3,7 @@
 that is whole on each of them; checkpoints of one go on in the other; no process holds more than its share.
 """
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -20,9 +21,12 @@ from test_faults import (
     numbers,
     products_in_float32,
     ranks,
+    run,
     same_bits,
     wait,
 )
+from test_soundness import bad_batches
+from torch.distributed.tensor import DTensor
 
 import plan as plan_room
 import train
@@ -39,6 +43,17 @@ VARIANTS = {
     "refresh": "--lrt shared --subsets 3 --kv-refresh --activation-checkpointing",
     "nanochat": "--recipe nanochat --aspect-ratio 24 --head-dim 12",
     "chunked": "--lrt shared --schedule chunked --chunk 3 --n-kv-head 1",
+}
+# with each of the other flags that decide what a step does
+MORE = {
+    "none": "--lrt none --deterministic",
+    "embedding": "--lrt shared --schedule plain --first-memory embedding --activation-checkpointing",
+    "refine": "--lrt shared --schedule refine --refinements 2 --detach",
+    "sequential": "--lrt shared --schedule sequential --eval-every 0",
+    "input": "--lrt shared --inject input --schedule draft --first-memory embedding --pass-mix 2 1 1",
+    "checked": "--recipe nanochat --aspect-ratio 24 --head-dim 12 --activation-checkpointing --check-every 3",
+    "minutes": "--lrt layerwise --save-every 0 --save-minutes 0.00001",
+    "init": "--init-from runs/none --lrt shared",
 }
 
 
@@ -83,12 +98,16 @@ def assert_same_form(a, b):
     else:
         assert a == pytest.approx(b)
 
-@pytest.mark.parametrize("world_size, names", [(2, list(VARIANTS)), (4, ["nanochat"])])
+@pytest.mark.parametrize("world_size, names", [
+    (2, list(VARIANTS)),
+    (4, ["nanochat"]),
+    pytest.param(2, list(MORE), marks=pytest.mark.slow),
+])
 def test_sharded_and_whole_models_train_alike(world_size, names, data, here, fork):
     """Losses, gradient norms, evaluations; and what is saved."""
     commands = []
     for name in names:
-        flags = ["--data", data, *SIX, *VARIANTS[name].split()]
+        flags = ["--data", data, *SIX, *(VARIANTS | MORE)[name].split()]
         commands += [[*flags, "--name", name], [*flags, "--name", f"{name}_sharded", "--shard"]]
     train_all(fork, world_size, *commands)
     for name in names:
@@ -118,6 +137,38 @@ def test_checkpoints_interchange(data, here, fork):
     assert same_bits("runs/d/ckpt_0000006.pt", "runs/sharded/ckpt_0000006.pt")
     assert load_checkpoint("runs/a/ckpt_0000006.pt")["args"]["shard"] is False
 
+def a_bad_batch():
+    products_in_float32()
+    bad_batches({10})
+
+def test_going_back_from_a_spike(data, here, fork):
+    """To the same checkpoint, past the same batches."""
+    flags = ["--data", data, *SIX, "--num-iterations", 14, "--save-every", 4, "--on-spike", "rewind"]
+    train_all(fork, 2, [*flags, "--name", "whole"], [*flags, "--name", "sharded", "--shard"],
+              prelude=a_bad_batch)
+    assert_alike("runs/whole", "runs/sharded")
+    for name in ("whole", "sharded"):
+        spike, = log(f"runs/{name}", "spike")
+        assert (spike["step"], spike["seen_in_step"], spike["left_out"]) == (8, 10, [64, 72, 80])
+
+def a_wrong_loss():
+    """On rank 1, in the second run of step 3: steps 0 and 3 take two forwards each."""
+    forward = train.TrainStep.forward
+    calls = itertools.count(1)
+
+    def wrong(self, *args):
+        loss, pass_losses = forward(self, *args)
+        return loss * (1 + 2**-20 * (next(calls) == 6 and os.environ["RANK"] == "1")), pass_losses
+
+    train.TrainStep.forward = wrong
+
+def test_a_wrong_number_is_caught(data, here, fork):
+    """By --check-every; the gradients that the ranks have in the end differ on all of them."""
+    codes, said = run(fork, "out.txt", "--data", data, *SIX, "--shard", "--check-every", 3,
+                      prelude=a_wrong_loss, world_size=2)
+    assert codes == [2, 2], said
+    assert "error: step 3, run twice, gave different bits on rank 0, 1: " in said
+
 def copy_first_half(source, name):
     """A run as it was after step 3."""
     shutil.copytree(f"runs/{source}", f"runs/{name}")
@@ -131,16 +182,37 @@ def test_in_bf16(data, here, fork):
     assert losses("runs/whole") == pytest.approx(losses("runs/sharded"), rel=2e-3)
     assert losses("runs/whole")[-1] < losses("runs/whole")[0] - 0.02
 
-def count_bytes(folder, env):
-    """After a step: the bytes of weights, gradients and optimizer state on this rank; parameters in all."""
+def forward_and_backward(env, dtype):
+    """
+    A sharded model and its optimizers after a backward, in this process of a group. Behind a forward, layers
+    and embeddings are taken apart.
+    """
     os.environ |= env
     dist.init_process_group("gloo")
     flags = "--depth 2 --aspect-ratio 32 --head-dim 16 --max-seq-len 32 --total-batch-size 128 --shard"
     args = make_parser().parse_args([*flags.split(), "--lrt", "shared", "--num-iterations", "1"])
-    plan = make_plan(args, 64, dist.get_world_size(), torch.float32)
-    model, optimizers, step = train.setup_training(args, plan, torch.device("cpu"), torch.float32)
-    idx = torch.zeros(1, 32, dtype=torch.int64)
-    step(idx, idx, None)[0].backward()
+    plan = make_plan(args, 64, dist.get_world_size(), dtype)
+    model, optimizers, step = train.setup_training(args, plan, torch.device("cpu"), dtype)
+    idx = torch.full((1, 32), int(env["RANK"]))
+    loss, _ = step(idx, idx, None)
+    assert all(isinstance(p, DTensor) for p in [*model.h.parameters(), model.wte.weight])
+    loss.backward()
+    return model, optimizers
+
+def look_at_gradients(env):
+    """The mean over ranks of what is bf16 on each of them has more bits."""
+    model, _ = forward_and_backward(env, torch.bfloat16)
+    grad = model.h[1].mlp.c_proj.weight.grad.to_local()
+    assert grad.dtype == torch.float32 and grad.any()
+    assert not torch.equal(grad, grad.bfloat16().float())
+    dist.barrier()
+
+def test_gradients_add_up_in_float32(here, fork):
+    assert wait(*[fork(look_at_gradients, env) for env in ranks(2)]) == [0] * 2
+
+def count_bytes(folder, env):
+    """After a step: the bytes of weights, gradients and optimizer state on this rank; parameters in all."""
+    model, optimizers = forward_and_backward(env, torch.float32)
     held = 0
     for p in model.parameters():
         held += p.to_local().nbytes + p.grad.to_local().nbytes

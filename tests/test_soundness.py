@@ -146,6 +146,17 @@ def test_where_a_run_was_stopped_does_not_matter(data, here, fork):
     assert numbers("runs/x") == numbers("whole/x")
     assert len(log("runs/x", "spike")) == 1
 
+def bad_batches_and_a_slow_disk(bad):
+    bad_batches(bad)
+    test_faults.slow_disk()
+
+def test_a_checkpoint_that_is_being_written_is_waited_for(data, here, fork):
+    """The spike comes right behind it: back to it, and not to the one before."""
+    flags = ["--data", data, *FORTY, "--num-iterations", 24, "--on-spike", "rewind", "--decode-tokens", 0]
+    codes, said = run(fork, "out.txt", *flags, prelude=bad_batches_and_a_slow_disk, args=({20},))
+    assert codes == [0], said
+    assert [row["step"] for row in log("runs/x", "spike")] == [20]
+
 def test_spikes_are_reported(data, here, fork):
     """The default: nothing else happens. So it is where there is no checkpoint yet."""
     codes, said = run(fork, "out.txt", "--data", data, *FORTY, prelude=bad_batches, args=({25},))
@@ -233,6 +244,11 @@ def test_a_flipped_bit_is_caught(world_size, rank, nth, data, here, fork):
     assert codes == [2] * world_size, said
     assert f"error: step 4, run twice, gave different bits on rank {rank}: its GPU, CPU or memory" in said
     assert [row["step"] for row in log("runs/x")] == [0, 1, 2, 3]
+
+def test_a_gpu_needs_deterministic(data, here, monkeypatch):
+    monkeypatch.setattr(train, "init_processes", lambda *args: (torch.device("cuda"), 0, 1))
+    result = cli("train.py", "--data", data, *TINY, "--check-every", 4)
+    assert_refused(result, "--check-every needs --deterministic on a GPU")
 
 def test_bad_flags(data, here):
     assert_refused(cli("train.py", "--data", data, *TINY, "--check-every", -1), "--check-every must be")

@@ -7,7 +7,9 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,11 @@ import test_faults
 import torch
 import torch.distributed as dist
 from test_faults import TINY, at_step, children, command, log, numbers, ranks, run, same_bits, wait
+from test_soundness import bad_batches
 
 import train
 import watchdog
+from common import UserError
 from watchdog import Progress, Rank, Watchdog, hanging
 
 data, fork = test_faults.data, test_faults.fork  # fixtures
@@ -80,6 +84,53 @@ def test_the_allowance_is_learnt_from_steps(monkeypatch):
     assert timed and allowance == least
 
 
+def test_the_error_of_one_rank_is_told_after_a_while():
+    """If the others have not found the same one by then: they may wait for it in a collective."""
+    watch = Watchdog()
+    watch.ranks = {0: seen(7, timed=False), 1: seen(7)}
+    watch.ranks[1].left, watch.ranks[1].reason = 90, "a bug"
+    verdicts = []
+    watch.end = lambda *verdict, **options: verdicts.append(verdict)
+    watch.judge(now=90 + 0.9 * watchdog.GRACE)
+    assert verdicts == []
+    watch.judge(now=90 + 1.1 * watchdog.GRACE)
+    assert verdicts == [("rank 1 ended in step 0 (setup): a bug", [1])]
+
+@pytest.mark.parametrize("error, naps", [
+    (RuntimeError("Connection closed by peer"), [watchdog.PATIENCE]),
+    (UserError("of our own"), []),
+    (None, []),
+])
+def test_an_error_waits_for_the_news_that_explains_it(error, naps, monkeypatch):
+    slept = []
+    monkeypatch.setattr(watchdog.time, "sleep", slept.append)
+    watch = Watchdog()
+    watch.active, watch.connections = True, []
+    watch.__exit__(error and type(error), error, None)
+    assert slept == naps and watch.closed
+
+
+# -----------------------------------------------------------------------------
+# Connections
+
+def test_a_machine_that_is_gone_is_probed_for():
+    """Idle or not, its connection ends after three seconds. That it does takes two machines to try."""
+    with socket.socket() as s:
+        watchdog.Connection(s)
+        assert s.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        for name, value in [("KEEPIDLE", 1), ("KEEPINTVL", 1), ("KEEPCNT", 3), ("USER_TIMEOUT", 3000)]:
+            assert s.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}")) == value
+
+def test_a_stranger_is_turned_away():
+    watch = Watchdog()
+    watch.token, watch.ranks = "secret", {1: "rank 1"}
+    connection = Namespace(number=None)
+    for hello in ([], 3, {}, dict(number=1), dict(number=1, token="guess")):
+        with pytest.raises(EOFError):
+            watch.identify(connection, hello)
+    assert watch.identify(connection, dict(number=1, token="secret")) == "rank 1"
+
+
 # -----------------------------------------------------------------------------
 # Processes that die or hang
 
@@ -137,8 +188,8 @@ def stuck_in_python():
         time.sleep(0.01)
 
 def stuck_outside_python():
-    """The interpreter's lock is held, so that no other thread of the process can run."""
-    ctypes.PyDLL(None).sleep(1000)
+    """With the interpreter's lock, so that no other thread of the process can run; signals do not end it."""
+    ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
 
 def stuck_in_a_collective():
     """It waits for an answer that nobody sends."""
@@ -172,7 +223,7 @@ def test_a_stuck_rank_is_known_with_its_place(how, words, data, here, fork):
     before = time.time()
     codes = wait(*processes)
     assert time.time() - before < PATIENCE + 45
-    assert codes[0] == codes[2] == 1 and codes[1] is not None
+    assert codes == [1, -signal.SIGKILL if how is stuck_outside_python else 1, 1]
     errors = [line for line in said(3).splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert re.fullmatch(f"error: rank 1 {words}; all processes end, go on with --resume", errors[0]), errors
@@ -230,6 +281,42 @@ def test_what_may_take_long_is_no_hang(data, here, fork):
     assert codes == [0, 0], text
     assert "hangs" not in text
 
+
+def note_places():
+    """Write down where the watchdog thinks that a rank is when something begins that may take long."""
+    note = Watchdog.note
+    watch = None
+
+    def noting(self, *args, **options):
+        nonlocal watch
+        watch = self
+        note(self, *args, **options)
+
+    def noted(function):
+        def wrapped(*args, **options):
+            with open("places.txt", "a") as f:
+                print(watch.progress.place, watch.progress.timed, file=f)
+            return function(*args, **options)
+        return wrapped
+
+    Watchdog.note = noting
+    train.Saver.save = noted(train.Saver.save)
+    train.Saver.wait_for_copy = noted(train.Saver.wait_for_copy)
+    train.go_back = noted(train.go_back)
+    train.evaluate = noted(train.evaluate)
+    train.evaluate_tasks = noted(lambda *args: {})
+    train.load_tasks = lambda folder: ["a task"]
+    bad_batches({14})
+
+def test_what_may_take_long_is_said(data, here, fork):
+    """By the training loop, so that it is not timed."""
+    flags = ["--num-iterations", 16, "--save-every", 12, "--eval-every", 16, "--core-every", 16,
+             "--on-spike", "rewind", "--decode-tokens", 0]
+    codes, text = run(fork, "out.txt", "--data", data, *TINY, *flags, prelude=note_places)
+    assert codes == [0], text
+    places = Path("places.txt").read_text().splitlines()
+    assert places == [f"{place} False" for place in
+                      ("evaluation", "save", "copy", "rewind", "save", "evaluation", "CORE")]
 
 def test_a_machine_that_stands_still_is_no_hang(data, here, fork):
     """All ranks stop for longer than one may hang, and go on: the first that wakes up accuses nobody."""
