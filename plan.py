@@ -5,7 +5,6 @@ anything of that size is allocated. `train.py --dry-run` prints it and ends.
 
 import gc
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from attention import KVCache
-from common import PEAK_FLOPS, UserError, peak_flops, pick_device, training_dtype
+from common import PEAK_FLOPS, UserError, from_environment, peak_flops, pick_device, training_dtype
 from dataset import Rows, open_data
 from interleave import Schedule, TrainStep
 from model import GPT, GPTConfig
@@ -450,7 +449,7 @@ def dry_run(args):
     """
     device = pick_device(args.device)
     dtype = training_dtype(device, args.dtype)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = from_environment("WORLD_SIZE", 1, least=1)
     vocab_size = DEFAULT_VOCAB_SIZE
     rows_per_epoch = None
     if Path(args.data).exists():

@@ -12,7 +12,7 @@ import html
 import math
 import os
 
-from common import UserError, say
+from common import UserError, from_environment, say
 
 
 def check_tracking(project):
@@ -27,7 +27,7 @@ def check_tracking(project):
     except ImportError as e:
         raise UserError(f"--wandb needs wandb ({e}): run `pip install wandb`, or leave --wandb out") from e
     online = os.environ.get("WANDB_MODE", "online") in ("online", "run")
-    if online and int(os.environ.get("RANK", 0)) == 0:
+    if online and from_environment("RANK", 0) == 0:
         try:
             wandb.login(verify=False)  # that needs no network, without which a run can be trained, too
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as e:
