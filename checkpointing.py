@@ -12,6 +12,7 @@ checkpoint.
     set_aside/                            checkpoints that were newer when the run went back to an older one
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -27,7 +28,7 @@ import torch
 
 from common import (
     UserError,
-    check_is_file,
+    check_regular,
     compute_dtype,
     from_all_ranks,
     fsync,
@@ -45,8 +46,10 @@ from common import (
     write_tmp,
     writing,
 )
+from flags import MOST
 from interleave import Schedule
-from recurrent import build_model, config_from_dict
+from model import GPTConfig
+from recurrent import RecurrentConfig, build_model, config_from_dict
 from sharding import load_whole_state_dict
 
 # Of the checkpoint's format. 0: those from before it was counted, which have none. 1: with run_id. 2: with
@@ -373,10 +376,12 @@ def read_file(path, verify):
     """
     if not is_text(str(path)):
         raise UserError(f"torch cannot open {ascii(str(path))}, which is not UTF-8: rename the folder")
-    check_is_file(path)
+    check_regular(path)
     with judging(path):
         compare_checksums([path], tensors=verify)
         content = OLDER | torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if type(content["version"]) is not int or content["version"] < 0:
+            raise TypeError(f"version {content['version']!r}")
         newer = content["version"] > VERSION
     if newer:
         raise UserError(f"{path} has version {content['version']} of the checkpoint format, "
@@ -435,8 +440,30 @@ def verify_together(path, checkpoint, group=None):
 def check_types(content, keys):
     """Raise an exception unless a dict has these keys, with values of these types."""
     for key, kind in keys.items():
-        if not isinstance(content[key], kind):
+        if not has_type(content[key], kind):
             raise TypeError(f"{key} is no {kind.__name__}")
+
+def has_type(value, kind):
+    """isinstance, but that True is no number, and a whole number is a float, too."""
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float and isinstance(value, int):
+        return True
+    return isinstance(value, kind)
+
+def check_fields(values, kind):
+    """
+    Raise TypeError or ValueError unless the values of a dict are such as the fields of the same names of this
+    dataclass take. What is too large to be true would build a model, or passes, for hours.
+    """
+    most = dict(n_layer=MOST["depth"], sequence_len=MOST["max_seq_len"], refinements=MOST["refinements"],
+                drafts=MOST["drafts"])
+    for field in dataclasses.fields(kind):
+        value = values.get(field.name, field.default)
+        if not has_type(value, field.type):
+            raise TypeError(f"{field.name} is {value!r}")
+        if isinstance(value, int) and value > most.get(field.name, 2**31):
+            raise ValueError(f"{field.name} is {value}")
 
 def check_content(checkpoint):
     """Raises some exception unless a checkpoint has the keys, types and values that it must have."""
@@ -446,8 +473,22 @@ def check_content(checkpoint):
     for key in ("step", "rows_seen", "seconds"):
         if not 0 <= checkpoint[key] < 2**63:
             raise ValueError(f"{key} is {checkpoint[key]}")
-    config_from_dict(checkpoint["config"])
-    Schedule(**checkpoint["schedule"])
+    for name, p in checkpoint["model"].items():
+        if not isinstance(p, torch.Tensor) or not p.is_floating_point():
+            raise TypeError(f"{name} is no tensor of floating-point numbers")
+    data = checkpoint["args"].get("data", "")
+    if not isinstance(data, str) or "\0" in data:
+        raise ValueError(f"the name of its data is {data!r}")
+    # types first: what these two check are values
+    kind = GPTConfig if checkpoint["config"].get("arch", "gpt") == "gpt" else RecurrentConfig
+    check_fields(checkpoint["config"], kind)
+    check_fields(checkpoint["schedule"], Schedule)
+    config = config_from_dict(checkpoint["config"])
+    schedule = Schedule(**checkpoint["schedule"])
+    if schedule.loss_weights is not None:
+        schedule.passes(config.sequence_len)  # there must be one for each
+    if not all(type(layer) is int for layer in config.dest_layers or ()):
+        raise TypeError(f"dest_layers are {config.dest_layers}")
 
 def update_schedule(schedule):
     """
@@ -606,12 +647,17 @@ def load_optimizers(optimizers, checkpoint, path):
 def load_model(checkpoint, device):
     """
     The model of a loaded checkpoint on `device`, for inference: its matrices are in the dtype of the
-    activations, bf16 where the GPU has it. Raises UserError.
+    activations, bf16 where the GPU has it. Raises UserError, also for weights that are no finite numbers: a
+    run that has diverged computes nonsense.
     """
     with torch.device(device):
         model = build_model(config_from_dict(checkpoint["config"]))
     model.compute_dtype = compute_dtype(device)
     load_weights(model, checkpoint)
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f"{name} of the checkpoint after step {checkpoint['step']} is not finite: "
+                            "use an older one, or train again")
     for module in model.modules():  # once instead of at every token; rotary tables and scalars stay in fp32
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
             module.to(model.compute_dtype)

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import platform
+import re
 import resource
 import signal
 import stat
@@ -84,7 +85,8 @@ def at_least(args, **least):
         if value is None:
             continue
         if not isinstance(value, (int, float)) or not low <= value < high:
-            raise UserError(f"{flag(name)} must be a number of at least {low}, not {value}")
+            too_large = ", which is too large" if isinstance(value, (int, float)) and value >= high else ""
+            raise UserError(f"{flag(name)} must be a number of at least {low}, not {value}{too_large}")
 
 def at_most(args, **most):
     """The same for upper bounds, after at_least(): at_most(args, depth=1000)."""
@@ -118,6 +120,8 @@ def prepare_streams():
             continue
         encoding = stream.encoding if stream.isatty() else "utf-8"
         if stream is sys.stdin:  # what is not text comes in as it does in arguments: see is_text()
+            if not stream.isatty():
+                encoding = "utf-8-sig"  # a file may begin with a byte order mark
             stream.reconfigure(encoding=encoding, errors="surrogateescape")
         else:  # what a terminal cannot show is no reason to end
             stream.reconfigure(encoding=encoding, errors="replace", line_buffering=True)
@@ -265,25 +269,32 @@ def refusal(error):
         return f"{os.strerror(code)}: the limit of this process is {limit}, raise it with `ulimit -n`"
     return os.strerror(code)
 
+# refusals of which the path is the reason
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
 def raise_if_unreadable(path, error):
     """Raise Unreadable if this error, met while reading `path`, is a refusal of the operating system."""
     reason = refusal(error)
-    if reason is not None:
-        raise Unreadable(f"cannot read {path} ({reason}): it may be whole, "
-                         "so make it readable and run the same command again") from error
-
-
-def check_is_file(path):
-    """
-    Raise Unreadable if there is a pipe, a socket or a device where a file of ours should be: to read it might
-    take for ever. What is not there, or a folder, is for whoever opens it to say.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
+    if reason is None:
         return
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise Unreadable(f"cannot read {path}: it is a pipe, a socket or a device: put the file in its place")
+    advice = "it may be whole, so make it readable and run the same command again"
+    if isinstance(error, OSError) and error.errno in NO_FILE:
+        advice = "check its name, and where it leads to if it is a link"
+    raise Unreadable(f"cannot read {path} ({reason}): {advice}") from error
+
+def check_regular(*paths):
+    """
+    Raise Unreadable for one of these that is there and no regular file, of which all files of ours are: to
+    open a named pipe would wait for somebody who writes.
+    """
+    for path in paths:
+        try:
+            mode = os.stat(path).st_mode
+        except OSError:
+            continue  # whoever opens it says so
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise Unreadable(f"cannot read {path}: it is no regular file but a pipe, a socket or a device: "
+                             "put the file in its place, or name another one")
 
 
 # -----------------------------------------------------------------------------
@@ -397,17 +408,53 @@ def check_folder(path):
     if path is None:
         return
     path = Path(path)
-    folder = Path(os.path.realpath(path)).parent
-    try:
-        is_special = path.exists() and not path.is_file() and not path.is_dir()  # /dev/stdout, for one
-        if path.is_dir():
+    target = os.path.realpath(path)
+    folder = Path(target).parent
+    mode = stat.S_IFREG
+    with writing(path):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
             raise UserError(f"cannot write {path}: it is a folder")
+        if stat.S_ISSOCK(mode):
+            raise UserError(f"cannot write {path}: it is a socket")
         if not folder.is_dir():
-            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}") from e
-    if not is_special and not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write {path}: there is no folder "
+                            f"{folder if path.is_symlink() else path.parent}")
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(f"{target}.tmp")  # a name that is too long
+    if stat.S_ISREG(mode) and not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {path}: the folder {path.parent} may not be written")
+
+# the names of what a run, prepared data and the bundle of CORE consist of
+OWN_FILES = re.compile(r"ckpt_\d+(\.share_\d+)?\.pt|log\.jsonl|core_\d+.*\.(json|csv)|"
+                       r"tokenizer\.(tiktoken|json)|(meta|settings)\.json|verified\.jsonl|"
+                       r"token_bytes\.npy|(train|val)_\d+\.npy|core\.yaml|eval_meta_data\.csv")
+
+def check_output(args, name, inputs=()):
+    """
+    Raise UserError if the file that args has under this name cannot be written later, see check_folder(), or
+    if writing it would replace one of the inputs, paths or None, or what a run or a data folder consists of.
+    None passes.
+    """
+    out = getattr(args, name)
+    check_folder(out)
+    if out is None:
+        return
+    target = os.path.realpath(out)
+    if os.path.exists(target) and not os.path.isfile(target):  # /dev/null
+        return
+    if os.path.exists(target) and OWN_FILES.fullmatch(os.path.basename(target)):
+        raise UserError(f"{flag(name)} {out} would replace a file of a run or of prepared data: "
+                        "choose another name")
+    for path in inputs:
+        # a file is written beside it first, and then renamed
+        for written in (target, f"{target}.tmp") if path is not None else ():
+            same = os.path.realpath(path) == written
+            with contextlib.suppress(OSError):
+                same = same or os.path.samefile(path, written)
+            if same:
+                raise UserError(f"{flag(name)} {out} would replace {path}: choose another name")
 
 def check_new_folder(folder):
     """Raise UserError unless files can be written to this folder later, which may have to be made first."""
@@ -546,7 +593,7 @@ def read_rows(path):
     The rows of a file of JSON lines that we wrote; [] if there is no such file. A line that a crash cut short
     is left out, where read_json_lines() refuses it. Raises UserError if the file cannot be read.
     """
-    check_is_file(path)
+    check_regular(path)
     try:
         lines = Path(path).read_text("utf-8", "replace").splitlines()
     except FileNotFoundError:
@@ -651,15 +698,13 @@ def training_dtype(device, name="auto"):
 
 def environment_number(name, default, least=0):
     """A whole number that torchrun puts into the environment. Raises UserError if it is none."""
-    value = os.environ.get(name, default)
-    try:
-        number = int(value)
-    except ValueError:
-        number = -1
-    if not least <= number < 2**31:
+    value = os.environ.get(name)
+    if value is None:
+        return default
+    if not re.fullmatch(r"\d{1,9}", value) or int(value) < least:
         raise UserError(f"{name} is {value!r} in the environment, no number of at least {least}: "
                         "start with torchrun, or unset it")
-    return number
+    return int(value)
 
 def init_processes(device_name=None, timeout=None):
     """
@@ -682,12 +727,13 @@ def init_processes(device_name=None, timeout=None):
     if on_gpu:
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ:
-        # with its device, NCCL connects right away, and no collective has to guess it
         try:
+            # with its device, NCCL connects right away, and no collective has to guess it
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout,
                                     device_id=device if on_gpu else None)
-        except (ValueError, RuntimeError) as e:  # variables that are missing or wrong, a port that is in use
-            raise UserError(f"cannot join the other processes ({e}): start all of them with torchrun") from e
+        except (ValueError, dist.DistError) as e:  # of variables of the environment, or a port in use
+            reason = str(e).strip().split("\n")[0]
+            raise UserError(f"cannot join the other processes ({reason}): start them with torchrun") from e
     return device, rank, world_size
 
 def end_processes():

@@ -15,11 +15,14 @@ the 22 centered accuracies.
 """
 
 import csv
+import errno
 import hashlib
+import io
 import json
 import math
 import os
 import random
+import reprlib
 import shutil
 import stat
 import zipfile
@@ -38,8 +41,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common import (
+    NO_FILE,
     UserError,
     check_folder,
+    check_regular,
     from_rank_0,
     is_text,
     is_whole,
@@ -50,6 +55,7 @@ from common import (
     read_json_lines,
     refusal,
     sha256_file,
+    unlink,
     write_atomic,
     write_json,
 )
@@ -111,6 +117,7 @@ def unpack(archive, folder):
     """
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
+    unlink(tmp)
     try:
         with zipfile.ZipFile(archive) as z:
             check_members(archive, z, tmp)
@@ -126,7 +133,8 @@ def unpack(archive, folder):
             raise UserError(f"{archive} has no core.yaml: it is not the CORE bundle")
         os.replace(inside, folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as e:
-        raise UserError(f"cannot unpack {archive}: {e}") from e
+        raise UserError(f"cannot unpack {archive} ({e}): run the same command again, or get the bundle "
+                        "elsewhere and name its folder (--bundle or --core-bundle)") from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
@@ -137,6 +145,8 @@ def fetch_bundle(folder=BUNDLE, url=BUNDLE_URL):
     """
     if folder.is_dir():
         return
+    if os.path.lexists(folder):
+        raise UserError(f"{folder} is no folder: remove it, or name another one (--bundle or --core-bundle)")
 
     def check(path):
         with open_source(path) as f:
@@ -150,17 +160,24 @@ def fetch_bundle(folder=BUNDLE, url=BUNDLE_URL):
         try:
             unpack(archive, folder)
         except UserError as e:
-            if refusal(e.__cause__) is None:  # not such as a full disk, for which the archive cannot help it
-                archive.unlink()
+            # the archive cannot help it if the disk is full, but it can if names in it cannot be
+            cannot_be = getattr(e.__cause__, "errno", None) in (*NO_FILE, errno.EEXIST)
+            if cannot_be or refusal(e.__cause__) is None:
+                archive.unlink(missing_ok=True)
             raise
         archive.unlink()
 
 def check_example(example, kind):
-    """Raise KeyError or TypeError unless this value, read from JSON, is an example of this kind of task."""
+    """
+    Raise KeyError or TypeError unless this value, read from JSON, is an example of this kind of task. It has
+    two choices or more: a single one is always right.
+    """
     texts = [example[key] for key in KINDS[kind]]
     if kind != "language_modeling":
         options = texts.pop()
-        if not isinstance(options, list) or not is_whole(example["gold"], 0, len(options) - 1):
+        if not isinstance(options, list) or len(options) < 2:
+            raise TypeError
+        if not is_whole(example["gold"], 0, len(options) - 1):
             raise TypeError
         texts += options
     if not all(map(is_text, texts)):
@@ -180,7 +197,8 @@ def read_examples(path, kind, shots):
             has = f"{place}: a {kind} example has {keys}"
             if kind == "language_modeling":
                 raise UserError(f"{has} as text") from e
-            raise UserError(f"{has} as texts, and gold, the number of the right one") from e
+            raise UserError(f"{has} as texts, two or more to choose from, and gold, the number of the right "
+                            "one") from e
         examples.append(example)
     if len(examples) <= shots:
         raise UserError(f"{path} has {len(examples)} examples: "
@@ -189,9 +207,40 @@ def read_examples(path, kind, shots):
     return examples
 
 def read_baselines(path):
-    """The accuracies of guessing, a dict from the name of a task to a float, of eval_meta_data.csv."""
-    with open(path, newline="", encoding="utf-8") as f:
-        return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(f)}
+    """
+    The accuracies of guessing, a dict from the name of a task to a float, of eval_meta_data.csv. Raises
+    ValueError, KeyError, TypeError and csv.Error for what is none.
+    """
+    baselines = {}
+    with open(path, newline="", encoding="utf-8-sig") as f:
+        for row in csv.DictReader(f):
+            name = row["Eval Task"]
+            baseline = float(row["Random baseline"]) / 100
+            if baselines.setdefault(name, baseline) != baseline:
+                raise ValueError(f"{path.name} has two baselines of {name}")
+    return baselines
+
+SHORT = reprlib.Repr()  # for messages: a few lines of YAML can be a value of a billion words
+SHORT.maxlevel = 2
+
+def check_entry(entry, baselines):
+    """Raise an exception unless an entry of core.yaml has the types and values of a task."""
+    name, kind, shots = entry["label"], entry["icl_task_type"], entry["num_fewshot"]
+    delimiter = entry.get("continuation_delimiter", " ")
+    if not is_text(name) or not name.isprintable() or not name.strip():
+        raise ValueError(f"the label {SHORT.repr(name)} is no text of one line")
+    if not is_text(delimiter):
+        raise ValueError(f"{name} has the delimiter {SHORT.repr(delimiter)}, which is no text")
+    if not isinstance(shots, list) or len(shots) != 1 or not is_whole(shots[0], 0, MAX_SHOTS):
+        raise ValueError(f"{name} has num_fewshot {SHORT.repr(shots)}")
+    if not is_text(kind) or kind not in KINDS:
+        raise ValueError(f"{name} is a {SHORT.repr(kind)}, which is none of {', '.join(KINDS)}")
+    if not is_text(entry["dataset_uri"]):
+        raise ValueError(f"{name} has the dataset_uri {SHORT.repr(entry['dataset_uri'])}")
+    if name not in baselines:
+        raise ValueError(f"eval_meta_data.csv has no {name}")
+    if not 0 <= baselines[name] < 1:
+        raise ValueError(f"{name} has a random baseline of {100 * baselines[name]} percent")
 
 def load_tasks(bundle=None, names=None):
     """
@@ -209,30 +258,25 @@ def load_tasks(bundle=None, names=None):
     bundle = Path(bundle)
     data = bundle / "eval_data"
     tasks, available, listed_names = [], [], set()
+    check_regular(bundle / "core.yaml", bundle / "eval_meta_data.csv")
     try:
         listed = yaml.safe_load((bundle / "core.yaml").read_text("utf-8"))["icl_tasks"]
         baselines = read_baselines(bundle / "eval_meta_data.csv")
         for entry in listed:
+            check_entry(entry, baselines)
             path = data / entry["dataset_uri"]
             if ".." in path.relative_to(data).parts:
                 raise ValueError(f"{entry['dataset_uri']} is outside the bundle")
             name = entry["label"]
             kind = entry["icl_task_type"]
-            shots = entry["num_fewshot"][0]
+            shots, = entry["num_fewshot"]
             delimiter = entry.get("continuation_delimiter", " ")
-            if not (is_text(name) and is_text(delimiter)):
-                raise ValueError(f"label {name!r} or delimiter {delimiter!r} is no text")
             if name in listed_names:
                 raise ValueError(f"{name} is listed twice")
             listed_names.add(name)
-            if not is_whole(shots, 0, MAX_SHOTS):
-                raise ValueError(f"{name} has num_fewshot {shots!r}")
-            if not 0 <= baselines[name] < 1:
-                raise ValueError(f"{name} has a random baseline of {100 * baselines[name]} percent")
-            if kind not in KINDS:
-                raise ValueError(f"{name} is a {kind}, which is none of {', '.join(KINDS)}")
-            if not path.is_file():
+            if not os.path.lexists(path):
                 continue
+            check_regular(path)
             available.append(name)
             if names is None or name in names:
                 settings = repr((kind, shots, delimiter))
@@ -244,7 +288,9 @@ def load_tasks(bundle=None, names=None):
     except (OSError, yaml.YAMLError, csv.Error, ValueError, LookupError, TypeError, AttributeError,
             RecursionError) as e:
         raise_if_unreadable(getattr(e, "filename", None) or bundle, e)
-        raise UserError(f"the CORE bundle in {bundle} is damaged: {e!r}") from e
+        what = f"no {e}" if isinstance(e, KeyError) else e
+        raise UserError(f"the CORE bundle in {bundle} is damaged ({what}): "
+                        "remove it and get it again, or name another one") from e
     unknown = [name for name in names or () if name not in available]
     if unknown or not tasks:
         wanted = ", ".join(unknown) or "any task"
@@ -543,23 +589,32 @@ def read_finished(path, header, tasks):
     """
     The results of finished tasks, a dict by name, that an earlier call left in the file `path`; {} if there
     are none or they are of another model or other flags than the header's. Tasks whose data have changed are
-    left out. Raises Unreadable: results that cannot be read now would be written over.
+    left out, and results that do not follow from how many answers were right. Raises Unreadable: results that
+    cannot be read now would be written over.
     """
+    check_regular(path)
     try:
         kept = json.loads(path.read_text("utf-8"))
         if any(kept[key] != value for key, value in header.items()):
             return {}
-        finished = dict(kept["tasks"])
-        for result in finished.values():
-            if not all(math.isfinite(result[key]) for key in ("n", "of", *FIGURES)):
-                raise ValueError
-        for task in tasks:
-            if finished.get(task.name, {}).get("sha256") != task.sha256:
-                finished.pop(task.name, None)
+        now = {task.name: task for task in tasks}
+        finished = {}
+        for name, result in kept["tasks"].items():
+            of, correct = result["of"], result["correct"]
+            n = min(header["max_per_task"] or of, of)
+            if not is_whole(correct, 0, n):
+                continue
+            task = now.get(name)
+            if task is None:  # one that is not wanted now, whose results stay
+                task = Task(name, result["kind"], result["shots"], "", result["baseline"], result["sha256"],
+                            range(of))
+            if result == task_result(task, n, correct):
+                finished[name] = result
         return finished
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+            RecursionError) as e:
         raise_if_unreadable(path, e)
         return {}  # a damaged file
 
@@ -618,6 +673,7 @@ def evaluate_core(model, tokenizer, tasks, folder, step, max_per_task=None, use_
     )
     if rank == 0:
         check_folder(path)
+        check_folder(path.with_suffix(".csv"))
     finished = from_rank_0(read_finished(path, header, tasks) if rank == 0 else None, device)
 
     # how much is left to do, of all ranks and of this one
@@ -659,13 +715,14 @@ def summarize(tasks):
 
 def write_core(path, results):
     """Write results to `path`, a .json file, and the figures of each task to a .csv file beside it."""
-    lines = [",".join(["task", "n", "of", *FIGURES])]
+    rows = [["task", "n", "of", *FIGURES]]
     for name, t in results["tasks"].items():
-        figures = [f"{t[key]:.6f}" for key in FIGURES]
-        lines.append(",".join([name, str(t["n"]), str(t["of"]), *figures]))
+        rows.append([name, t["n"], t["of"], *(f"{t[key]:.6f}" for key in FIGURES)])
     if not results["missing"]:
-        lines.append(f"CORE,,,,,{results['core']:.6f},{results['core_stderr']:.6f}")
-    text = "\n".join(lines) + "\n"
+        rows.append(["CORE", "", "", "", "", f"{results['core']:.6f}", f"{results['core_stderr']:.6f}"])
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(rows)
+    text = table.getvalue()
     write_atomic(path.with_suffix(".csv"), lambda f: f.write(text.encode()))
     write_json(path, results)
 

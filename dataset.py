@@ -32,7 +32,7 @@ import tiktoken
 from common import (
     UserError,
     append_row,
-    check_is_file,
+    check_regular,
     is_whole,
     raise_if_unreadable,
     read_rows,
@@ -75,8 +75,7 @@ def load_tokenizer(folder, repair=None):
     """
     folder = Path(folder)
     repair = repair or f"run `python prepare_data.py --out {folder}`"
-    check_is_file(folder / "tokenizer.tiktoken")
-    check_is_file(folder / "tokenizer.json")
+    check_regular(folder / "tokenizer.tiktoken", folder / "tokenizer.json")
     try:
         lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines()
         spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
@@ -93,7 +92,7 @@ def load_tokenizer(folder, repair=None):
         )
     except FileNotFoundError as e:
         raise UserError(f"no tokenizer in {folder}: {repair}") from e
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise_if_unreadable(f"the tokenizer files in {folder}", e)
         raise UserError(f"the tokenizer files in {folder} are damaged ({e}): {repair}") from e
 
@@ -166,7 +165,7 @@ def shard_dtype(enc):
 
 def load_shard(path):
     """The read-only memory map of one shard. Raises UserError if it is missing, truncated or no shard."""
-    check_is_file(path)
+    check_regular(path)
     try:
         shard = np.load(path, mmap_mode="r")
         whole = shard.ndim == 1 and len(shard) and path.stat().st_size == shard.offset + shard.nbytes
@@ -284,8 +283,8 @@ def open_data(folder, verify=True, rank=0, world_size=1, run_folder=None):
     Raises UserError if anything is missing, damaged, or does not belong together.
     """
     folder = Path(folder)
-    check_is_file(folder / "meta.json")
     stamps = Stamps(*[Path(place) for place in (folder, run_folder) if place is not None])
+    check_regular(folder / "meta.json")
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         entries = {}

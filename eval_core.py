@@ -27,14 +27,17 @@ if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process a
 
 import json
 import math
+from pathlib import Path
 
 from common import (
     ArgumentParser,
     UserError,
     at_least,
+    at_most,
     check_command_line,
-    check_folder,
+    check_output,
     end_processes,
+    flag,
     init_processes,
     rank_and_world_size,
     run_main,
@@ -43,6 +46,7 @@ from common import (
 from prepare_data import find_files, read_documents
 
 EVALUATIONS = ("bpb", "core", "sample", "stability", "tokens")
+MAX_PASSES = 10_000  # of stability
 MAX_PASSES_SCORED = 16  # the losses of longer schedules are not shown pass by pass
 
 # -----------------------------------------------------------------------------
@@ -98,21 +102,45 @@ def parse_args():
 
     args = parser.parse_args()
     at_least(args, rows=1, decode_rows=0, batch_size=1, max_per_task=1, passes=2)
-    check_folder(args.json)
-    check_folder(args.html)
+    at_most(args, passes=MAX_PASSES)
     wanted = set(args.eval.split(","))
     if not wanted <= set(EVALUATIONS):
         raise UserError(f"--eval {args.eval}: choose from {','.join(EVALUATIONS)}")
     if "tokens" in wanted and not (args.text and args.html):
         raise UserError("--eval tokens needs a text, --text FILE, and a page to write, --html FILE")
-    if "tokens" not in wanted and (args.html or args.against):
-        raise UserError("--html and --against go with --eval tokens")
     if args.text and "stability" in wanted:
         raise UserError("--eval stability is of prepared data: leave --text out")
-    if args.text and args.data:
-        raise UserError("--text takes the place of --data: leave one of them out")
+    check_flags_are_read(parser, args, wanted)
     args.files = find_files(args.text) if args.text else []
+    inputs = [*args.files, args.checkpoint, args.against]
+    if args.bundle is not None:
+        inputs += Path(args.bundle).rglob("*")
+    check_output(args, "json", [*inputs, args.html])
+    check_output(args, "html", inputs)
     return args
+
+# the flags that each evaluation reads, beside --checkpoint, --eval, --json, --device and --batch-size
+READS = {
+    "bpb of --data": ("data", "split", "rows", "decode_rows", "referee"),
+    "bpb of --text": ("text", "text_key", "referee"),
+    "stability": ("data", "split", "decode_rows", "passes"),
+    "tokens": ("text", "text_key", "html", "against"),
+    "core": ("bundle", "tasks", "max_per_task", "no_memory"),
+    "sample": ("no_memory",),
+}
+
+def check_flags_are_read(parser, args, wanted):
+    """Raise UserError for a flag with another value than its default that no wanted evaluation reads."""
+    of_what = "bpb of --text" if args.text else "bpb of --data"
+    wanted = {of_what if name == "bpb" else name for name in wanted}
+    read = {name for evaluation in wanted for name in READS[evaluation]}
+    for name in sorted({name for names in READS.values() for name in names} - read):
+        if getattr(args, name) != parser.get_default(name):
+            goes_with = ", ".join(evaluation for evaluation, names in READS.items() if name in names)
+            raise UserError(f"{flag(name)} goes with {goes_with}, "
+                            f"not with {', '.join(sorted(wanted))}: leave it out, or see --eval")
+    if args.referee and not args.text and not args.decode_rows:
+        raise UserError("--referee is of the rows of --decode-rows, which are none: leave it out")
 
 if __name__ == "__main__":  # --help does not wait for what follows
     check_command_line(parse_args)
@@ -364,11 +392,19 @@ def print_by_position(by_position, T, print0):
 
 def open_run_data(args, path, checkpoint):
     """The data to score, by default what the run was trained on. Raises UserError."""
-    data = open_data(args.data or checkpoint["args"]["data"])
+    folder = args.data or checkpoint["args"].get("data")
+    if not folder:
+        raise UserError(f"{path} does not say on which data it was trained: name some with --data")
+    data = open_data(folder)
     if checkpoint["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
         raise UserError(f"{path.parent} was trained with another tokenizer than that of {data.folder}: "
                         "give the run's own data with --data")
     return data
+
+def check_finite(bpb):
+    """Raise UserError for bits per byte, floats, that are no numbers, as of activations that overflow."""
+    if not all(map(math.isfinite, bpb)):
+        raise UserError("the model's losses are not finite: use an older checkpoint, or train again")
 
 def report_bpb(args, path, checkpoint, model, print0):
     """Print bits per byte of each split, and return them as a dict for --json. Raises UserError."""
@@ -384,6 +420,7 @@ def report_bpb(args, path, checkpoint, model, print0):
         # in parallel
         bpb, by_position = evaluate_bpb(model, rows, data.token_bytes, schedule, args.batch_size,
                                         progress=split)
+        check_finite(bpb.values())
         figures = ", ".join(f"{name} {x:.4f}" for name, x in bpb.items())
         print0(f"\n{split}, {len(rows)} rows in parallel: {figures}")
         results[split] = {"rows": len(rows), "bpb": bpb}
@@ -394,6 +431,7 @@ def report_bpb(args, path, checkpoint, model, print0):
             bpb, by_position = evaluate_bpb(model, rows, data.token_bytes, schedule, args.batch_size,
                                             decode=True, token_by_token=args.referee,
                                             progress=f"{split}, decoding")
+            check_finite(bpb.values())
             figures = ", ".join(f"{name} {x:.4f}" for name, x in bpb.items())
             print0(f"{split}, {len(rows)} rows decoded:     {figures}")
             results[split] |= {"decode_rows": len(rows), "decode_bpb": bpb}
@@ -412,6 +450,7 @@ def report_stability(args, path, checkpoint, model, print0):
     if not len(rows):
         raise UserError(f"{data.folder} has no {split} shard of more than one row of the context")
     found = evaluate_stability(model, rows, data.token_bytes, args.passes, args.batch_size, "stability")
+    check_finite([*found["bpb"], found["decode"]])
     print0(f"\n{split}, {len(rows)} rows, pass after pass:\n{'passes':>8} {'bpb':>10} {'memory moved':>14}")
     for i, (bpb, moved) in enumerate(zip(found["bpb"], found["moved"]), 1):
         if i <= 6 or i % 5 == 0 or i == args.passes:
@@ -425,6 +464,7 @@ def report_text(args, checkpoint, model, tokenizer, print0):
     schedule = Schedule(**checkpoint["schedule"])
     bpb, by_position = evaluate_bpb(model, rows, token_bytes(tokenizer), schedule, args.batch_size,
                                     decode=True, token_by_token=args.referee, progress="text")
+    check_finite(bpb.values())
     n_bytes = int(by_position["bytes"].sum())
     figures = ", ".join(f"{name} {x:.4f}" for name, x in bpb.items())
     print0(f"\ntext, {n_bytes} bytes in {len(rows)} rows: {figures}")

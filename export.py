@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from checkpointing import read_log
-from common import ArgumentParser, UserError, check_new_folder, flag, run_main, say
+from common import ArgumentParser, UserError, check_new_folder, check_regular, flag, run_main, say
 from dataset import BOS
 from flags import MAY_CHANGE, REMOVED_FLAGS, make_parser
 from sample import load_run
@@ -183,9 +183,11 @@ def training_command(checkpoint):
 
 def core_of(path, step, rows):
     """CORE of a run's checkpoint at `path`: from core_<step>.json beside it, else its log's rows; or None."""
+    results = path.parent / f"core_{step:07d}.json"
+    check_regular(results)
     try:
-        return json.loads((path.parent / f"core_{step:07d}.json").read_text("utf-8"))["core"]
-    except (OSError, ValueError, LookupError, TypeError):
+        return json.loads(results.read_text("utf-8"))["core"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         scores = [row.get("core") for row in rows if row["kind"] == "core" and row["step"] == step]
         return scores[-1] if scores else None
 
@@ -254,7 +256,12 @@ From step {step} of the run. The tokenizer has the sha256 {tokenizer_sha256}.
 def model_card(path, checkpoint, model, dtype):
     """README.md of the folder: what the model is, how it is used, its figures and the command of its run."""
     config = model.config
-    lines = figures(path, checkpoint)
+    try:
+        lines = figures(path, checkpoint)
+        command = training_command(checkpoint)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"the flags or figures of {path.parent} are damaged ({e!r}): mend or move away its "
+                        "log.jsonl and core_*.json, or use another checkpoint") from e
     return CARD.format(
         name=path.absolute().parent.name,
         label=config.label,
@@ -266,7 +273,7 @@ def model_card(path, checkpoint, model, dtype):
         dtype=dtype,
         figures="\n".join(f"- {line}" for line in lines),
         bos=BOS,
-        command=training_command(checkpoint),
+        command=command,
         step=checkpoint["step"],
         tokenizer_sha256=checkpoint["tokenizer_sha256"],
     )
@@ -316,7 +323,8 @@ def export(run, out, dtype):
     path, checkpoint, tokenizer, model = load_run(run, torch.device("cpu"))
 
     tmp = out.with_name(out.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
+    if os.path.lexists(tmp):  # it may be anybody's
+        raise UserError(f"{tmp} is in the way, perhaps of an export that was killed: remove it")
     try:
         write_folder(tmp, path, checkpoint, tokenizer, model, dtype)
         os.rename(tmp, out)

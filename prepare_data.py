@@ -44,8 +44,8 @@ from common import (
     UserError,
     at_least,
     at_most,
-    check_is_file,
     check_new_folder,
+    check_regular,
     flag,
     fsync,
     lock,
@@ -706,7 +706,7 @@ def check_settings(out, settings, files):
     None for what is downloaded.
     """
     path = out / "settings.json"
-    check_is_file(path)
+    check_regular(path)
     if not path.exists():
         ours = re.compile(r"meta\.json|tokenizer\..*|(train|val)_\d+\.npy")
         names = sorted(p.name for p in out.iterdir() if ours.fullmatch(p.name))

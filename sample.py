@@ -14,7 +14,6 @@ if __name__ == "__main__":  # until run_main() begins, Ctrl-C ends the process a
 import codecs
 import io
 import json
-import os
 import sys
 from collections import defaultdict
 from functools import partial
@@ -26,9 +25,8 @@ from common import (
     at_least,
     at_most,
     check_command_line,
-    check_folder,
+    check_output,
     is_text,
-    open_source,
     pick_device,
     read_json_lines,
     run_main,
@@ -77,7 +75,7 @@ def parse_args():
     args = parser.parse_args()
     at_least(args, num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
     at_most(args, num_samples=MAX_SAMPLES)
-    check_folder(args.out)
+    check_output(args, "out", [args.prompt_file, args.checkpoint])
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, not {args.top_p}")
     if args.stop is not None and not is_text(args.stop):
@@ -99,6 +97,7 @@ from attention import KVCache
 from checkpointing import find_checkpoint, load_checkpoint, load_model
 from dataset import BOS, encode_text, load_tokenizer, tokenizer_sha256
 from interleave import prefill
+from prepare_data import format_of, read_txt
 from recurrent import record
 
 # -----------------------------------------------------------------------------
@@ -384,28 +383,21 @@ def complete(*args, **options):
 # The command
 
 def read_prompts(path):
-    """The prompts of a text file, one a line, or of JSON lines with a key `prompt`. Raises UserError."""
-    if ".jsonl" in [suffix.lower() for suffix in path.suffixes]:
+    """
+    The prompts of a text file, one a line, or of JSON lines with a key `prompt`; the names of files say which
+    as those of prepare_data.py's sources do. Raises UserError.
+    """
+    if format_of(path) in (".jsonl", ".json"):
         prompts = [text_of(place, row, "prompt") for place, row in read_json_lines(path)]
     else:
-        with open_source(path) as f:
-            try:
-                text = f.read().decode("utf-8-sig")
-            except UnicodeDecodeError as e:
-                raise UserError(f"cannot read {path}: it is not UTF-8 text (byte {e.start})") from e
+        text, = read_txt(path)
         lines = io.StringIO(text, newline=None)  # any ends of lines
-        prompts = [line.removesuffix("\n") for line in lines if line.strip()]
+        # files that were put together have byte order marks within them
+        lines = [line.removesuffix("\n").removeprefix("\ufeff") for line in lines]
+        prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{path} has no prompts")
     return prompts
-
-def check_is_no_input(out, inputs):
-    """Raise UserError if the file `out` is one of the inputs, which writing would replace. None passes."""
-    if out is None or not Path(out).is_file():
-        return
-    for path in inputs:
-        if os.path.samefile(out, path):
-            raise UserError(f"--out {out} would replace {path}, which is read: choose another --out")
 
 def interact(model, tokenizer, options):
     """A prompt loop that streams: Ctrl-C ends a text, Ctrl-D the loop. options: those of generate()."""
@@ -459,8 +451,6 @@ def main():
     from_file = args.prompt_file is not None
     prompts = read_prompts(Path(args.prompt_file)) if from_file else [args.prompt]
     path, checkpoint, tokenizer, model = load_run(args.checkpoint, pick_device(args.device))
-    tokenizer_files = [path.parent / "tokenizer.tiktoken", path.parent / "tokenizer.json"]
-    check_is_no_input(args.out, [path, *tokenizer_files, *([args.prompt_file] if from_file else [])])
     encoded = encode_prompts(tokenizer, prompts, model.config.sequence_len)
     memory = "off" if args.no_memory else "on"
     say(f"{path}, step {checkpoint['step']}, {model.config.label}, memory {memory}", sys.stderr)

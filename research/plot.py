@@ -28,7 +28,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `python research/plot.py`
 from checkpointing import read_log  # noqa: E402
-from common import ArgumentParser, UserError, check_folder, read_rows, run_main, write_atomic  # noqa: E402
+from common import ArgumentParser, UserError, check_output, read_rows, run_main, write_atomic  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
@@ -482,11 +482,15 @@ def draw_runs(folders, path):
         if not steps:
             raise UserError(f"{folder} has no log.jsonl with training steps: give the folder of a run")
         color = f"C{i % 10}"
-        draw_run_loss(name, color, steps, loss)
-        draw_run_norm(name, color, steps, norms)
-        draw_run_bpb(name, color, evaluations, bits)
-        draw_run_learned(name, color, evaluations, lambdas, gates)
-        rates.plot([row["step"] for row in steps], [row["lrm"] for row in steps], color=color, label=name)
+        try:
+            draw_run_loss(name, color, steps, loss)
+            draw_run_norm(name, color, steps, norms)
+            draw_run_bpb(name, color, evaluations, bits)
+            draw_run_learned(name, color, evaluations, lambdas, gates)
+            rates.plot([row["step"] for row in steps], [row["lrm"] for row in steps], color=color, label=name)
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            raise UserError(f"{folder}/log.jsonl has rows that cannot be drawn ({e!r}): mend it, "
+                            "or leave this run out") from e
 
     loss.set(xlabel="step", ylabel="nats a token", yscale="log", title="training loss, running mean")
     bits.set(xlabel="step", ylabel="bits per byte", title="validation")
@@ -682,19 +686,19 @@ def draw_stability(paths, png):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for path in paths:
         try:
-            results = json.loads(Path(path).read_text())
+            results = json.loads(Path(path).read_text("utf-8"))
             found, name = results["stability"], Path(results["checkpoint"]).parent.name
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            passes = range(1, len(found["bpb"]) + 1)
+            left.plot(passes, [bpb - found["decode"] for bpb in found["bpb"]], label=name)
+            right.plot(passes[1:], found["moved"][1:], label=name)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(f"{path} has no results of --eval stability ({e}): "
                             "write it with eval_core.py --eval stability --json") from e
-        passes = range(1, len(found["bpb"]) + 1)
-        left.plot(passes, [bpb - found["decode"] for bpb in found["bpb"]], label=name)
-        right.plot(passes[1:], found["moved"][1:], label=name)
     left.set(xscale="log", xlabel="passes", ylabel="BPB over that of decoding")
     left.axhline(0, color="gray", linewidth=0.5)
     left.legend()
     right.set(xscale="log", yscale="log", xlabel="passes", ylabel="memory moved, of its size")
-    figure.savefig(png, dpi=110)
+    write_atomic(png, lambda f: figure.savefig(f, format="png", dpi=110))
     plt.close(figure)
     print(f"wrote {png}")
 
@@ -713,14 +717,14 @@ def main():
     if args.png and not (args.runs or args.stability):
         raise UserError("--png is for the picture of runs or of --stability: name one")
     if args.stability:
-        path = args.png or Path("stability.png")
-        check_folder(path)
-        draw_stability(args.stability, path)
+        args.png = args.png or "stability.png"
+        check_output(args, "png", args.stability)
+        draw_stability(args.stability, args.png)
         return
     if args.runs:
-        path = args.png or Path(args.runs[0]) / "pictures.png"
-        check_folder(path)
-        draw_runs([Path(run) for run in args.runs], path)
+        args.png = args.png or Path(args.runs[0]) / "pictures.png"
+        check_output(args, "png")
+        draw_runs([Path(run) for run in args.runs], args.png)
         return
     folder = Path(args.results)
     results = {name: read_rows(folder / f"{name}.jsonl") for name in SETS}

@@ -232,11 +232,59 @@ def test_a_file_of_another_program(run):
     dict(schedule={"kind": "x"}),
     dict(config={"n_embd": 5}),
     dict(version="1"),
+    dict(version=-1),
+    dict(version=True),
+    dict(version=torch.ones(2)),
+    dict(step=True),
+    dict(args={"data": 3}),
+    dict(args={"data": "a\0b"}),
+    dict(model={"wte.weight": torch.ones(2, dtype=torch.int64)}),
+    dict(model={"wte.weight": "x"}),
 ])
 def test_a_checkpoint_with_odd_entries(changes, run):
     edit(run, **changes)
     for result in load_in_every_script(run):
         assert_refused(result, "is damaged or no checkpoint of nanolrt")
+
+@pytest.mark.parametrize("key, changes", [
+    ("config", dict(n_layer=2.0)),
+    ("config", dict(n_layer=10**9)),  # would be built for hours
+    ("config", dict(sequence_len=10**9)),
+    ("config", dict(vocab_size=True)),
+    ("config", dict(vocab_size=10**30)),
+    ("config", dict(source_layer=0.0)),
+    ("config", dict(dest_layers=[0, 1.0])),
+    ("config", dict(smear=1)),
+    ("config", dict(rotary_base=True)),
+    ("schedule", dict(subsets=2.0)),
+    ("schedule", dict(kind="refine", refinements=10**9)),
+    ("schedule", dict(kind="draft", drafts=10**9)),
+    ("schedule", dict(kv_refresh="no")),
+    ("schedule", dict(loss_weights=[1.0])),
+])
+def test_settings_of_another_type_or_beyond_all_bounds(key, changes, run):
+    edit(run, **{key: load_checkpoint(run)[key] | changes})
+    with pytest.raises(UserError, match="is damaged or no checkpoint of nanolrt"):
+        load_checkpoint(run)
+
+def test_whole_numbers_are_numbers(run):
+    config = load_checkpoint(run)["config"] | dict(rotary_base=10000, value_gate=2)
+    edit(run, config=config)
+    assert load_checkpoint(run)["config"] == config
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_has_diverged_says_nothing(value, run):
+    weights = torch.load(run, weights_only=True)["model"]  # all of it, as it will be written over
+    weights["wte.weight"][3, 1] = value
+    edit(run, model=weights)
+    for result in load_in_every_script(run)[:2]:
+        assert_refused(result, "wte.weight of the checkpoint after step 150 is not finite")
+
+def test_a_pipe_under_the_name_of_a_checkpoint(run):
+    os.mkfifo("run/ckpt_0000999.pt")
+    results = load_in_every_script(Path("run/ckpt_0000999.pt"))[:2]
+    for result in (*results, cli("train.py", "--resume", "run")):
+        assert_refused(result, "ckpt_0000999.pt", "regular file")
 
 @pytest.mark.parametrize("old, new", [
     # what is --schedule draft today

@@ -5,6 +5,7 @@ import fcntl
 import gzip
 import os
 import signal
+import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -130,6 +131,10 @@ def test_files_and_pipes_are_utf_8(here):
     line = "printf 'caf\\xc3\\xa9\\ncaf\\xe9\\n' | {run}; exit"
     assert with_streams(main, line, PYTHONIOENCODING="ascii") == (0, "caf\u00e9\nTrue False\n", "")
 
+def test_a_byte_order_mark_is_no_part_of_what_is_typed(here):
+    main = ["print(ascii(input()), ascii(input()))"]
+    assert with_streams(main, "printf '\\xef\\xbb\\xbfa\\nb\\n' | {run}; exit") == (0, "'a' 'b'\n", "")
+
 def test_a_log_in_a_file_is_written_line_by_line(here):
     main = ["print('x')", "common.say('y')", "os.kill(os.getpid(), 9)"]
     with_streams(main, "{run} > out.txt")
@@ -248,6 +253,37 @@ def test_files_that_cannot_be_opened(here):
             read("rows.jsonl")
 
 
+def test_a_named_pipe_is_not_waited_for(here):
+    os.mkfifo("rows.jsonl")
+    with pytest.raises(Unreadable, match="rows.jsonl: it is no regular file"):
+        read_rows("rows.jsonl")
+
+def test_a_file_that_is_not_there_cannot_be_made_readable(here):
+    Path("folder").mkdir()
+    os.symlink("loop", "loop")
+    for name in ("nowhere", "folder", "loop", 300 * "x"):
+        with pytest.raises(Unreadable, match=f"cannot read {name} .*: check its name"):
+            with common.open_source(name):
+                pass
+
+@pytest.mark.parametrize("variables, words", [
+    (dict(WORLD_SIZE="x"), "WORLD_SIZE='x', no number of at least 1"),
+    (dict(WORLD_SIZE=""), "WORLD_SIZE='', no number of at least 1"),
+    (dict(WORLD_SIZE="0"), "WORLD_SIZE='0', no number of at least 1"),
+    (dict(RANK="-1", WORLD_SIZE="2"), "RANK='-1', no number of at least 0"),
+    (dict(RANK="2", WORLD_SIZE="2"), "RANK is 2 and WORLD_SIZE 2"),
+    (dict(RANK="0", WORLD_SIZE="1"), "cannot join the other processes .*MASTER_ADDR"),
+    (dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="x"), "cannot join .*'x'"),
+])
+def test_an_environment_that_is_not_torchruns(variables, words, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        common.init_processes("cpu")
+
+
 # -----------------------------------------------------------------------------
 # Files
 
@@ -325,6 +361,42 @@ def test_a_folder_that_may_not_be_written_is_refused_before_the_work(here, monke
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(UserError, match="cannot write x: the folder . may not be written"):
         common.check_folder("x")
+
+def test_what_can_never_be_written_is_refused_before_the_work(here):
+    os.symlink("loop", "loop")
+    os.symlink("nowhere/x", "dangling")
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind("socket")
+    for name, words in (("loop", "Too many levels"), ("dangling", "there is no folder .*/nowhere"),
+                        ("socket", "it is a socket"), (252 * "x", "File name too long")):
+        with pytest.raises(UserError, match=f"cannot write {name}: {words}"):
+            common.check_folder(name)
+    common.check_folder(251 * "x")  # and .tmp
+
+def test_an_output_replaces_nothing_that_is_read(here):
+    """Nor what runs and data consist of, whichever they are."""
+    Path("run").mkdir()
+    own = ["ckpt_0000008.pt", "ckpt_0000008.share_1.pt", "log.jsonl", "core_0000008_max3.json", "meta.json",
+           "tokenizer.tiktoken", "train_00000.npy", "core.yaml"]
+    for name in own:
+        common.check_output(Namespace(out=f"run/{name}"), "out")  # there is none yet
+        Path("run", name).write_text("keep")
+        with pytest.raises(UserError, match=f"--out run/{name} would replace a file of a run"):
+            common.check_output(Namespace(out=f"run/{name}"), "out")
+    os.symlink("run/log.jsonl", "picture.png")
+    with pytest.raises(UserError, match="--png picture.png would replace"):
+        common.check_output(Namespace(png="picture.png"), "png")
+
+    # the file that is written first has another name
+    Path("text.txt").write_text("keep")
+    Path("x.tmp").write_text("keep")
+    os.link("text.txt", "hard")
+    for out, read in (("text.txt", "text.txt"), ("hard", "text.txt"), ("x", "x.tmp"), ("same", "./same")):
+        with pytest.raises(UserError, match=f"--out {out} would replace {read}: choose another name"):
+            common.check_output(Namespace(out=out), "out", [None, "nowhere", read])
+    os.mkfifo("pipe")  # is written in place
+    for out in (None, "pipe", "text.txt"):
+        common.check_output(Namespace(out=out), "out", ["pipe", "x.tmp", None])
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK])
 def test_a_file_system_without_locks_and_without_fsync_of_folders(code, here, monkeypatch, capsys):

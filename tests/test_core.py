@@ -427,6 +427,21 @@ def test_unpacking_is_safe(tmp_path):
     core.unpack(zipped(archive, bundle), inner / "out")
     assert (inner / "out/core.yaml").read_bytes() == (bundle / "core.yaml").read_bytes()
 
+@pytest.mark.parametrize("names", [["a", "a/b"], [300 * "x"], ["./."]])
+def test_an_archive_of_names_that_cannot_be_is_not_kept(names, tmp_path, server):
+    """The same command would fail for ever."""
+    zipped(tmp_path / "bundle.zip", None, **{"eval_bundle/core.yaml": "", **dict.fromkeys(names, "x")})
+    with pytest.raises(UserError, match="cannot unpack .*: run the same command again"):
+        core.fetch_bundle(tmp_path / "other/eval_bundle", server[0] + "/bundle.zip")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [".lock"]
+
+def test_what_is_in_the_place_of_the_bundle_is_said_before_the_download(tmp_path, server):
+    (tmp_path / "eval_bundle").write_text("keep")
+    with pytest.raises(UserError, match="eval_bundle is no folder"):
+        core.fetch_bundle(tmp_path / "eval_bundle", server[0] + "/bundle.zip")
+    assert server[1] == []
+    assert (tmp_path / "eval_bundle").read_text() == "keep"
+
 def test_an_archive_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(core, "BUNDLE_BYTES", 10**6)
     archive = zipped(tmp_path / "x.zip", None, zeros="0" * 10**7)
@@ -441,6 +456,7 @@ def test_an_archive_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
     ('{"query": "q", "choices": ["a", "b"], "gold": 2}', "line 2"),
     ('{"query": "q", "choices": ["a", 3], "gold": 0}', "line 2"),
     ('{"query": "q", "choices": [], "gold": 0}', "line 2"),
+    ('{"query": "q", "choices": ["a"], "gold": 0}', "line 2: .*two or more to choose from"),
     ('{"query": "q", "choices": ["a"], "gold": true}', "line 2"),
     ('{"query": "q", "choices": null, "gold": 0}', "line 2"),
     ('{"query": "q", "choices": ["a", "b"], "gold": 1.0}', "line 2"),
@@ -485,12 +501,44 @@ def test_no_bundle(tmp_path):
     ("eval_meta_data.csv", f"Eval Task,Random baseline\n{CORE[0]},-1\n"),
     ("eval_meta_data.csv", f"Eval Task,Random baseline\n{CORE[0]},nan\n"),
     ("eval_meta_data.csv", f"Eval Task,Random baseline\n{CORE[0]},\0\n"),
+    ("eval_meta_data.csv", f"Eval Task,Random baseline\n{CORE[0]},25\n{CORE[0]},50\n"),
+    # a value that would be a billion words, if all of it were looked at or shown
+    ("core.yaml", "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{y}: &{y} [{', '.join(10 * [f'*{x}'])}]\n" for x, y in zip("abcdefgh", "bcdefghi"))
+        + "icl_tasks: [{label: *i, dataset_uri: x, num_fewshot: [*i], icl_task_type: *i}]"),
+    ("core.yaml", "icl_tasks: !!python/object/apply:os.mkdir [pwned]"),
+    ("core.yaml", "\0" * 10_000),
 ])
-def test_damaged_bundles(file, text, tmp_path):
+def test_damaged_bundles(file, text, tmp_path, here):
     bundle = write_bundle(tmp_path / "b")
     (bundle / file).write_text(text)
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="(?s)is damaged .*: remove it and get it again") as e:
         load_tasks(bundle)
+    assert len(str(e.value)) < 1000
+    assert not Path("pwned").exists()
+
+def test_byte_order_marks_in_a_bundle(tmp_path):
+    bundle = write_bundle(tmp_path / "b")
+    before = load_tasks(bundle)
+    for name in ("core.yaml", "eval_meta_data.csv", f"eval_data/{CORE[0]}.jsonl"):
+        (bundle / name).write_bytes(b"\xef\xbb\xbf" + (bundle / name).read_bytes())
+    for task, same in zip(load_tasks(bundle), before, strict=True):
+        assert (task.name, task.baseline, task.examples) == (same.name, same.baseline, same.examples)
+
+def test_what_is_no_file_is_not_left_out_of_a_bundle(tmp_path):
+    """Only what is not there at all is a task less."""
+    path = write_bundle(tmp_path / "b") / f"eval_data/{CORE[0]}.jsonl"
+    path.unlink()
+    for put_there, words in ((path.mkdir, "Is a directory"), (lambda: os.mkfifo(path), "no regular file"),
+                             (lambda: path.symlink_to("nowhere"), "No such file")):
+        put_there()
+        with pytest.raises(UserError, match=f"{CORE[0]}.jsonl.*{words}"):
+            load_tasks(tmp_path / "b")
+        path.rmdir() if path.is_dir() else path.unlink()
+    (tmp_path / "b/core.yaml").unlink()
+    os.mkfifo(tmp_path / "b/core.yaml")
+    with pytest.raises(UserError, match="core.yaml: it is no regular file"):
+        load_tasks(tmp_path / "b")
 
 @pytest.mark.parametrize("changes", [
     dict(num_fewshot=[-1]),
@@ -502,6 +550,12 @@ def test_damaged_bundles(file, text, tmp_path):
     dict(continuation_delimiter=3),
     dict(continuation_delimiter=None),
     dict(label=3),
+    dict(label="a\nb"),
+    dict(label=" "),
+    dict(label="not in the table"),
+    dict(num_fewshot=3),
+    dict(num_fewshot=[1, 2]),
+    dict(icl_task_type=["schema"]),
     dict(label=CORE[1]),
     dict(dataset_uri=3),
 ])
@@ -568,6 +622,18 @@ def test_a_whole_bundle_gives_core(run, tmp_path):
     assert [row["task"] for row in rows] == [*CORE, "CORE"]
     assert float(rows[-1]["centered"]) == pytest.approx(results["core"], abs=1e-6)
 
+def test_names_with_commas_are_one_field_of_the_table(tmp_path):
+    result = core.task_result(core.Task('a, "b"', "schema", 0, " ", 0.5, "", [1, 2]), 2, 1)
+    core.write_core(tmp_path / "core_1.json", core.summarize({'a, "b"': result}))
+    with open(tmp_path / "core_1.csv") as f:
+        row, = csv.DictReader(f)
+    assert (row["task"], row["n"], row["accuracy"]) == ('a, "b"', "2", "0.500000")
+
+def test_results_that_cannot_be_written_are_said_before_the_work(run, tmp_path, scored_tasks):
+    (run / "core_0000003.csv").mkdir()
+    assert_refused(core_command(run, write_bundle(tmp_path / "b")), "core_0000003.csv: it is a folder")
+    assert scored_tasks.names == []
+
 def test_finished_tasks_are_kept(run, tmp_path, scored_tasks):
     bundle = write_bundle(tmp_path / "b")
     code, first, err = core_command(run, bundle)
@@ -597,8 +663,27 @@ def test_finished_tasks_are_kept(run, tmp_path, scored_tasks):
     assert scored_tasks.names == list(CORE)
     assert "without memory: CORE" in out
 
-    # a damaged file of results: done again
+    # results that cannot be, of one task: it is done again, and the others are not
     results = run / "core_0000003.json"
+    whole = json.loads(results.read_text())
+    copa = whole["tasks"]["copa"]
+    for changes in (dict(accuracy=0.9), dict(n=0), dict(correct=5), dict(correct=True), dict(stderr=-1),
+                    dict(centered=10**400), dict(baseline=0.0), dict(shots=7), dict(of=2)):
+        results.write_text(json.dumps(whole | dict(tasks=whole["tasks"] | dict(copa=copa | changes))))
+        scored_tasks.names.clear()
+        assert core_command(run, bundle)[0] == 0
+        assert scored_tasks.names == ["copa"]
+        assert json.loads(results.read_text())["tasks"]["copa"] == copa
+
+    # and with another chance of guessing
+    table = bundle / "eval_meta_data.csv"
+    table.write_text(table.read_text().replace("copa,25", "copa,50"))
+    scored_tasks.names.clear()
+    assert core_command(run, bundle)[0] == 0
+    assert scored_tasks.names == ["copa"]
+    table.write_text(table.read_text().replace("copa,50", "copa,25"))
+
+    # a damaged file of results: done again
     no_number = re.sub(r'"centered": [^,]*', '"centered": "x"', results.read_text())
     for damaged in ("{", "[" * 100_000, no_number, no_number.replace('"x"', "NaN")):
         results.write_text(damaged)

@@ -81,6 +81,19 @@ def test_tokenizer_files(prepared):
     assert json.loads(spec)["special_tokens"] == {BOS: 399}
     assert tokenizer_sha256(prepared) == hashlib.sha256(ranks + spec).hexdigest()
 
+def test_ids_beyond_all_bounds_and_pipes_are_refused(copy):
+    path = copy / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    path.write_text(json.dumps(spec | dict(special_tokens={BOS: 2**70}, vocab_size=2**70 + 1)))
+    with pytest.raises(UserError, match="the tokenizer files in .* are damaged"):
+        load_tokenizer(copy)
+    for name, load in (("tokenizer.json", load_tokenizer), ("meta.json", open_data),
+                       ("train_00000.npy", lambda folder: dataset.load_shard(folder / "train_00000.npy"))):
+        (copy / name).unlink()
+        os.mkfifo(copy / name)
+        with pytest.raises(Unreadable, match=f"{name}: it is no regular file"):
+            load(copy)
+
 def test_damaged_ranks_are_refused(copy):
     path = copy / "tokenizer.tiktoken"
     good = path.read_bytes().splitlines()

@@ -4,6 +4,8 @@ import gzip
 import importlib
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +147,61 @@ def test_what_cannot_work_is_said_before_the_work(trained, here):
                  "--bundle", "nowhere")
     assert_refused(result, "no CORE bundle in nowhere")
     assert "in parallel" not in result[1]
+
+@pytest.mark.parametrize("flags, words", [
+    ("--text a.txt --rows 3", "--rows goes with bpb of --data, not with bpb of --text"),
+    ("--text a.txt --split val", "--split goes with"),
+    ("--text a.txt --decode-rows 0", "--decode-rows goes with"),
+    ("--text a.txt --data data", "--data goes with"),
+    ("--text a.txt --eval sample", "--text goes with"),
+    ("--text-key body", "--text-key goes with bpb of --text, tokens"),
+    ("--html x.html", "--html goes with tokens"),
+    ("--against runs/x", "--against goes with tokens"),
+    ("--eval stability --rows 3", "--rows goes with"),
+    ("--passes 3", "--passes goes with stability"),
+    ("--max-per-task 3", "--max-per-task goes with core"),
+    ("--bundle x --eval sample", "--bundle goes with core, not with sample"),
+    ("--no-memory", "--no-memory goes with core, sample"),
+    ("--referee --decode-rows 0", "--referee is of the rows of --decode-rows"),
+    ("--eval stability --passes 100000000000", "--passes must be at most 10000"),
+])
+def test_a_flag_that_nothing_reads_is_refused(flags, words, here):
+    Path("a.txt").write_text("text")
+    assert_refused(cli("eval_core.py", *flags.split()), words)
+
+def test_an_output_replaces_nothing_that_is_read(trained, here):
+    run = Path(shutil.copytree(trained[0] / "runs/d2_shared", "run"))
+    bundle = Path("bundle/eval_data")
+    bundle.mkdir(parents=True)
+    for path in (Path("a.txt"), bundle / "x.jsonl"):
+        path.write_text("keep")
+    checkpoint = run / "ckpt_0000150.pt"
+    before = checkpoint.read_bytes()
+    os.link(checkpoint, "mine.pt")
+    for flags in (["--json", checkpoint], ["--json", "run/log.jsonl"], ["--text", "a.txt", "--json", "a.txt"],
+                  ["--eval", "tokens", "--text", "a.txt", "--html", "a.txt"],
+                  ["--eval", "tokens", "--text", "a.txt", "--html", "x", "--json", "x"],
+                  ["--eval", "core", "--bundle", "bundle", "--json", bundle / "x.jsonl"],
+                  ["--checkpoint", "mine.pt", "--json", "mine.pt"]):
+        assert_refused(cli("eval_core.py", "--checkpoint", "run", *flags), "would replace")
+    assert checkpoint.read_bytes() == before
+    assert Path("a.txt").read_text() == (bundle / "x.jsonl").read_text() == "keep"
+
+def test_losses_that_overflow_are_no_result(trained, here):
+    path = Path(shutil.copytree(trained[0] / "runs/d2_shared", "run")) / "ckpt_0000150.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["config"]["query_scale"] = 1e300
+    torch.save(checkpoint, path)
+    Path("a.txt").write_text("some text")
+    for flags in (["--split", "val", "--rows", 2, "--decode-rows", 0], ["--text", "a.txt"],
+                  ["--eval", "stability", "--decode-rows", 1, "--passes", 2]):
+        assert_refused(cli("eval_core.py", "--checkpoint", "run", *flags, "--json", "x.json"), "not finite")
+    assert not Path("x.json").exists()
+
+def test_a_run_that_does_not_say_what_it_was_trained_on(trained, here):
+    path = Path(shutil.copytree(trained[0] / "runs/d2_shared", "run")) / "ckpt_0000150.pt"
+    torch.save(torch.load(path, weights_only=True) | dict(args={}), path)
+    assert_refused(cli("eval_core.py", "--checkpoint", "run"), "name some with --data")
 
 def test_samples_need_a_context(trained):
     """Of all the prompts, which a user has not written and cannot shorten."""

@@ -290,6 +290,28 @@ def test_an_export_is_whole_or_absent(data, tmp_path, monkeypatch):
     assert_refused(cli("export.py", run, out), f"{out} exists")
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
+def test_a_folder_that_is_in_the_way_is_nobody_elses(data, tmp_path):
+    pytest.importorskip("safetensors")
+    run = save_run(tmp_path / "run", make_variant("none"), data)
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp/mine").write_text("keep")
+    assert_refused(cli("export.py", run, tmp_path / "out"), "out.tmp is in the way")
+    assert (tmp_path / "out.tmp/mine").read_text() == "keep"
+
+@pytest.mark.parametrize("name, text", [
+    ("core_0000020.json", '{"core": "x"}'),
+    ("core_0000020.json", '{"core": [1]}'),
+    ("log.jsonl", '{"kind": "eval", "step": 20}'),
+    ("log.jsonl", '{"kind": "eval", "step": 20, "bpb": {"merged": "x"}}'),
+    ("log.jsonl", '{"kind": "eval", "step": 20, "bpb": [1]}'),
+])
+def test_figures_that_are_none(name, text, data, tmp_path):
+    pytest.importorskip("safetensors")
+    run = save_run(tmp_path / "run", make_variant("none"), data)
+    (run / name).write_text(text)
+    assert_refused(cli("export.py", run, tmp_path / "out"), "figures of", "are damaged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
 def test_the_code_of_an_export_is_ours(data, tmp_path):
     """But for its imports: there is no second copy that could become another."""
     for name in export.CODE:

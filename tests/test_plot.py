@@ -184,6 +184,17 @@ def test_runs_that_cannot_be_drawn(here):
     assert_refused(cli("research.plot", "empty", "--png", "nowhere/x.png"), "there is no folder nowhere")
     assert_refused(cli("research.plot", "--png", "x.png"), "name one")
     assert not Path("x.png").exists()
+    Path("odd").mkdir()
+    Path("odd/log.jsonl").write_text('{"kind": "train", "step": 0, "loss": "x"}\n')
+    assert_refused(cli("research.plot", "odd"), "odd/log.jsonl has rows that cannot be drawn")
+    before = Path("odd/log.jsonl").read_text()
+    assert_refused(cli("research.plot", "odd", "--png", "odd/log.jsonl"), "would replace")
+    odd = dict(checkpoint="a/b", stability=dict(bpb=["x"], moved=[], decode=1))
+    Path("odd.json").write_text(json.dumps(odd))
+    assert_refused(cli("research.plot", "--stability", "odd.json"), "odd.json has no results of")
+    assert_refused(cli("research.plot", "--stability", "odd.json", "--png", "odd.json"), "would replace")
+    assert Path("odd/log.jsonl").read_text() == before
+    assert not Path("stability.png").exists()
 
 def test_no_rows(here):
     assert_refused(cli("research.plot"), "research.experiments")

@@ -409,6 +409,9 @@ def test_many_prompts(trained, here):
     ("x.txt", b"\xef\xbb\xbfdef \r\n\r\nimport os\r\n"),
     ("x.jsonl", b'\xef\xbb\xbf{"prompt": "def "}\r\n\n{"prompt": "import os"}'),
     ("X.JSONL", b'{"prompt": "def "}\n{"prompt": "import os"}\n'),
+    ("x.txt", b"def \n\xef\xbb\xbfimport os\n"),  # two files put together
+    ("x.json.gz", gzip.compress(b'{"prompt": "def "}\n{"prompt": "import os"}\n')),
+    ("x", b"def \nimport os"),
     ("x.jsonl.gz", gzip.compress(b'{"prompt": "def "}\n{"prompt": "import os"}\n')),
 ])
 def test_prompts_are_what_the_file_says(name, raw, here):
@@ -431,6 +434,8 @@ def test_bad_prompt_files(trained, here):
     assert_refused(refused("null.jsonl"), "null.jsonl line 2", '"prompt"')
     assert_refused(refused("half.jsonl"), "half.jsonl line 1", "surrogate")
     assert_refused(refused("latin.txt"), "latin.txt", "not UTF-8 text (byte 3)")
+    (here / "wide.txt").write_bytes("def \n".encode("utf-16-le"))
+    assert_refused(refused("wide.txt"), "wide.txt is not text (NUL at character 1)")
     assert_refused(refused("empty.txt"), "empty.txt has no prompts")
     assert_refused(refused("none.txt"), "cannot read none.txt")
     (here / "spaces.txt").write_text("x" + " " * 1_000_000 + "x\n")  # tiktoken panics on them in one piece
@@ -455,7 +460,8 @@ def test_a_run_without_its_own_tokenizer(data, trained, here):
     path.unlink()
     refused("no tokenizer in run")
 
-@pytest.mark.parametrize("out", ["prompts.txt", "link", "run/ckpt_0000150.pt", "run/tokenizer.json"])
+@pytest.mark.parametrize("out", ["prompts.txt", "link", "run/ckpt_0000150.pt", "run/tokenizer.json",
+                                 "run/log.jsonl"])
 def test_out_replaces_no_input(out, trained, here):
     folder, _ = trained
     shutil.copytree(folder / "runs/d2_shared", "run")
