@@ -293,7 +293,7 @@ def check_regular(*paths):
         except OSError:
             continue  # whoever opens it says so
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise Unreadable(f"cannot read {path}: it is no regular file but a pipe, a socket or a device: "
+            raise Unreadable(f"cannot read {path}: it is a pipe, a socket or a device, no regular file: "
                              "put the file in its place, or name another one")
 
 
@@ -733,7 +733,8 @@ def init_processes(device_name=None, timeout=None):
                                     device_id=device if on_gpu else None)
         except (ValueError, dist.DistError) as e:  # of variables of the environment, or a port in use
             reason = str(e).strip().split("\n")[0]
-            raise UserError(f"cannot join the other processes ({reason}): start them with torchrun") from e
+            raise UserError(f"cannot join the other processes ({reason}): "
+                            "start all of them with torchrun") from e
     return device, rank, world_size
 
 def end_processes():
