@@ -189,7 +189,7 @@ def test_what_cannot_be_compared(trained, data, here):
     tokens = ["eval_core.py", "--checkpoint", run, "--text", "a.txt", "--eval", "tokens"]
     assert_refused(cli(*tokens), "--html FILE")
     assert_refused(cli(*tokens[:3], "--eval", "tokens", "--html", "x.html"), "--text FILE")
-    assert_refused(cli(*tokens[:3], "--html", "x.html"), "--eval tokens")
+    assert_refused(cli(*tokens[:3], "--html", "x.html"), "--html goes with tokens")
     assert_refused(cli(*tokens, "--html", "nowhere/x.html"), "there is no folder nowhere")
     assert_refused(cli(*tokens, "--html", "x.html", "--against", "nowhere"), "nowhere")
     assert_refused(cli(*tokens[:3], "--text", "a.txt", "--data", data), "--data")
