@@ -45,14 +45,17 @@ BESIDE = {
     "control": ("none_500", "none_1000", "shared_500", "shared_1000", "layerwise_500", "layerwise_1000"),
 }
 
+def own_runs(name, budgets):
+    """The runs of a set that experiments.at_equal_flops() made, in the order of WORTH_COLUMNS."""
+    prefixes = ("none", "kv", "draft_kv", "draft_zero_kv", "s2_kv")
+    return {budget: [f"{name} {prefix}_{budget}" for prefix in prefixes] for budget in budgets}
+
 # What recurrence is worth: for each text and size, as many FLOPs as so many steps of the baseline; and the
-# set and the run of the baseline, of the control, of recurrence on top of it, and of recurrence with first
-# memory zero, by the cheaper step and by the paper's.
+# set and the run of each column, or None.
 WORTH_COLUMNS = ("baseline", "control", "recurrence on top", "cheaper step, memory zero", "S = 2")
 WORTH = {
     "prose, depth 4, width 128": {
-        500: ("scaling none_500", "control kv_500", None, "cheaper deepen_390",
-              "scaling layerwise_250"),
+        500: ("scaling none_500", "control kv_500", None, "cheaper deepen_390", "scaling layerwise_250"),
         1000: ("scaling none_1000", "control kv_1000", "control draft_kv_860", "cheaper deepen_shared_kv_810",
                "scaling layerwise_500"),
         2000: ("scaling none_2000", "control kv_2000", "control draft_kv_1720",
@@ -63,16 +66,10 @@ WORTH = {
         2240: ("longer none_20", "longer kv_20", "longer draft_kv_20", None, "longer layerwise_10"),
         4480: ("longer none_40", "longer kv_40", "longer draft_kv_40", None, "longer layerwise_20"),
     },
+    "the same, nanochat's recipe": own_runs("nanochat", (500, 1000, 2000)),
+    "technical text": own_runs("technical", (500, 1000)),
+    "prose, depth 6, width 256": own_runs("larger", (500, 1000)),
 }
-for text, name, budgets in (
-    ("the same, nanochat's recipe", "nanochat", (500, 1000, 2000)),
-    ("technical text", "technical", (500, 1000)),
-    ("prose, depth 6, width 256", "larger", (500, 1000)),
-):
-    WORTH[text] = {}
-    for budget in budgets:
-        runs = (f"{name} {run}_{budget}" for run in ("none", "kv", "draft_kv", "draft_zero_kv", "s2_kv"))
-        WORTH[text][budget] = tuple(runs)
 
 # by variant(); other variants take OTHER_COLORS in turn
 COLORS = {

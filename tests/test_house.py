@@ -71,3 +71,11 @@ def test_pyproject_and_requirements_name_the_same_packages():
     assert len(torch_pin) == 1 and torch_pin[0].startswith("torch==2.")
     assert sorted(set(declared) - set(torch_bound)) == sorted(set(required) - set(torch_pin))
     assert sorted(project["tool"]["setuptools"]["py-modules"]) == sorted(ROOMS[:-1])
+
+def test_every_mutation_still_applies():
+    """tests/mutations.py changes code by its text: a mutation that applies no more protects nothing."""
+    import mutations
+    for subject, what, file, old, new, _, _ in mutations.MUTATIONS:
+        mutated = (ROOT / file).read_text("utf-8")
+        assert mutated.count(old) == 1, f"{subject}: {what}: its code is no more in {file}"
+        ast.parse(mutated.replace(old, new))  # it breaks a protection, not the file
